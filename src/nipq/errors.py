@@ -1,0 +1,69 @@
+"""Every exception that nipq raises on purpose, under one base class.
+
+A message says three things: what was expected, what was found (with the full name of the module in the model where
+there is one), and what to do about it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class NipqError(ValueError):
+    """Base of every error that nipq raises on purpose."""
+
+
+class NotQuantizableError(NipqError):
+    """A layer, or a whole model, cannot be quantized as asked."""
+
+
+class ConfigError(NipqError):
+    """A setting is out of range, contradicts another one, or matches nothing."""
+
+
+class OrderError(NipqError):
+    """A call came too early or too late, such as a search on a model that was not prepared."""
+
+
+class BudgetError(NipqError):
+    """No allowed choice of bits meets the budget."""
+
+
+class NonFiniteError(NipqError):
+    """Data, a boundary or a loss holds NaN or infinity."""
+
+
+class FileFormatError(NipqError):
+    """A file is not what its name or header promises."""
+
+
+class MissingDependencyError(NipqError, ImportError):
+    """An optional dependency is not installed."""
+
+
+def require(module: str, *, extra: str, purpose: str) -> ModuleType:
+    """Import an optional dependency, or say which extra brings it.
+
+    Args:
+        module: dotted name of the module, such as ``"onnx"``.
+        extra: the extra of this package that installs it.
+        purpose: what it is needed for, in words that complete "... is needed for".
+
+    Returns:
+        The imported module.
+
+    Raises:
+        MissingDependencyError: if the import fails.
+
+    Example:
+        >>> require("math", extra="onnx", purpose="a square root").sqrt(4.0)
+        2.0
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"expected the package {module!r}, which is needed for {purpose}; found: {error}. "
+            f'Install it with: pip install "nipq[{extra}]"'
+        ) from error

@@ -1,0 +1,130 @@
+"""Pseudo-quantization noise, in units of the step, from -1/2 to 1/2.
+
+``uniform_noise`` is the practical choice of the paper's section 6.3; ``empirical_noise`` draws from the errors that
+rounding this very tensor would make, which is what the theory of section 5.2 asks for.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Generator, Tensor
+
+from nipq.errors import ConfigError
+from nipq.functional.grid import Grid, code_range, step_size, value_range
+from nipq.functional.uniform import integer_codes
+
+EmpiricalMethod = Literal["resample", "histogram"]
+
+HISTOGRAM_BINS = 256  # of the published sampler
+
+
+def uniform_noise(x: Tensor, generator: Generator | None = None) -> Tensor:
+    """Noise drawn evenly from the step, independently for every element.
+
+    noise ~ U(-1/2, 1/2): mean 0, variance 1/12.
+
+    Paper: section 6.3.
+
+    Args:
+        x: gives shape, type and device.
+        generator: source of randomness; torch's own if left out.
+
+    Returns:
+        Noise, units of the step, shape and type of x, without gradient.
+
+    Example:
+        >>> uniform_noise(torch.zeros(2, 3)).abs().max() <= 0.5
+        tensor(True)
+    """
+    return torch.empty_like(x, requires_grad=False).uniform_(-0.5, 0.5, generator=generator)
+
+
+@torch.no_grad()
+def empirical_noise(
+    x: Tensor,
+    alpha: Tensor,
+    bits: Tensor | float,
+    grid: Grid,
+    *,
+    method: EmpiricalMethod = "resample",
+    generator: Generator | None = None,
+) -> Tensor:
+    """Noise drawn from the rounding errors of the tensor's own in-range elements.
+
+    Every element gets e = (Q(y) - y) / step of an in-range element y picked at random, with replacement and without
+    regard to its own value. ``"resample"`` takes e as it is; ``"histogram"`` is the published sampler: the errors are
+    counted in 256 bins on [-1/2, 1/2], a bin is drawn by its count, then a point inside it. Where no element is in
+    range there is nothing to draw from, and the noise is uniform.
+
+    Paper: section 6.3; section 1.3 and T3 of ``paper.md``.
+
+    Args:
+        x: any shape, floating point.
+        alpha: boundary, units of x, > 0, broadcastable to x.
+        bits: bit-width, >= 2, broadcastable to alpha.
+        grid: which levels.
+        method: ``"resample"`` or ``"histogram"``.
+        generator: source of randomness; torch's own if left out.
+
+    Returns:
+        Noise, units of the step, shape and type of x, without gradient.
+
+    Raises:
+        ConfigError: if the method is unknown, or any bit-width is below 2.
+
+    Example:
+        >>> from nipq.functional.grid import SIGNED
+        >>> x = torch.tensor([0.25, 0.25, 9.0])  # on a grid of step 1: two errors of -0.25, one element truncated
+        >>> empirical_noise(x, torch.tensor([3.0]), torch.tensor([3.0]), SIGNED)
+        tensor([-0.2500, -0.2500, -0.2500])
+    """
+    if method not in get_args(EmpiricalMethod):
+        raise ConfigError(
+            f"expected an empirical noise method out of {', '.join(get_args(EmpiricalMethod))}; found {method!r}. "
+            "Choose one of them."
+        )
+    step = step_size(alpha, bits, grid)
+    lower, upper = value_range(alpha, bits, grid)
+    low, high = code_range(alpha, bits, grid)
+    error = (integer_codes(x, step, low, high) - x / step).to(x.dtype).flatten()
+    inside = ((x > lower) & (x < upper)).flatten()
+    draw = _resampled if method == "resample" else _from_histogram
+    return draw(error, inside, generator).reshape(x.shape)
+
+
+def _random_index(count: Tensor, size: int, generator: Generator | None) -> Tensor:
+    """``size`` whole numbers, each one of 0..count-1 at random; ``count`` stays on its device."""
+    # 2^53 so that the remainder favours no index by more than count / 2^53. Drawn as integers because a float32
+    # number cannot address more than 2^24 elements.
+    wide = torch.randint(2**53, (size,), generator=generator, device=count.device)
+    return torch.remainder(wide, count)
+
+
+def _resampled(error: Tensor, inside: Tensor, generator: Generator | None) -> Tensor:
+    """One in-range error per element, with replacement, at fixed shapes.
+
+    The in-range errors are moved to the front of a table, the others all onto one spare place at its end. The table
+    starts out as uniform noise, so that with nothing in range the whole of it is the fallback.
+    """
+    size = error.numel()
+    table = uniform_noise(error.new_empty(size + 1), generator)
+    place = torch.where(inside, torch.cumsum(inside, 0) - 1, size)
+    table = table.scatter(0, place, error)
+    count = inside.sum()
+    return table[_random_index(torch.where(count > 0, count, size).clamp(min=1), size, generator)]
+
+
+def _from_histogram(error: Tensor, inside: Tensor, generator: Generator | None) -> Tensor:
+    """The published sampler: a bin by its count, then a uniform point in the bin."""
+    # histc leaves out what lies outside the interval, as the release does; 2 is outside. It has no half precision.
+    kept = torch.where(inside, error, 2.0)
+    kept = kept if kept.dtype == torch.float64 else kept.float()
+    counts = torch.histc(kept, HISTOGRAM_BINS, -0.5, 0.5).long()
+    counts = torch.where(counts.sum() > 0, counts, 1)
+    edges = torch.cumsum(counts, 0)
+    # The n-th in-range error in order of bins lies in the first bin whose running count exceeds n: a draw in
+    # proportion to the counts, 8 comparisons an element.
+    chosen = torch.searchsorted(edges, _random_index(edges[-1], error.numel(), generator), right=True)
+    return (chosen + 0.5 + uniform_noise(error, generator)) / HISTOGRAM_BINS - 0.5
