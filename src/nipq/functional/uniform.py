@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nipq.functional.grid import Grid, code_range, step_size, value_range
+from nipq.functional.truncation import truncation_gradients
 
 
 def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -36,7 +37,7 @@ def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | f
     """
     # A step without dimensions does not widen a half-precision x by itself, and x / step would be rounded twice.
     wide = x.to(torch.promote_types(x.dtype, step.dtype))
-    return torch.clamp(torch.round(wide / step), low, high)  # type: ignore[arg-type]
+    return torch.clamp((wide / step).round_(), low, high)  # type: ignore[arg-type]
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -62,21 +63,10 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
-        """To x where in range, to the step by the error, to either end where truncated."""
+        """The shared gradient, with the error for slope."""
         x, step, lower, upper, low, high = ctx.saved_tensors
-        need_x, need_step, need_lower, need_upper = ctx.needs_input_grad[:4]
-        above, below = x >= upper, x <= lower
-        inside = torch.where(above | below, 0, grad)
-        grad_x = inside.sum_to_size(x.shape) if need_x else None
-        grad_step = grad_lower = grad_upper = None
-        if need_step:
-            error = integer_codes(x, step, low, high) - x / step
-            grad_step = (inside * error).sum_to_size(step.shape).to(step.dtype)
-        if need_lower:
-            grad_lower = torch.where(below, grad, 0).sum_to_size(lower.shape).to(lower.dtype)
-        if need_upper:
-            grad_upper = torch.where(above, grad, 0).sum_to_size(upper.shape).to(upper.dtype)
-        return grad_x, grad_step, grad_lower, grad_upper, None, None
+        error = integer_codes(x, step, low, high) - x / step
+        return *truncation_gradients(grad, x, error, (lower, upper), step, ctx.needs_input_grad), None, None
 
 
 def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
