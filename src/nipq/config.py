@@ -1,0 +1,261 @@
+"""Settings of the quantizers: frozen, checked when built, and the same after a round trip through JSON.
+
+Wherever a bit-width is expected, a short form does::
+
+    4                       exactly 4 bits, nothing to learn
+    (2, 8)                  learned, any whole number from 2 to 8
+    {2, 4, 8}               learned, one of these; in JSON and YAML {"allowed": [2, 4, 8]}
+    BitRange(max=6, ...)    all of it said out loud
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nipq.errors import ConfigError
+
+#: A signed grid needs 2 bits; codes of more than 16 are no longer exact once float32 adds up their products.
+Bits = Annotated[int, Field(ge=2, le=16)]
+Granularity = Literal["tensor", "channel"]
+GridChoice = Literal["auto", "signed", "unsigned", "shifted"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown fields refused, and every fault a :class:`~nipq.errors.ConfigError`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **fields: Any) -> None:  # noqa: ANN401  (each field has its own type)
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise _config_error(type(self), error) from error
+
+    # Settings inside other settings then skip __init__, and a message names the whole path to the faulty field.
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+    @classmethod
+    def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  (pydantic's own signature)
+        """Build from a mapping or a short form; a fault is a ``ConfigError``."""
+        try:
+            return super().model_validate(obj, **options)
+        except ValidationError as error:
+            raise _config_error(cls, error) from error
+
+    @classmethod
+    def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401
+        """Build from JSON text; a fault is a ``ConfigError``."""
+        try:
+            return super().model_validate_json(json_data, **options)
+        except ValidationError as error:
+            raise _config_error(cls, error) from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values that JSON can hold; ``model_validate`` turns them into equal settings."""
+        return self.model_dump(mode="json")
+
+
+class BitRange(Settings):
+    """Bit-widths that one tensor may take, and where learning starts.
+
+    What was left out is filled in, so ``start`` is never ``None`` and ``min`` and ``max`` are the ends of ``choices``.
+
+    Args:
+        min: fewest bits, 2 to 16.
+        max: most bits, 2 to 16, at least ``min``.
+        allowed: the only bit-widths to choose from; ``None`` for every whole number from ``min`` to ``max``.
+        start: bit-width at which learning starts, within the range; the middle if left out, where the sigmoid of the
+            bit parameter is steepest (the release starts in the middle of 2 to 14, too).
+        fixed: exactly this many bits, nothing to learn.
+
+    Raises:
+        ConfigError: if a bit-width is outside 2 to 16, the range is empty, or settings contradict each other.
+
+    Example:
+        >>> BitRange(max=4).choices
+        (2, 3, 4)
+        >>> BitRange.model_validate({2, 4, 8}).choices
+        (2, 4, 8)
+        >>> BitRange.model_validate(3).fixed
+        3
+    """
+
+    min: Bits = 2
+    max: Bits = 8
+    allowed: tuple[Bits, ...] | None = None
+    start: float | None = None
+    fixed: Bits | None = None
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """The allowed whole bit-widths, ascending."""
+        return self.allowed or tuple(range(self.min, self.max + 1))
+
+    @property
+    def low(self) -> float:
+        """Lower end of the sigmoid's range, in bits."""
+        return float(self.min)
+
+    @property
+    def high(self) -> float:
+        """Upper end of the sigmoid's range, in bits."""
+        return float(self.max)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spell_out(cls, value: object) -> object:
+        if isinstance(value, Mapping | BitRange):
+            return value
+        if isinstance(value, int) and not isinstance(value, bool):
+            return {"fixed": value}
+        if isinstance(value, Set):
+            return {"allowed": list(value)}
+        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+            return {"min": value[0], "max": value[1]}
+        raise ValueError(
+            'expected a number of bits, a pair (fewest, most), a set, {"allowed": [...]} or a BitRange; '
+            f"found {value!r}; write for instance 4, (2, 8) or {{2, 4, 8}}"
+        )
+
+    @model_validator(mode="after")
+    def _resolve(self) -> Self:
+        if self.fixed is not None:
+            choices = [self.fixed]
+        elif self.allowed is not None:
+            choices = sorted(set(self.allowed))
+        else:
+            choices = list(range(self.min, self.max + 1))
+        if not choices:
+            raise ValueError(
+                f"expected at least one bit-width, found min={self.min}, max={self.max}, allowed={self.allowed}; "
+                "min must not be above max, nor allowed empty"
+            )
+        resolved = {
+            "min": choices[0],
+            "max": choices[-1],
+            "allowed": tuple(choices) if len(choices) <= choices[-1] - choices[0] else None,
+            "start": (choices[0] + choices[-1]) / 2 if self.start is None else self.start,
+            "fixed": choices[0] if len(choices) == 1 else None,
+        }
+        for name in self.model_fields_set & {"min", "max", "fixed"}:
+            if getattr(self, name) not in (None, resolved[name]):
+                raise ValueError(
+                    f"expected settings that agree, found {name}={getattr(self, name)} beside bit-widths "
+                    f"{', '.join(map(str, choices))}; leave {name} out"
+                )
+        if not choices[0] <= resolved["start"] <= choices[-1]:  # type: ignore[operator]
+            raise ValueError(
+                f"expected start from {choices[0]} to {choices[-1]}, found {self.start:g}; move it into the range"
+            )
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)  # frozen for everybody else
+        return self
+
+
+class Rule(Settings):
+    """Settings for the layers whose full name matches a pattern; what is left out stays as it was.
+
+    Later rules override earlier ones, setting by setting. A rule that matches no layer is an error.
+
+    Args:
+        pattern: shell pattern on the layer's full name, such as ``"layer1.*.conv?"``; ``*`` crosses dots.
+        weight_bits: bit-widths of the weight.
+        activation_bits: bit-widths of the layer's input (the model's own input included, if the layer reads it).
+        granularity: boundaries of the weight, one per ``"tensor"`` or one per output ``"channel"``.
+        grid: levels of the layer's input; ``"auto"`` lets calibration choose.
+        quantize: ``False`` leaves the whole layer float.
+        quantize_input: ``False`` leaves the layer's input float.
+
+    Raises:
+        ConfigError: if a setting is wrong.
+
+    Example:
+        >>> Rule("classifier", weight_bits=8).weight_bits.choices
+        (8,)
+    """
+
+    pattern: str = Field(min_length=1)
+    weight_bits: BitRange | None = None
+    activation_bits: BitRange | None = None
+    granularity: Granularity | None = None
+    grid: GridChoice | None = None
+    quantize: bool | None = None
+    quantize_input: bool | None = None
+
+    def __init__(self, pattern: str, **settings: Any) -> None:  # noqa: ANN401  (each field has its own type)
+        super().__init__(pattern=pattern, **settings)
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+
+
+class Config(Settings):
+    """Settings of ``prepare_``: the same for every layer, then rules for some.
+
+    Args:
+        weight_bits: bit-widths of weights.
+        activation_bits: bit-widths of layer inputs.
+        input_bits: fixed bit-width of the model's own input (an image has 8); ``None`` leaves it float.
+        granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``.
+        noise: ``"uniform"`` (fast; about equal accuracy) or ``"empirical"``, drawn from the tensor's own rounding
+            errors (what the theory is about); paper section 6.3.
+        stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
+        clip_after_noise: keep noisy values inside the range (not in the paper).
+        boundary_correction: add the T4b term, which makes the boundary's gradient that of the actual quantization
+            error (not in the paper).
+        init: first boundary: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"release"`` the constants of
+            the published code.
+        quantize_inputs: ``False`` quantizes weights only.
+        rules: exceptions by layer name.
+
+    Raises:
+        ConfigError: if a setting is wrong; the message names the field.
+
+    Example:
+        >>> config = Config(weight_bits=(2, 6), rules=[Rule("conv1", weight_bits=8)])
+        >>> Config.model_validate_json(config.model_dump_json()) == config
+        True
+    """
+
+    weight_bits: BitRange = BitRange()
+    activation_bits: BitRange = BitRange()
+    input_bits: Bits | None = 8
+    granularity: Granularity = "tensor"
+    noise: Literal["uniform", "empirical"] = "uniform"
+    stochastic_bits: bool = True
+    clip_after_noise: bool = False
+    boundary_correction: bool = False
+    init: Literal["mse", "max", "release"] = "mse"
+    quantize_inputs: bool = True
+    rules: tuple[Rule, ...] = ()
+
+    if TYPE_CHECKING:  # type checkers would otherwise refuse the short forms
+
+        def __init__(self, **settings: Any) -> None: ...  # noqa: ANN401
+
+
+def _config_error(kind: type[BaseModel], error: ValidationError) -> ConfigError:
+    """Every fault on a line of its own: the field, what was expected, what was found."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        place = ".".join([kind.__name__, *map(str, fault["loc"])])
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            close = get_close_matches(str(fault["loc"][-1]), _field_names(kind), n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "correct its name or remove it."
+            lines.append(f"{place}: expected a known field, found this one; {hint}")
+        elif fault["type"] == "missing":
+            lines.append(f"{place}: expected a value, found none; give one.")
+        elif fault["type"] == "value_error":
+            lines.append(f"{place}: {message}.")
+        else:
+            expected = message.removeprefix("Input should be ")
+            lines.append(f"{place}: expected {expected}, found {fault['input']!r}; change it.")
+    return ConfigError("\n".join(lines))
+
+
+def _field_names(kind: type[BaseModel]) -> list[str]:
+    return [*kind.model_fields, *BitRange.model_fields, *Rule.model_fields]
