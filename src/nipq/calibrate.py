@@ -1,0 +1,113 @@
+"""First boundaries and grids of the inputs, from data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.control import set_phase_
+from nipq.errors import ConfigError, OrderError
+from nipq.layer_table import layer_table
+from nipq.nn.initial import start_input_boundary_
+from nipq.nn.quantizer import InputQuantizer
+from nipq.phases import Phase
+from nipq.trace import ExampleInputs, call_model
+
+#: Values kept of each input over all batches; the squared error of a boundary is known to a per cent from far fewer.
+SAMPLE_SIZE = 65_536
+
+
+def inputs_of(batch: Any) -> ExampleInputs:  # noqa: ANN401  (whatever a loader yields)
+    """What the model is called with, out of what a loader yields.
+
+    Args:
+        batch: a tensor; a tuple or list whose first item is the model's input; or a mapping of keyword inputs.
+
+    Returns:
+        The input.
+
+    Raises:
+        ConfigError: if no tensor is found there.
+    """
+    if isinstance(batch, Tensor):
+        return batch
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key not in ("label", "labels", "target")}
+    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
+        return inputs_of(batch[0])
+    raise ConfigError(
+        f"loader: expected batches that are a tensor, a tuple with the input first, or a dict, found {type(batch).__name__}."
+    )
+
+
+def to_device(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
+    """Move example inputs to a device, in any of their accepted forms."""
+    if isinstance(inputs, Tensor):
+        return inputs.to(device, non_blocking=True)
+    if isinstance(inputs, Mapping):
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.Module:
+    """Set every input's grid and first boundary from the float model's own activations.
+
+    Runs the model in evaluation mode and phase ``"float"`` and keeps an evenly spaced sample of each input. Modes and
+    phase are restored. A layer that these batches never reach is an error, not a silent default.
+
+    Args:
+        model: a prepared model.
+        loader: batches, see :func:`inputs_of`; only the first ``batches`` are read.
+        batches: how many batches to read, at least 1.
+
+    Returns:
+        The same model.
+
+    Raises:
+        OrderError: if the model is not prepared, or a layer was not reached.
+        ConfigError: if the loader is empty or yields no tensors.
+        NonFiniteError: if an activation is not finite.
+    """
+    rows = [row for row in layer_table(model) if row.input is not None]
+    samples: dict[InputQuantizer, list[Tensor]] = {row.input: [] for row in rows if row.input is not None}
+    share = max(1, SAMPLE_SIZE // max(1, batches))
+
+    def keep(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(quantizer, InputQuantizer)
+        flat = args[0].detach().flatten()
+        stride = max(1, -(-flat.numel() // share)) | 1  # odd, so that it walks through every channel and column
+        samples[quantizer].append(flat[::stride].clone())
+
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    phase = layer_table(model)[0].weight.phase
+    handles = [quantizer.register_forward_pre_hook(keep) for quantizer in samples]
+    read = 0
+    try:
+        model.eval()
+        set_phase_(model, Phase.FLOAT)
+        for batch in loader:
+            call_model(model, to_device(inputs_of(batch), device))
+            read += 1
+            if read >= batches:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+        set_phase_(model, phase)
+        for module, training in modes.items():
+            module.training = training
+    if read == 0:
+        raise ConfigError("calibrate_: expected at least one batch, found an empty loader.")
+    for quantizer, kept in samples.items():
+        if not kept:
+            raise OrderError(
+                f"{quantizer.name}: expected the calibration batches to reach it, found that none did. "
+                "Give batches that use the whole model, or exclude the layer with Rule(name, quantize=False)."
+            )
+        start_input_boundary_(quantizer, torch.cat(kept))
+    return model

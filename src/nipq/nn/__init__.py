@@ -1,0 +1,1 @@
+"""Modules that own quantizer parameters, and how they attach to a layer."""

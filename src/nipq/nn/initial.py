@@ -1,0 +1,98 @@
+"""Where boundaries and grids start, from a weight or from a sample of an input."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nipq.errors import NonFiniteError
+from nipq.functional.boundary import max_boundary, noise_optimal_boundary
+from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.uniform import quantize
+from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+
+#: Minus the minimum of h-swish (exact), of SiLU and of GELU, rounded up: the shifts that make such inputs unsigned.
+SHIFTS = {"hardswish": 0.375, "silu": 0.2785, "gelu": 0.1701}
+
+
+def start_weight_boundary_(
+    quantizer: WeightQuantizer, weight: Tensor, init: Literal["mse", "max", "release"]
+) -> None:
+    """Set a weight's first boundary.
+
+    ``"max"``: the largest absolute weight. ``"mse"``: the boundary that minimises the proxy's error at the starting
+    bit-width (T6). ``"release"``: ``alpha_raw = max w`` as published, softplus not inverted (Q5 in
+    ``docs/paper_map.md``).
+
+    Args:
+        quantizer: quantizer of the weight.
+        weight: the float weight.
+        init: which of the three.
+    """
+    if init == "release":
+        with torch.no_grad():
+            quantizer.alpha_raw.fill_(float(weight.max()))
+        quantizer.calibrated = True
+        return
+    axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
+    if init == "max":
+        alpha = max_boundary(weight, SIGNED, channel_axis=axis)
+    else:
+        alpha = noise_optimal_boundary(weight, quantizer.bits.detach(), SIGNED, channel_axis=axis)
+    quantizer.set_alpha_(alpha)
+
+
+def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
+    """Choose an input's grid, unless a rule did, and set its first boundary from a sample.
+
+    The grid is unsigned when the sample has no negative value. Otherwise it is the better, by squared error at the
+    starting bit-width, of the signed grid and the shifted grid whose shift is the smallest known one that covers the
+    sample's minimum (h-swish, SiLU, GELU). The boundary minimises the squared error (``init="mse"``), covers the sample
+    (``"max"``), or is the published constant (``"release"``: raw 6, and raw 3 when signed).
+
+    Args:
+        quantizer: quantizer of the input.
+        sample: values of the input, any shape, at least one.
+
+    Raises:
+        NonFiniteError: if the sample holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(sample).all()):
+        raise NonFiniteError(
+            f"{quantizer.name}: expected finite activations while calibrating, found NaN or infinity. "
+            "Check the float model and its inputs."
+        )
+    sample = sample.flatten().float()
+    options = _candidate_grids(sample, quantizer.grid_choice)
+    bits = quantizer.bits.detach().round()
+    starts = [(grid, _input_boundary(quantizer, sample, bits, grid)) for grid in options]
+    errors = [float((quantize(sample, alpha, bits, grid) - sample).square().mean()) for grid, alpha in starts]
+    quantizer.grid, alpha = starts[errors.index(min(errors))]
+    if quantizer.init == "release":
+        with torch.no_grad():
+            quantizer.alpha_raw.fill_(3.0 if quantizer.grid.kind == "signed" else 6.0)
+        quantizer.calibrated = True
+        return
+    quantizer.set_alpha_(alpha)
+
+
+def _candidate_grids(sample: Tensor, choice: str) -> list[Grid]:
+    lowest = max(0.0, -float(sample.min()))
+    # 2 % of slack: half-precision activations and approximate GELUs dip a little below the exact minimum.
+    covering = [shift for shift in sorted(SHIFTS.values()) if lowest <= 1.02 * shift]
+    if choice == "shifted":
+        return [Grid("shifted", covering[0] if covering else lowest)]
+    if choice == "auto":
+        if lowest == 0:
+            return [UNSIGNED]
+        return [SIGNED, *(Grid("shifted", shift) for shift in covering[:1])]
+    return [Grid("signed" if choice == "signed" else "unsigned")]
+
+
+def _input_boundary(quantizer: InputQuantizer, sample: Tensor, bits: Tensor, grid: Grid) -> Tensor:
+    """Boundary of shape (1,) for one candidate grid."""
+    if quantizer.init == "max":
+        return max_boundary(sample, grid)
+    return noise_optimal_boundary(sample, bits, grid)

@@ -1,0 +1,231 @@
+"""How quantizers attach to a layer that somebody else wrote, and how they come off again.
+
+The weight goes through ``torch.nn.utils.parametrize``; the input goes through a forward pre-hook that calls
+``layer.quantization.input``. The layer keeps its class, its forward and its place in the model.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from nipq.errors import OrderError
+from nipq.nn.integer import channel_dim, fold, integer_forward, needs_float64
+from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+
+#: Layers with a weight and one input; subclasses with a forward of their own included.
+SUPPORTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """What a layer costs, measured by one traced forward; all counts for one sample.
+
+    Attributes:
+        name: full name in the model.
+        kind: class name of the layer, such as ``"Conv2d"``.
+        macs: multiply-accumulates, summed over the calls.
+        weight_count: elements of the weight.
+        activation_count: elements of the input, summed over the calls.
+        output_count: elements of the output, summed over the calls.
+        calls: how often one forward calls the layer.
+        batchnorm: full name of the batch norm that alone reads the output, or None.
+        is_input: whether the layer reads the model's own input.
+    """
+
+    name: str
+    kind: str
+    macs: int
+    weight_count: int
+    activation_count: int
+    output_count: int
+    calls: int
+    batchnorm: str | None
+    is_input: bool
+
+
+class LayerQuantization(nn.Module):
+    """What ``prepare_`` adds to a layer under the name ``quantization``: its facts and its input quantizer.
+
+    Args:
+        spec: facts about the layer.
+        input_quantizer: quantizer of the layer's input, or None when the input stays float.
+    """
+
+    def __init__(self, spec: LayerSpec, input_quantizer: InputQuantizer | None) -> None:
+        super().__init__()
+        self.spec = spec
+        self.input = input_quantizer
+        #: The batch norm folded into the layer while in phase ``int``; in a tuple, so that it is not a submodule.
+        self.folded: tuple[nn.Module, ...] = ()
+
+
+def weight_quantizer(layer: nn.Module) -> WeightQuantizer:
+    """The weight quantizer of a prepared layer."""
+    quantizer = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+    assert isinstance(quantizer, WeightQuantizer)
+    return quantizer
+
+
+def quantization(layer: nn.Module) -> LayerQuantization:
+    """The :class:`LayerQuantization` of a prepared layer."""
+    found = layer.quantization
+    assert isinstance(found, LayerQuantization)
+    return found
+
+
+def is_prepared(layer: nn.Module) -> bool:
+    """Whether :func:`attach` was called on this very layer."""
+    return isinstance(getattr(layer, "quantization", None), LayerQuantization)
+
+
+def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization) -> None:
+    """Quantize the layer's weight and input from now on.
+
+    Args:
+        layer: one of :data:`SUPPORTED`.
+        weight: quantizer of its weight; layers with a tied weight get the same one.
+        record: facts and input quantizer.
+    """
+    # unsafe: the safe form runs a forward, which needs a calibrated boundary and draws random numbers.
+    parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
+    layer.quantization = record
+    layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+    layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
+
+
+def detach(layer: nn.Module) -> None:
+    """Take off what :func:`attach` put on; the float weight is the parameter it was before.
+
+    Args:
+        layer: a prepared layer.
+    """
+    leave_integer_domain(layer)
+    del layer.quantization
+    parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    for key, hook in list(layer._forward_pre_hooks.items()):
+        if hook is _quantize_input:
+            del layer._forward_pre_hooks[key]
+            layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(layer._load_state_dict_pre_hooks.items()):
+        if getattr(hook, "hook", hook) is _accept_float_checkpoint:
+            del layer._load_state_dict_pre_hooks[key]
+
+
+def _quantize_input(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    quantizer = quantization(layer).input
+    if quantizer is None:
+        return args, kwargs
+    if args:
+        return (quantizer(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": quantizer(kwargs["input"])}
+
+
+def _accept_float_checkpoint(
+    layer: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_rest: Any,  # noqa: ANN401  (torch passes five more that are not needed)
+) -> None:
+    """Rename a float checkpoint's ``weight``; quantizers keep their values, for such a file has none."""
+    weight = state_dict.pop(prefix + "weight", None)
+    if weight is None:
+        return
+    state_dict[prefix + "parametrizations.weight.original"] = weight
+    for key, value in layer.state_dict().items():
+        if key.startswith(("parametrizations.weight.0.", "quantization.")):
+            state_dict.setdefault(prefix + key, value)
+
+
+# ---------------------------------------------------------------------- phase "int"
+
+
+def plain_shell(layer: nn.Module) -> nn.Module:
+    """A layer of the same class and settings with an empty weight and no bias, to run its own forward on any weight.
+
+    Args:
+        layer: a prepared or a plain layer.
+
+    Returns:
+        A module for ``torch.func.functional_call(shell, {"weight": ...}, (x,))``.
+    """
+    kind = parametrize.type_before_parametrizations(layer)
+    shell = kind.__new__(kind)
+    nn.Module.__init__(shell)
+    internal = set(shell.__dict__)
+    for key, value in layer.__dict__.items():
+        if key not in internal and key != "forward":
+            shell.__dict__[key] = value
+    shell.register_buffer("weight", torch.empty(0))
+    shell.register_parameter("bias", None)
+    return shell.eval()
+
+
+def enter_integer_domain(layer: nn.Module, batchnorm: nn.Module | None) -> None:
+    """Make the layer compute with whole codes, the batch norm after it folded into one multiply and one add.
+
+    Args:
+        layer: a prepared layer whose input is quantized and whose quantizers are in phase ``int``.
+        batchnorm: the batch norm that alone reads the layer's output, or None; it passes its input on meanwhile.
+    """
+    record = quantization(layer)
+    record.folded = () if batchnorm is None else (batchnorm,)
+    # Bound methods, not closures: a deep copy of the model rebinds them to its own modules.
+    layer.forward = types.MethodType(_integer_domain_forward, layer)  # type: ignore[method-assign]
+    if batchnorm is not None:
+        batchnorm.forward = types.MethodType(_pass_on, batchnorm)  # type: ignore[method-assign]
+
+
+def leave_integer_domain(layer: nn.Module) -> None:
+    """Undo :func:`enter_integer_domain`; no effect otherwise.
+
+    Args:
+        layer: a prepared layer.
+    """
+    layer.__dict__.pop("forward", None)
+    record = quantization(layer)
+    for batchnorm in record.folded:
+        batchnorm.__dict__.pop("forward", None)
+    record.folded = ()
+
+
+def _pass_on(_module: nn.Module, x: Tensor) -> Tensor:
+    return x
+
+
+def _integer_domain_forward(layer: nn.Module, input: Tensor) -> Tensor:  # noqa: A002  (the layer's own keyword)
+    """The layer on whole codes: the pre-hook already turned ``input`` into codes."""
+    record, quantizer = quantization(layer), weight_quantizer(layer)
+    if layer.training:
+        raise OrderError(
+            f'{record.spec.name}: phase "int" is an evaluation phase, but the module is in training mode. '
+            "Call model.eval() first."
+        )
+    assert record.input is not None
+    codes: Tensor = layer.weight  # type: ignore[assignment]
+    low, high = record.input.code_range()
+    shell = plain_shell(layer)
+    scale, offset = fold(
+        record.input.step(), quantizer.step(), layer.bias, record.folded[0] if record.folded else None
+    )
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(shell, {"weight": weight}, (x,))
+        return result
+
+    return integer_forward(run, input, codes, scale, offset, channel_dim(layer), needs_float64(codes, low, high))

@@ -1,0 +1,308 @@
+"""The modules that own quantizer parameters: one boundary and one bit-width for one tensor.
+
+A quantizer holds what the noise proxy and the true quantizer share (paper: the two can be swapped at any moment because
+``alpha`` and ``bits`` are the same numbers) and picks between them by :class:`~nipq.phases.Phase`:
+
+===========  =========================  ==================================
+phase        ``model.train()``          ``model.eval()``
+===========  =========================  ==================================
+``float``    x                          x
+``noise``    the noise proxy            the true quantizer
+``round``    the true quantizer         the true quantizer
+``int``      whole codes                whole codes
+===========  =========================  ==================================
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nipq.config import BitRange
+from nipq.errors import ConfigError, OrderError
+from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits, stochastic_round_bits
+from nipq.functional.boundary import alpha_from_raw, raw_from_alpha
+from nipq.functional.grid import SIGNED, Grid, code_range, step_size, zero_point
+from nipq.functional.noise import empirical_noise, uniform_noise
+from nipq.functional.proxy import noise_proxy
+from nipq.functional.uniform import integer_codes, quantize
+from nipq.phases import Phase
+
+#: Bit-widths that a file can hold; ``BitRange`` refuses others, and so does ``freeze_bits_``.
+FEWEST_BITS, MOST_BITS = 2, 16
+
+
+class TensorQuantizer(nn.Module):
+    """Boundary, bit-width and grid of one tensor, and the map from the tensor to its quantized self.
+
+    ``alpha = softplus(alpha_raw)`` and ``bits = low + (high - low) * sigmoid(bit_raw)``, with ``low`` and ``high`` the
+    ends of ``bit_range``. A fixed or frozen bit-width is an integer buffer ``bits_frozen`` instead of a parameter, so
+    that no optimizer can move it (fault B9 in ``docs/paper_map.md``). The grid and the bit range travel in the state
+    dict as a byte tensor of JSON, hence a state dict is all that has to be saved.
+
+    Args:
+        name: full name of the tensor in the model, for messages, such as ``"layer1.0.conv1.weight"``.
+        bit_range: allowed bit-widths, and where learning starts.
+        channels: number of boundaries; 1 for one per tensor.
+        channel_axis: axis of the tensor along which the boundaries run; ignored when ``channels`` is 1.
+        grid: where the levels lie.
+        noise: what the pseudo-quantization noise is drawn from.
+        stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
+        clip_after_noise: keep the proxy inside the range (not in the paper).
+        boundary_correction: add the T4b term to the boundary's gradient (not in the paper).
+
+    Raises:
+        ConfigError: if ``channels`` is below 1.
+    """
+
+    bit_raw: nn.Parameter
+    bits_frozen: Tensor
+
+    def __init__(
+        self,
+        name: str,
+        bit_range: BitRange,
+        *,
+        channels: int = 1,
+        channel_axis: int = 0,
+        grid: Grid = SIGNED,
+        noise: Literal["uniform", "empirical"] = "uniform",
+        stochastic_bits: bool = True,
+        clip_after_noise: bool = False,
+        boundary_correction: bool = False,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ConfigError(f"{name}: expected at least one boundary, found {channels} channels.")
+        self.name = name
+        self.bit_range = bit_range
+        self.channel_axis = channel_axis
+        self.grid = grid
+        self.noise = noise
+        self.stochastic_bits = stochastic_bits
+        self.clip_after_noise = clip_after_noise
+        self.boundary_correction = boundary_correction
+        self.phase = Phase.NOISE
+        self.calibrated = False
+        self.alpha_raw = nn.Parameter(torch.zeros(channels))
+        if bit_range.fixed is not None:
+            self.register_buffer("bits_frozen", torch.tensor([bit_range.fixed]))
+        else:
+            start = torch.tensor([bit_range.start], dtype=torch.float64)
+            raw = raw_from_bits(start, bit_range.low, bit_range.high)
+            self.bit_raw = nn.Parameter(raw.to(torch.float32))
+
+    # ------------------------------------------------------------------ what is learned, in both spaces
+
+    @property
+    def alpha(self) -> Tensor:
+        """Boundary, units of x, > 0, shape ``(channels,)``."""
+        return alpha_from_raw(self.alpha_raw)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the bit-width is a whole number that no optimizer sees."""
+        return "bits_frozen" in self._buffers
+
+    @property
+    def bits(self) -> Tensor:
+        """Bit-width, unit bit, shape ``(1,)``: continuous while it is learned, whole once frozen."""
+        if self.is_frozen:
+            return self.bits_frozen.to(self.alpha_raw.dtype)
+        return bits_from_raw(self.bit_raw, self.bit_range.low, self.bit_range.high)
+
+    @property
+    def bits_rounded(self) -> int:
+        """The allowed bit-width nearest to :attr:`bits` (reads a value: not for a training step)."""
+        return int(self._whole_bits().item())
+
+    @torch.no_grad()
+    def freeze_bits_(self, bits: int) -> None:
+        """Turn the bit-width into an integer buffer.
+
+        Args:
+            bits: bit-width, 2 to 16.
+
+        Raises:
+            ConfigError: if no file could hold that bit-width.
+        """
+        if not FEWEST_BITS <= bits <= MOST_BITS:
+            raise ConfigError(f"{self.name}: expected a bit-width from {FEWEST_BITS} to {MOST_BITS}, found {bits}.")
+        device = self.alpha_raw.device
+        if not self.is_frozen:
+            del self.bit_raw
+        self.register_buffer("bits_frozen", torch.tensor([int(bits)], device=device))
+
+    @torch.no_grad()
+    def set_alpha_(self, alpha: Tensor) -> None:
+        """Set the boundary, in units of x, and mark the quantizer as calibrated.
+
+        Args:
+            alpha: boundary, finite and > 0, shape ``(channels,)`` or broadcastable to it.
+
+        Raises:
+            ConfigError: if a boundary is not finite and positive.
+        """
+        if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
+            raise ConfigError(f"{self.name}: expected finite boundaries above 0, found {alpha.flatten().tolist()[:4]}.")
+        self.alpha_raw.copy_(raw_from_alpha(alpha.to(self.alpha_raw)).expand_as(self.alpha_raw))
+        self.calibrated = True
+
+    # ------------------------------------------------------------------ the grid at the present bit-width
+
+    def _whole_bits(self) -> Tensor:
+        return self.bits if self.is_frozen else round_bits(self.bits, self.bit_range.choices)
+
+    def _spread(self, per_channel: Tensor, ndim: int) -> Tensor:
+        """Shape ``(channels,)`` to a shape that broadcasts along the channel axis of a tensor of ``ndim`` axes."""
+        if per_channel.numel() == 1:
+            return per_channel
+        shape = [1] * ndim
+        shape[self.channel_axis] = -1
+        return per_channel.reshape(shape)
+
+    def step(self) -> Tensor:
+        """Step of the true quantizer, units of x, shape ``(channels,)``: the number that a file stores."""
+        return step_size(self.alpha, self._whole_bits(), self.grid)
+
+    def zero_point(self) -> Tensor:
+        """Whole code that stands for 0 in the stored (unsigned) counting, shape ``(channels,)``."""
+        return zero_point(self.alpha, self._whole_bits(), self.grid)
+
+    def code_range(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest code relative to the zero point, each of shape ``(channels,)`` or ``(1,)``."""
+        return code_range(self.alpha, self._whole_bits(), self.grid)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Whole codes of ``x`` relative to the zero point, so that the code of 0 is 0; floats, shape of ``x``."""
+        low, high = self.code_range()
+        spread = [self._spread(value, x.ndim) for value in (self.step(), low, high)]
+        return integer_codes(x, *spread)
+
+    # ------------------------------------------------------------------ the forward of each phase
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize ``x`` as the phase says.
+
+        Half-precision inputs are computed in float32 and returned in their own type, so that steps are not rounded.
+
+        Args:
+            x: the tensor, any shape whose channel axis matches.
+
+        Returns:
+            A tensor of the shape and type of ``x``; in phase ``int`` whole codes instead of values.
+
+        Raises:
+            OrderError: if the boundary was never set.
+        """
+        if self.phase is Phase.FLOAT:
+            return x
+        if not self.calibrated:
+            raise OrderError(
+                f"{self.name}: expected a calibrated boundary, found none. "
+                "Call nipq.calibrate_(model, loader) after nipq.prepare_ and before training or evaluating."
+            )
+        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        if self.phase is Phase.INT:
+            return self.codes(wide)
+        alpha = self._spread(self.alpha, x.ndim)
+        if self.phase is Phase.NOISE and self.training:
+            return self._noise_proxy(wide, alpha).to(x.dtype)
+        return quantize(wide, alpha, self._whole_bits(), self.grid).to(x.dtype)
+
+    def _noise_proxy(self, x: Tensor, alpha: Tensor) -> Tensor:
+        if self.is_frozen:
+            bits = self.bits
+        elif self.stochastic_bits:
+            bits = stochastic_round_bits(self.bits, self.bit_range.choices)
+        else:
+            bits = self._whole_bits()
+        if self.noise == "uniform":
+            noise = uniform_noise(x)
+        else:
+            noise = empirical_noise(x.detach(), alpha.detach(), bits.detach(), self.grid)
+        return noise_proxy(
+            x,
+            alpha,
+            bits,
+            noise,
+            self.grid,
+            clip_after_noise=self.clip_after_noise,
+            correct_boundary=self.boundary_correction,
+        )
+
+    # ------------------------------------------------------------------ saving
+
+    def get_extra_state(self) -> Tensor:
+        """Grid, bit range and calibration mark as JSON bytes, so that a state dict holds tensors only."""
+        settings = {
+            "grid": self.grid.kind,
+            "shift": self.grid.shift,
+            "choices": list(self.bit_range.choices),
+            "calibrated": self.calibrated,
+        }
+        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Take over what :meth:`get_extra_state` wrote."""
+        settings: dict[str, Any] = json.loads(bytes(state.tolist()).decode())
+        self.grid = Grid(settings["grid"], float(settings["shift"]))
+        choices = tuple(int(choice) for choice in settings["choices"])
+        if choices != self.bit_range.choices:
+            # The meaning of bit_raw depends on the range it was trained with.
+            self.bit_range = BitRange(min=choices[0], max=choices[-1], allowed=choices)
+        self.calibrated = bool(settings["calibrated"])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
+        frozen = state_dict.get(prefix + "bits_frozen")
+        if frozen is not None and not self.is_frozen:
+            self.freeze_bits_(int(frozen))
+        elif self.is_frozen and prefix + "bit_raw" in state_dict and self.bit_range.fixed is None:
+            raise OrderError(
+                f"{self.name}: the state dict holds a bit-width that is still learned, but this one is frozen. "
+                "Load it into a freshly prepared model."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Bit-width, boundary and grid at a glance."""
+        low, high = self.bit_range.choices[0], self.bit_range.choices[-1]
+        bits = f"{self.bits_rounded}" if self.is_frozen else f"{float(self.bits.detach()):.2f} in {low}..{high}"
+        alpha = f"{float(self.alpha.detach().mean()):.4g}" if self.calibrated else "not calibrated"
+        return f"bits={bits}, alpha={alpha}, grid={self.grid.kind}, phase={self.phase}"
+
+
+class WeightQuantizer(TensorQuantizer):
+    """The quantizer of a weight, registered as its parametrization: ``layer.weight`` is the quantized tensor."""
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """Store an assigned weight as it is (``layer.weight = w`` replaces the float weight)."""
+        return weight
+
+
+class InputQuantizer(TensorQuantizer):
+    """The quantizer of a layer's input, called from a forward pre-hook; one boundary per tensor.
+
+    Args:
+        name: full name, such as ``"layer1.0.conv1.input"``.
+        bit_range: allowed bit-widths, and where learning starts.
+        grid_choice: ``"auto"`` lets calibration choose the grid.
+        init: how calibration sets the first boundary.
+        **settings: as for :class:`TensorQuantizer`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        bit_range: BitRange,
+        *,
+        grid_choice: Literal["auto", "signed", "unsigned", "shifted"] = "auto",
+        init: Literal["mse", "max", "release"] = "mse",
+        **settings: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(name, bit_range, **settings)
+        self.grid_choice = grid_choice
+        self.init = init
