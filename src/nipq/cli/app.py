@@ -1,0 +1,114 @@
+"""The commands. Each imports what it needs when it runs, so that ``--help`` stays quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nipq.cli.output import FAILURE, JsonFlag, reporting
+
+app = typer.Typer(
+    name="nipq",
+    help="Mixed-precision quantization by noise: learn bit-widths, keep a budget, prove the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point of the ``nipq`` command."""
+    app()
+
+
+@app.command()
+def doctor(as_json: JsonFlag = False) -> None:
+    """Show versions, the device and which optional parts are installed."""
+    from nipq.cli.doctor import examine, show_examination
+
+    with reporting(as_json):
+        if not show_examination(examine(), as_json=as_json):
+            raise typer.Exit(FAILURE)
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder; a temporary one if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the whole run.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the whole promise on digits, offline: train, search 4.0/4.0 bits, fine-tune, pack, verify."""
+    from nipq.cli.demo import run_demo
+
+    with reporting(as_json):
+        if not run_demo(folder, seed=seed, quiet=quiet or as_json, as_json=as_json):
+            raise typer.Exit(FAILURE)
+
+
+@app.command()
+def inspect(
+    factory: Annotated[str, typer.Argument(help="torchvision name, or package.module:callable.")],
+    input_shape: Annotated[str, typer.Option(help="Shape of the input, batch first.")] = "1,3,224,224",
+    arguments: Annotated[str, typer.Option("--kwargs", help="Arguments of the factory, as YAML or JSON.")] = "{}",
+    as_json: JsonFlag = False,
+) -> None:
+    """List a model's layers, what stays float and why, and the budgets within reach."""
+    from nipq.cli.inspection import show_inspection
+
+    with reporting(as_json):
+        show_inspection(factory, input_shape, arguments, as_json=as_json)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML config; see configs/.")],
+    folder: Annotated[Path, typer.Option("--run", help="Run folder; new, or with --resume an old one.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
+    data: Annotated[str | None, typer.Option("--data", help="Folder of the data (overrides data.path).")] = None,
+    assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value; overrides a field.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train, search bits under a budget, freeze, fine-tune, pack and verify."""
+    from nipq.cli.train import run_train
+
+    with reporting(as_json):
+        ok = run_train(
+            config,
+            folder,
+            resume=resume,
+            data=data,
+            assignments=assignments or [],
+            quiet=quiet or as_json,
+            as_json=as_json,
+        )
+        if not ok:
+            raise typer.Exit(FAILURE)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Show a run: how far it is, its accuracies, its layers."""
+    from nipq.cli.show import show_run
+
+    with reporting(as_json):
+        show_run(folder, as_json=as_json)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare a run's packed model with its trained model again, layer by layer in integer codes."""
+    from nipq.cli.verify import verify_folder
+
+    with reporting(as_json):
+        if not verify_folder(folder, as_json=as_json):
+            raise typer.Exit(FAILURE)

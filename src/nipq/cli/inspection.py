@@ -1,0 +1,67 @@
+"""``nipq inspect``: a model before anything is done to it."""
+
+from __future__ import annotations
+
+import torch
+import typer
+
+from nipq.cli.output import answer
+from nipq.errors import ConfigError
+from nipq.inspection import inspect
+from nipq.train.config import ModelConfig
+from nipq.train.config_file import parse_overrides
+from nipq.train.factory import build_model
+
+
+def show_inspection(factory: str, input_shape: str, arguments: str, *, as_json: bool) -> None:
+    """Build a model with random weights and print what :func:`nipq.inspection.inspect` finds.
+
+    Args:
+        factory: torchvision name, or ``package.module:callable``.
+        input_shape: Whole numbers with commas, batch first.
+        arguments: Arguments of the factory, as YAML or JSON.
+        as_json: Print JSON.
+
+    Raises:
+        ConfigError: If the model is unknown, or shape or arguments cannot be read or do not fit.
+    """
+    shape = parse_shape(input_shape)
+    kwargs = parse_overrides([f"kwargs={arguments}"])["kwargs"] or {}
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"expected --kwargs to be a mapping such as '{{num_classes: 10}}', found {arguments!r}")
+    model = build_model(ModelConfig(factory=factory, kwargs=kwargs)).eval()
+    example = torch.zeros(shape)
+    try:
+        with torch.no_grad():
+            model(example)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"model {factory!r} cannot take an input of shape {shape}: {error}; correct --input-shape"
+        ) from error
+    found = inspect(model, example)
+    if as_json:
+        answer(found.to_dict())
+    else:
+        typer.echo(str(found))
+
+
+def parse_shape(text: str) -> tuple[int, ...]:
+    """Read a shape.
+
+    Args:
+        text: Whole numbers with commas.
+
+    Returns:
+        The shape.
+
+    Raises:
+        ConfigError: If a part is not a whole number above zero.
+
+    Example:
+        >>> parse_shape("1,3,224,224")
+        (1, 3, 224, 224)
+    """
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ConfigError(f"expected a shape such as 1,3,224,224, found {text!r}; give whole numbers, batch first")
+    return tuple(int(part) for part in parts)

@@ -1,0 +1,43 @@
+"""The results of a run as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+NAMES = {
+    "float": "float",
+    "frozen": "bits frozen",
+    "bn": "batch-norm re-estimated",
+    "finetuned": "fine-tuned",
+}
+
+
+def results_table(results: Mapping[str, Any], title: str) -> Table:
+    """Accuracies, bits, bytes and the outcome of verify.
+
+    Args:
+        results: As in ``results.json``.
+        title: Of the table.
+
+    Returns:
+        A table for a rich console.
+    """
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, scores in results["states"].items():
+        held_out = f" (validation {scores['validation']['accuracy']:.2f} %)" if "validation" in scores else ""
+        table.add_row(f"test accuracy, {NAMES.get(name, name)}", f"{scores['test']['accuracy']:.2f} %{held_out}")
+    table.add_row("average bits, weights / activations", _pair(results["average_bits"]))
+    for limit in results["limits"]:
+        table.add_row(f"limit: {limit['name']}", f"{limit['rounded']:,.6g} of {limit['target']:,.6g} {limit['unit']}")
+    packed, full = results["bytes"]["file"], results["bytes"]["float32"]
+    table.add_row("bytes on disk", f"{packed:,} (float32: {full:,}, {full / packed:.1f} times more)")
+    table.add_row("deployed equals trained", "yes, every rung" if results["verified"] else "NO, see verify.json")
+    table.add_row("training time", f"{results['seconds']:.1f} s, {results['steps']:,} steps")
+    return table
+
+
+def _pair(bits: Mapping[str, float | None]) -> str:
+    return " / ".join("float" if bits[key] is None else f"{bits[key]:.4f}" for key in ("weights", "activations"))

@@ -1,0 +1,84 @@
+"""Stop at the first number that is not finite, and name the layer it came from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.errors import NonFiniteError
+from nipq.nn.quantizer import TensorQuantizer
+
+ADVICE = "lower optimizer.lr or boundary_lr, check the input data, then continue from the last checkpoint with --resume"
+
+
+def non_finite_state(model: nn.Module) -> str | None:
+    """The first boundary, parameter or buffer that is not finite, in words; ``None`` when all are finite."""
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and not bool(module.alpha.isfinite().all()):
+            return f"the boundary of {module.name or name}"
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            return name
+    return None
+
+
+def check_state(model: nn.Module, when: str) -> None:
+    """Refuse a model that holds a number that is not finite.
+
+    Args:
+        model: The model.
+        when: Where in the run, for the message.
+
+    Raises:
+        NonFiniteError: Naming the first boundary or tensor that is not finite.
+    """
+    found = non_finite_state(model)
+    if found is not None:
+        raise NonFiniteError(f"expected finite numbers {when}, found NaN or infinity in {found}; {ADVICE}")
+
+
+def non_finite_loss(model: nn.Module, images: Tensor, when: str) -> NonFiniteError:
+    """The error for a loss that is not finite, with its origin.
+
+    Looks at the boundaries and parameters first, then runs the images once more and takes the first module whose
+    output is not finite while its inputs are.
+
+    Args:
+        model: The model that gave the loss, in training mode.
+        images: The images it gave it for.
+        when: Where in the run, for the message.
+
+    Returns:
+        The error to raise.
+    """
+    found = non_finite_state(model)
+    origin = f"in {found}" if found is not None else _first_output(model, images)
+    return NonFiniteError(f"expected a finite loss {when}, found NaN or infinity {origin}; {ADVICE}")
+
+
+def _first_output(model: nn.Module, images: Tensor) -> str:
+    if not bool(images.isfinite().all()):
+        return "already in the input images"
+    names: list[str] = []
+
+    def watch(name: str) -> Any:  # noqa: ANN401 - a hook
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:  # noqa: ANN401
+            if isinstance(output, Tensor) and not bool(output.isfinite().all()):
+                names.append(name)
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(watch(module.name if isinstance(module, TensorQuantizer) else name))
+        for name, module in model.named_modules()
+        if name
+    ]
+    try:
+        with torch.no_grad():
+            model(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"first in the output of {names[0]}" if names else "in the loss itself (labels, teacher or budget penalty)"

@@ -1,0 +1,83 @@
+"""The optimizers of a stage: one for the model, and perhaps one for boundaries and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from nipq.optim import param_groups
+
+if TYPE_CHECKING:
+    from nipq.train.config import OptimizerConfig
+
+QUANTIZER_GROUPS = ("boundaries", "bits")
+
+
+class Optimizers:
+    """The optimizers of a stage, stepped and saved together.
+
+    Args:
+        model: The model as it is in this stage (float, prepared, or frozen).
+        config: The ``optimizer`` section.
+        lr: Peak learning rate of this stage, or ``None`` for the section's.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimizerConfig, lr: float | None = None) -> None:
+        """Group the parameters; every group remembers its peak learning rate."""
+        peak = config.lr if lr is None else lr
+        groups = param_groups(
+            model, lr=peak, weight_decay=config.weight_decay, boundary_lr=config.boundary_lr, bits_lr=config.bits_lr
+        )
+        for group in groups:
+            group["peak"] = group["lr"]
+        apart = [] if config.quantizer_optimizer == "same" else [g for g in groups if g["name"] in QUANTIZER_GROUPS]
+        together = [group for group in groups if group not in apart]
+        self.all: list[Optimizer] = [_build(config, together)]
+        if apart:
+            self.all.append(torch.optim.Adam(apart))
+
+    def scale(self, factor: float) -> None:
+        """Set every learning rate to its peak times a factor."""
+        for group in self._groups():
+            group["lr"] = group["peak"] * factor
+
+    def step(self) -> None:
+        """Apply the gradients and clear them."""
+        for optimizer in self.all:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def adopt(self, previous: Optimizers) -> None:
+        """Carry momentum over from the optimizers of the stage before, for parameters that still exist."""
+        memory = {parameter: state for optimizer in previous.all for parameter, state in optimizer.state.items()}
+        for optimizer in self.all:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if parameter in memory:
+                        optimizer.state[parameter] = memory[parameter]
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """States of all optimizers."""
+        return [optimizer.state_dict() for optimizer in self.all]
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Take over states of the same optimizers."""
+        for optimizer, state in zip(self.all, states, strict=True):
+            optimizer.load_state_dict(state)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.all for group in optimizer.param_groups]
+
+
+def _build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0
+        )
+    if config.name == "adam":
+        return torch.optim.Adam(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr)

@@ -1,0 +1,135 @@
+"""``run``: from a config to a folder with a proven mixed-precision model."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nipq.budget import costs
+from nipq.summary import summary
+from nipq.train.checkpoint import Checkpoint
+from nipq.train.finish import finish
+from nipq.train.reporter import Reporter
+from nipq.train.run_folder import RunFolder
+from nipq.train.trainer import Trainer
+
+if TYPE_CHECKING:
+    from nipq.train.config import TrainConfig
+
+TITLES = {"float": "float", "search": "search", "finetune": "fine-tune"}
+BITS_EVERY = 10
+"""Steps between two looks at the bits for the progress bar; each look reads every quantizer."""
+
+
+def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
+    """Train, search, freeze, fine-tune, convert, save and verify, as the config says.
+
+    Killed at any moment and called again with ``resume``, it ends with the same numbers.
+
+    Args:
+        config: What to do; see :class:`~nipq.train.config.TrainConfig`.
+        folder: Where everything is written; new or empty unless ``resume``.
+        resume: Continue the run in ``folder``; a finished run gives its results again, an empty folder starts afresh.
+        quiet: Show nothing on the terminal.
+
+    Returns:
+        The results, as in ``results.json``: accuracies of each named state (``float``, ``frozen``, ``bn``,
+        ``finetuned``), bits, bytes, budget and the outcome of ``verify``.
+
+    Raises:
+        ConfigError: If the folder holds another run, or config, data and model do not fit each other.
+        BudgetError: If the budget is out of reach.
+        NonFiniteError: If a loss or boundary stops being finite; the last checkpoint stays.
+        FileFormatError: If a checkpoint cannot be read.
+    """
+    place = RunFolder(folder)
+    checkpoint = None
+    if resume and place.holds_run():
+        place.check_same(config)
+        if place.results.is_file():
+            results: dict[str, Any] = json.loads(place.results.read_text(encoding="utf-8"))
+            return results
+        if place.checkpoint.is_file():
+            checkpoint = Checkpoint.load(place.checkpoint)
+        place.truncate_rows(0 if checkpoint is None else checkpoint.progress.rows)
+        trainer = Trainer(config, checkpoint)
+    else:
+        place.check_free()
+        trainer = Trainer(config)
+        place.start(config)
+    with Reporter(place.tensorboard, trainer.progress.steps_total, quiet=quiet) as reporter:
+        while trainer.progress.stage != "done":
+            while trainer.progress.epoch < trainer.epochs:
+                _epoch(trainer, place, reporter)
+            reporter.say(f"{TITLES[trainer.progress.stage]} stage complete")
+            trainer.advance()
+            trainer.checkpoint().save(place.checkpoint)
+        return finish(trainer, place, reporter)
+
+
+def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
+    """One training epoch, or the rest of one, then its row and its checkpoint."""
+    progress, started = trainer.progress, time.perf_counter()
+    total, schedule, every = len(trainer.data.train), trainer.schedule(), trainer.config.checkpoint_every
+    reporter.begin_epoch(f"{TITLES[progress.stage]} {progress.epoch + 1}/{trainer.epochs}", total, progress.step)
+    bits: dict[str, float | None] = {}
+    for images, labels in trainer.batches():
+        trainer.step(images, labels, schedule)
+        if trainer.search is not None and progress.step % BITS_EVERY == 1:
+            bits = bits_now(trainer)
+        reporter.step({"loss": _mean(progress.sums, 0), "accuracy": _mean(progress.sums, 1), **bits})
+        if every and progress.step % every == 0 and progress.step < total:
+            progress.seconds, started = progress.seconds + time.perf_counter() - started, time.perf_counter()
+            trainer.checkpoint().save(place.checkpoint)
+    row: dict[str, Any] = {
+        "stage": progress.stage,
+        "epoch": progress.epoch + 1,
+        "step": progress.steps_total,
+        "lr": trainer.config.optimizer.lr * schedule.factor(progress.epoch, (total - 1) / total),
+        "train_loss": _mean(progress.sums, 0),
+        "train_accuracy": _mean(progress.sums, 1),
+    }
+    scores = trainer.validate()
+    if scores is not None:
+        row |= {"val_loss": scores["loss"], "val_accuracy": scores["accuracy"]}
+    if progress.stage != "float":
+        row |= bits_now(trainer) | per_layer_bits(trainer)
+    progress.seconds += time.perf_counter() - started
+    row["seconds"] = progress.seconds
+    progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, [0.0, 0.0, 0.0]
+    progress.rows += 1
+    checkpoint = trainer.checkpoint()  # refuses a model that is not finite before anything is written
+    place.append_row(row)
+    checkpoint.save(place.checkpoint)
+    scalars = {f"{progress.stage}/{key}": value for key, value in row.items() if isinstance(value, float)}
+    reporter.scalars(scalars, progress.steps_total)
+    reporter.say(_line(row, trainer.epochs))
+
+
+def bits_now(trainer: Trainer) -> dict[str, float | None]:
+    """Average bits of weights and activations as evaluation uses them, and the distance to the budget."""
+    table = summary(trainer.model)
+    now: dict[str, float | None] = {"weight_bits": table.weight_bits, "activation_bits": table.activation_bits}
+    if trainer.search is not None:
+        now["distance"] = float(trainer.search.distance())
+    return now
+
+
+def per_layer_bits(trainer: Trainer) -> dict[str, Any]:
+    """Learned (soft) bits of each layer as ``[weight, activation]``, and each limit with its present value."""
+    layers = {row.name: [row.weight_bits_soft, row.activation_bits_soft] for row in summary(trainer.model).layers}
+    limits = [] if trainer.budget is None else [value.to_dict() for value in costs(trainer.model, trainer.budget)]
+    return {"layer_bits": layers, "limits": limits}
+
+
+def _mean(sums: list[float], which: int) -> float:
+    return (100.0 if which == 1 else 1.0) * sums[which] / sums[2]
+
+
+def _line(row: dict[str, Any], epochs: int) -> str:
+    shown = ("train_loss", "train_accuracy", "val_accuracy", "weight_bits", "activation_bits", "distance")
+    numbers = {key: row[key] for key in shown if row.get(key) is not None}
+    text = "  ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
+    return f"{TITLES[row['stage']]} {row['epoch']}/{epochs}  {text}"

@@ -1,0 +1,77 @@
+"""What can be known to be wrong before the first training step."""
+
+from __future__ import annotations
+
+import copy
+from functools import reduce
+from operator import and_
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
+from nipq.errors import ConfigError
+from nipq.prepare import prepare_
+
+if TYPE_CHECKING:
+    from nipq.train.config import BudgetConfig, TrainConfig
+
+
+def make_budget(config: BudgetConfig) -> Budget:
+    """The budget that a config names: all of its limits joined.
+
+    Args:
+        config: The ``budget`` section.
+
+    Returns:
+        The budget.
+
+    Raises:
+        ConfigError: If a size or a number of operations cannot be read.
+    """
+    parts: list[Budget] = []
+    average = config.average_bits
+    if average is not None:
+        parts.append(AverageBits(weights=average.weights, activations=average.activations, mode=config.mode))
+    if config.model_size is not None:
+        parts.append(ModelSize(config.model_size, mode=config.mode))
+    if config.bit_ops is not None:
+        parts.append(BitOps(config.bit_ops, mode=config.mode))
+    return reduce(and_, parts)
+
+
+def preflight(model: nn.Module, example: Tensor, config: TrainConfig, budget: Budget | None, classes: int) -> None:
+    """Run the model once, prepare a copy of it, and look whether the budget can be met.
+
+    Args:
+        model: The float model on the CPU.
+        example: One image, [1, C, H, W].
+        config: The run's config.
+        budget: The budget, or ``None``.
+        classes: Classes in the data.
+
+    Raises:
+        ConfigError: If the model does not take the images or gives too few answers.
+        BudgetError: If the budget is out of reach, naming the range.
+        NotQuantizableError: If the model cannot be prepared.
+    """
+    trial = copy.deepcopy(model).eval()
+    name, shape = config.model.factory, tuple(example.shape)
+    try:
+        with torch.no_grad():
+            logits = trial(example)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"model {name!r} cannot take images of shape {shape}: {error}; "
+            "correct model.factory, model.kwargs or data.image_size"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise ConfigError(
+            f"expected model {name!r} to answer with (1, {classes}) logits for {classes} classes, found {found}; "
+            "correct model.kwargs"
+        )
+    prepare_(trial, example, config.quantization)
+    if budget is not None:
+        check_feasible(trial, budget)

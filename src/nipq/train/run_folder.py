@@ -1,0 +1,182 @@
+"""The folder that a run writes into: what is in it, and that nothing in it is lost."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nipq.errors import ConfigError, FileFormatError
+from nipq.train.config import TrainConfig
+from nipq.train.config_file import dump_config, load_config
+
+PACKAGES = ("nipq", "torch", "torchvision", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn")
+FREE_FIELDS = (("data", "path"), ("data", "workers"), ("device",), ("checkpoint_every",))
+"""What may differ between a run and its continuation."""
+
+
+class RunFolder:
+    """Paths and files of one run.
+
+    Args:
+        path: The folder.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the files; nothing is created."""
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.environment = self.path / "environment.json"
+        self.metrics = self.path / "metrics.jsonl"
+        self.checkpoint = self.path / "checkpoint.pt"
+        self.trained = self.path / "trained.pt"
+        self.layers_csv = self.path / "layers.csv"
+        self.layers_json = self.path / "layers.json"
+        self.model = self.path / "model.nipq.safetensors"
+        self.verify = self.path / "verify.json"
+        self.results = self.path / "results.json"
+        self.plots = self.path / "plots"
+        self.tensorboard = self.path / "tensorboard"
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds anything.
+
+        Raises:
+            ConfigError: If it does.
+        """
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            what = "already holds a run" if self.holds_run() else "is not empty"
+            raise ConfigError(
+                f"expected a new run folder, found that {self.path} {what}; "
+                "continue the run with --resume, or name another folder"
+            )
+
+    def start(self, config: TrainConfig) -> None:
+        """Claim an empty folder for a new run.
+
+        Args:
+            config: Written to ``config.yaml``.
+
+        Raises:
+            ConfigError: If the folder holds anything.
+        """
+        self.check_free()
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.environment, json.dumps(environment(), indent=2) + "\n")
+        write_text(self.config, dump_config(config))
+
+    def holds_run(self) -> bool:
+        """Whether a run was started here."""
+        return self.config.is_file()
+
+    def read_config(self) -> TrainConfig:
+        """The config of the run.
+
+        Raises:
+            ConfigError: If no run was started here.
+        """
+        if not self.holds_run():
+            raise ConfigError(
+                f"expected a run folder, found no config.yaml in {self.path}; name a folder made by nipq train"
+            )
+        return load_config(self.config)
+
+    def check_same(self, config: TrainConfig) -> None:
+        """Refuse to continue a run under another config.
+
+        Args:
+            config: The config given for the continuation.
+
+        Raises:
+            ConfigError: Naming the fields that differ; where the data lie, workers, device and the checkpoint interval
+                may.
+        """
+        old, new = (_flat(c.model_dump(mode="json")) for c in (self.read_config(), config))
+        changed = [
+            ".".join(k) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_FIELDS
+        ]
+        if changed:
+            raise ConfigError(
+                f"the run in {self.path} was started with other settings: {', '.join(changed)} differ; "
+                "resume with the same config, or start a new folder"
+            )
+
+    def append_row(self, row: Mapping[str, Any]) -> None:
+        """Add one line to the metrics file and flush it to the disk."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The lines of the metrics file; a last line cut short by a kill is left out."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def truncate_rows(self, count: int) -> None:
+        """Keep the rows that belong to the checkpoint, dropping those written after it.
+
+        Raises:
+            FileFormatError: If the file has fewer rows than the checkpoint counts.
+        """
+        rows = self.rows()
+        if len(rows) < count:
+            raise FileFormatError(
+                f"expected {count} rows in {self.metrics} for this checkpoint, found {len(rows)}; restore the file"
+            )
+        write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows[:count]))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of equal keys as CSV, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers of a run depend on besides its config: versions and machine."""
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu_threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "packages": {name: found for name in PACKAGES if (found := installed_version(name)) is not None},
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, or ``None``."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, (*prefix, key)))
+        else:
+            flat[(*prefix, key)] = value
+    return flat

@@ -1,0 +1,277 @@
+"""One run in memory: its model, its data, and the steps from a float model to a frozen one.
+
+The stages are ``float``, ``search`` (noise proxy, bits learned), ``finetune`` (true quantizer, bits frozen) and
+``done``. :meth:`Trainer.advance` closes one and opens the next. All randomness follows from the config's seed and the
+place in the run, so a run that continues from a checkpoint draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.averaging import WeightAverage
+from nipq.batchnorm import reestimate_bn_
+from nipq.calibrate import calibrate_
+from nipq.control import set_phase_
+from nipq.errors import ConfigError
+from nipq.phases import Phase
+from nipq.prepare import prepare_
+from nipq.search import Search
+from nipq.snap import freeze_bits_
+from nipq.train.batches import Few, Split
+from nipq.train.checkpoint import Checkpoint, Progress
+from nipq.train.data import load_data
+from nipq.train.evaluate import evaluate
+from nipq.train.factory import build_model
+from nipq.train.guard import check_state, non_finite_loss
+from nipq.train.objective import Objective
+from nipq.train.optimizers import Optimizers
+from nipq.train.preflight import make_budget, preflight
+from nipq.train.schedule import Schedule, schedule_of
+from nipq.train.seeds import seed_of
+
+if TYPE_CHECKING:
+    from nipq.train.config import TrainConfig
+
+NEXT = {"float": "search", "search": "finetune", "finetune": "done"}
+
+
+class Trainer:
+    """The state of a run and what moves it on.
+
+    Args:
+        config: The run's config.
+        checkpoint: Where to continue, or ``None`` to start.
+    """
+
+    def __init__(self, config: TrainConfig, checkpoint: Checkpoint | None = None) -> None:
+        """Load data and model, and check that they fit each other and the budget."""
+        self.config = config
+        self.device = pick_device(config.device)
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+        self.data = load_data(config.data, config.seed)
+        self.budget = None if config.budget is None else make_budget(config.budget)
+        self.example = next(iter(self.data.test))[0][:1]
+        self._seed("model")
+        self.model = build_model(config.model, with_weights=checkpoint is None)
+        if checkpoint is None:
+            preflight(self.model, self.example, config, self.budget, self.data.classes)
+        self.model.to(self.device)
+        if config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.objective = self._objective()
+        self.progress = Progress() if checkpoint is None else checkpoint.progress
+        self.optimizers: Optimizers | None = None
+        self.search: Search | None = None
+        self.average: WeightAverage | None = None
+        if checkpoint is not None:
+            self._load_model(checkpoint.model)
+        self._enter()
+        if checkpoint is not None:
+            self._load_stage(checkpoint)
+
+    # ------------------------------------------------------------------ training
+
+    @property
+    def epochs(self) -> int:
+        """Epochs of the present stage."""
+        return 0 if self.progress.stage == "done" else self._stage().epochs
+
+    def step(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
+        """One training step; the sums of :class:`Progress` grow by its loss and hits.
+
+        Args:
+            images: [N, C, H, W].
+            labels: [N].
+            schedule: Of the present stage.
+
+        Raises:
+            NonFiniteError: If the loss is not finite, naming the layer.
+        """
+        assert self.optimizers is not None
+        progress = self.progress
+        self._seed(progress.stage, progress.epoch, progress.step)
+        self.optimizers.scale(schedule.factor(progress.epoch, progress.step / len(self.data.train)))
+        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        images = images.to(self.device, memory_format=memory_format, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"):
+            logits = self.model(images)
+            loss = self.objective(logits, images, labels)
+        total = loss if self.search is None else loss + self.search.penalty()
+        if not bool(total.isfinite()):
+            raise non_finite_loss(self.model, images, self._place())
+        total.backward()
+        self.optimizers.step()
+        if self.search is not None:
+            self.search.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        hits = int((logits.detach().argmax(-1) == labels).sum())
+        added = (float(loss) * len(labels), hits, len(labels))
+        progress.sums = [a + b for a, b in zip(progress.sums, added, strict=True)]
+        progress.step += 1
+        progress.steps_total += 1
+
+    def validate(self) -> dict[str, float] | None:
+        """Score the model, or its weight average, on the held-out images."""
+        if self.data.validation is None:
+            return None
+        if self.average is None:
+            return evaluate(self.model, self.data.validation)
+        with self.average.swapped(self.model):
+            return evaluate(self.model, self.data.validation)
+
+    def batches(self) -> Any:  # noqa: ANN401 - an iterator of batches
+        """The rest of the present epoch's training batches."""
+        progress = self.progress
+        key = seed_of(self.config.seed, "data", progress.stage, progress.epoch)
+        return self.data.train.epoch(key, progress.step)
+
+    # ------------------------------------------------------------------ from stage to stage
+
+    def advance(self) -> None:
+        """Close the present stage, score what it left, and open the next."""
+        leave = {"float": self._leave_float, "search": self._leave_search, "finetune": self._leave_finetune}
+        leave[self.progress.stage]()
+        self.progress.stage = NEXT[self.progress.stage]
+        self.progress.epoch = self.progress.step = 0
+        self._enter()
+
+    def _leave_float(self) -> None:
+        self._settle()
+        self._record("float")
+        self._prepare()
+        count, key = self.config.calibration_batches, seed_of(self.config.seed, "calibration")
+        calibrate_(self.model, Few(self.data.train, count, key), count)
+
+    def _leave_search(self) -> None:
+        self._settle()
+        freeze_bits_(self.model, self.budget)
+        set_phase_(self.model, Phase.ROUND)
+        self._record("frozen")
+        if self._reestimate():
+            self._record("bn")
+
+    def _leave_finetune(self) -> None:
+        if self.config.stages.finetune.epochs:
+            self._settle()
+            self._reestimate()
+            self._record("finetuned")
+
+    def _enter(self) -> None:
+        """Build what the present stage trains with."""
+        previous, stage = self.optimizers, self.progress.stage
+        self.optimizers = self.search = self.average = None
+        if stage in ("search", "finetune", "done"):
+            set_phase_(self.model, Phase.NOISE if stage == "search" else Phase.ROUND)
+        if not self.epochs:
+            return
+        self.model.train()
+        self.optimizers = Optimizers(self.model, self.config.optimizer, self._stage().lr)
+        if stage == "finetune" and previous is not None and self.config.optimizer.schedule == "spanning":
+            self.optimizers.adopt(previous)
+        if stage == "search" and self.budget is not None:
+            steps = self.epochs * len(self.data.train)
+            self.search = Search(self.model, self.budget, total_steps=steps, penalty=self.config.penalty)
+        if self.config.ema_decay is not None:
+            self.average = WeightAverage(self.model, self.config.ema_decay)
+
+    def _settle(self) -> None:
+        """The weight average, where there is one, becomes the model."""
+        if self.average is not None:
+            self.average.copy_to_(self.model)
+
+    def _reestimate(self) -> bool:
+        count = self.config.batchnorm_batches
+        if count and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
+            self._seed("batchnorm", self.progress.stage)
+            key = seed_of(self.config.seed, "batchnorm", self.progress.stage)
+            reestimate_bn_(self.model, Few(self.data.train, count, key), count)
+            return True
+        return False
+
+    def _record(self, name: str) -> None:
+        """Score a finished state on held-out and test images. The only place that reads the test labels."""
+        check_state(self.model, f"in the {name} model")
+        started = time.perf_counter()
+        splits: dict[str, Split | None] = {"validation": self.data.validation, "test": self.data.test}
+        scores = {key: evaluate(self.model, split) for key, split in splits.items() if split is not None}
+        self.progress.states[name] = scores
+        self.progress.seconds += time.perf_counter() - started
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def checkpoint(self) -> Checkpoint:
+        """All of the run at this moment.
+
+        Raises:
+            NonFiniteError: If the model holds a number that is not finite; such a state must not replace a good one.
+        """
+        check_state(self.model, self._place())
+        return Checkpoint(
+            self.progress,
+            self.model.state_dict(),
+            optimizers=None if self.optimizers is None else self.optimizers.state_dict(),
+            search=None if self.search is None else self.search.state_dict(),
+            average=None if self.average is None else self.average.state_dict(),
+        )
+
+    def _load_model(self, state: dict[str, Tensor]) -> None:
+        if self.progress.stage != "float":
+            self._prepare()
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"the checkpoint does not fit the model of this config: {error}; use the run's own"
+            ) from error
+
+    def _load_stage(self, checkpoint: Checkpoint) -> None:
+        if self.optimizers is not None and checkpoint.optimizers is not None:
+            self.optimizers.load_state_dict(checkpoint.optimizers)
+        if self.search is not None and checkpoint.search is not None:
+            self.search.load_state_dict(checkpoint.search)
+        if self.average is not None and checkpoint.average is not None:
+            self.average.load_state_dict(checkpoint.average)
+
+    # ------------------------------------------------------------------ small parts
+
+    def _prepare(self) -> None:
+        prepare_(self.model, self.example.to(self.device), self.config.quantization)
+
+    def _objective(self) -> Objective:
+        teacher = self.config.teacher
+        if teacher is None:
+            return Objective(self.config.label_smoothing)
+        network: nn.Module = build_model(teacher).to(self.device).eval().requires_grad_(False)
+        return Objective(self.config.label_smoothing, network, teacher.weight, teacher.temperature)
+
+    def _stage(self) -> Any:  # noqa: ANN401 - a StageConfig
+        return getattr(self.config.stages, self.progress.stage)
+
+    def schedule(self) -> Schedule:
+        """The schedule of the present stage."""
+        return schedule_of(self.config, self.progress.stage)
+
+    def _seed(self, *what: int | str) -> None:
+        torch.manual_seed(seed_of(self.config.seed, *what))
+
+    def _place(self) -> str:
+        return f"in stage {self.progress.stage}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a config names.
+
+    Raises:
+        ConfigError: If CUDA is asked for and not there.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("expected a CUDA device, found none; set device to auto or cpu")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
