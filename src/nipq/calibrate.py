@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.control import set_phase_
+from nipq.control import phase_of, set_phase_
 from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import layer_table
-from nipq.nn.initial import start_input_boundary_
+from nipq.nn.initial import start_input_boundary_, start_weight_boundary_
 from nipq.nn.quantizer import InputQuantizer
 from nipq.phases import Phase
 from nipq.trace import ExampleInputs, call_model
@@ -39,7 +39,8 @@ def inputs_of(batch: Any) -> ExampleInputs:  # noqa: ANN401  (whatever a loader 
     if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
         return inputs_of(batch[0])
     raise ConfigError(
-        f"loader: expected batches that are a tensor, a tuple with the input first, or a dict, found {type(batch).__name__}."
+        f"loader: expected batches of tensors, found {type(batch).__name__}. "
+        "Let it yield a tensor, a tuple or list with the input first, or a dict of keyword inputs."
     )
 
 
@@ -54,10 +55,11 @@ def to_device(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.Module:
-    """Set every input's grid and first boundary from the float model's own activations.
+    """Start every boundary afresh: the inputs' grids and boundaries from data, the weights' from the weights.
 
-    Runs the model in evaluation mode and phase ``"float"`` and keeps an evenly spaced sample of each input. Modes and
-    phase are restored. A layer that these batches never reach is an error, not a silent default.
+    Runs the float model (evaluation mode, phase ``"float"``) and keeps an evenly spaced sample of each input. Modes and
+    phase are restored. Boundaries are set for the bit-widths of the moment, so calibrate after ``set_bits_`` and after
+    loading a float checkpoint. A layer that these batches never reach is an error, not a silent default.
 
     Args:
         model: a prepared model.
@@ -72,7 +74,7 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
         ConfigError: if the loader is empty or yields no tensors.
         NonFiniteError: if an activation is not finite.
     """
-    rows = [row for row in layer_table(model) if row.input is not None]
+    rows = layer_table(model)
     samples: dict[InputQuantizer, list[Tensor]] = {row.input: [] for row in rows if row.input is not None}
     share = max(1, SAMPLE_SIZE // max(1, batches))
 
@@ -84,7 +86,7 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
 
     device = next(model.parameters()).device
     modes = {module: module.training for module in model.modules()}
-    phase = layer_table(model)[0].weight.phase
+    phase = phase_of(model)
     handles = [quantizer.register_forward_pre_hook(keep) for quantizer in samples]
     read = 0
     try:
@@ -102,7 +104,11 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
         for module, training in modes.items():
             module.training = training
     if read == 0:
-        raise ConfigError("calibrate_: expected at least one batch, found an empty loader.")
+        raise ConfigError("calibrate_: expected at least one batch, found an empty loader. Give some training data.")
+    for row in rows:
+        weight = row.layer.parametrizations.weight.original  # type: ignore[union-attr]
+        assert isinstance(weight, Tensor)
+        start_weight_boundary_(row.weight, weight)
     for quantizer, kept in samples.items():
         if not kept:
             raise OrderError(

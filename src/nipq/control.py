@@ -30,21 +30,49 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
     Raises:
         ConfigError: if the phase is unknown.
         OrderError: if the model is not prepared.
+
+    Example:
+        >>> import torch
+        >>> from nipq.prepare import prepare_
+        >>> model = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+        >>> set_phase_(model, "float")
+        >>> phase_of(model)
+        <Phase.FLOAT: 'float'>
     """
     try:
         phase = Phase(phase)
     except ValueError:
         names = ", ".join(repr(str(known)) for known in Phase)
-        raise ConfigError(f"set_phase_: expected one of {names}, found {phase!r}.") from None
-    for row in layer_table(model):
+        raise ConfigError(f"set_phase_: expected a phase, found {phase!r}. Choose one of {names}.") from None
+    rows = layer_table(model)
+    for row in rows:
         leave_integer_domain(row.layer)
-        if row.input is None:
-            row.weight.phase = Phase.ROUND if phase is Phase.INT else phase
-            continue
-        row.weight.phase = row.input.phase = phase
-        if phase is Phase.INT:
-            name = row.spec.batchnorm
-            enter_integer_domain(row.layer, None if name is None else model.get_submodule(name))
+        row.weight.phase = phase
+        if row.input is not None:
+            row.input.phase = phase
+    if phase is Phase.INT:
+        for row in rows:
+            if row.input is None:
+                row.weight.phase = Phase.ROUND  # whole codes of the weight alone would have no scale
+            else:
+                enter_integer_domain(row.layer, row.batchnorm)
+
+
+def phase_of(model: nn.Module) -> Phase:
+    """The phase that :func:`set_phase_` chose last.
+
+    Args:
+        model: a prepared model.
+
+    Returns:
+        The phase of the quantizers.
+
+    Raises:
+        OrderError: if the model is not prepared.
+    """
+    rows = layer_table(model)
+    # A layer whose input stays float evaluates as in phase "round" while the others are in phase "int".
+    return next((row.input.phase for row in rows if row.input is not None), rows[0].weight.phase)
 
 
 def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
@@ -68,7 +96,7 @@ def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
         if not matched:
             raise ConfigError(
                 f"set_bits_: expected {pattern!r} to match a layer, found none. "
-                f"Layers are {', '.join(row.name for row in rows[:5])}{', ...' if len(rows) > 5 else ''}."
+                f"Correct it; layers are {', '.join(row.name for row in rows[:5])}{', ...' if len(rows) > 5 else ''}."
             )
         for row in matched:
             _set_row(row, choice)
@@ -82,10 +110,15 @@ def _set_row(row: LayerRow, choice: LayerBits) -> None:
         return
     unknown = set(choice) - {"weights", "activations"}
     if unknown:
-        raise ConfigError(f"{row.name}: expected the names 'weights' and 'activations', found {sorted(unknown)}.")
+        raise ConfigError(
+            f"{row.name}: expected the names 'weights' and 'activations', found {sorted(unknown)}. Correct them."
+        )
     if "weights" in choice:
         row.weight.freeze_bits_(choice["weights"])
     if "activations" in choice:
         if row.input is None:
-            raise ConfigError(f"{row.name}: its input stays float, so it has no activation bits to set.")
+            raise ConfigError(
+                f"{row.name}: expected a quantized input, found one that stays float. "
+                "Leave 'activations' out, or prepare the model with that input quantized."
+            )
         row.input.freeze_bits_(choice["activations"])

@@ -20,12 +20,14 @@ class LayerRow:
         layer: the module itself.
         weight: quantizer of its weight; the same object for layers that share a weight.
         input: quantizer of its input, or None when the input stays float.
+        batchnorm: the batch norm that can be folded into it, as it is in the model now, or None.
     """
 
     spec: LayerSpec
     layer: nn.Module
     weight: WeightQuantizer
     input: InputQuantizer | None
+    batchnorm: nn.Module | None = None
 
     @property
     def name(self) -> str:
@@ -34,10 +36,10 @@ class LayerRow:
 
 
 def layer_table(model: nn.Module) -> list[LayerRow]:
-    """Rows of a prepared model, in the order of ``model.named_modules()``.
+    """Rows of a prepared model, in the order in which its layers run.
 
     Args:
-        model: a model that ``prepare_`` has changed.
+        model: a model that ``prepare_`` has changed, a wrapper around one (names then differ by a prefix), or a part.
 
     Returns:
         One row per prepared layer.
@@ -45,17 +47,27 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
     Raises:
         OrderError: if the model holds no prepared layer.
     """
-    rows = []
-    for layer in model.modules():
-        if is_prepared(layer):
-            record = quantization(layer)
-            rows.append(LayerRow(record.spec, layer, weight_quantizer(layer), record.input))
-    if not rows:
+    modules = dict(model.named_modules())
+    layers = [(name, layer) for name, layer in modules.items() if is_prepared(layer)]
+    if not layers:
         raise OrderError(
             f"{type(model).__name__}: expected a prepared model, found no quantizer. "
             "Call nipq.prepare_(model, example_inputs) first."
         )
+    rows = []
+    for name, layer in sorted(layers, key=lambda item: quantization(item[1]).order):
+        record = quantization(layer)
+        batchnorm = modules.get(_present_name(record.spec, name)) if record.spec.batchnorm else None
+        rows.append(LayerRow(record.spec, layer, weight_quantizer(layer), record.input, batchnorm))
     return rows
+
+
+def _present_name(spec: LayerSpec, name: str) -> str:
+    """Name of the layer's batch norm inside a model that calls the layer ``name``, be it a wrapper or a part."""
+    assert spec.batchnorm is not None
+    if name.endswith(spec.name):
+        return name.removesuffix(spec.name) + spec.batchnorm
+    return spec.batchnorm.removeprefix(spec.name.removesuffix(name))
 
 
 def quantizers(model: nn.Module) -> list[TensorQuantizer]:

@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any
 
-from nipq.config import BitRange, Config, Rule
+from nipq.config import BitRange, Config, Granularity, GridChoice
 from nipq.errors import ConfigError
 from nipq.nn.layers import LayerSpec
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The settings of one layer after all rules."""
+    """The settings of one layer after all rules.
+
+    Attributes:
+        weight_bits: bit-widths of the weight.
+        activation_bits: bit-widths of the input, None when it stays float.
+        granularity: one boundary for the weight, or one for each output channel.
+        grid: levels of the input.
+    """
 
     weight_bits: BitRange
     activation_bits: BitRange | None
-    granularity: Literal["tensor", "channel"]
-    grid: Literal["auto", "signed", "unsigned", "shifted"]
+    granularity: Granularity
+    grid: GridChoice
 
 
 def plan_layers(layers: Iterable[LayerSpec], config: Config) -> list[tuple[LayerSpec, LayerPlan]]:
@@ -40,33 +47,30 @@ def plan_layers(layers: Iterable[LayerSpec], config: Config) -> list[tuple[Layer
         if not any(fnmatchcase(spec.name, rule.pattern) for spec in layers):
             names = ", ".join(spec.name for spec in layers[:5])
             raise ConfigError(
-                f"Rule {rule.pattern!r}: expected it to match a layer, found none. Layers are {names}"
-                f"{', ...' if len(layers) > 5 else ''}; patterns are shell patterns on full names."
+                f"Rule {rule.pattern!r}: expected it to match a layer, found none. "
+                f"Correct the pattern; layers are {names}{', ...' if len(layers) > 5 else ''}."
             )
     plans = [(spec, _plan(spec, config)) for spec in layers]
     return [(spec, plan) for spec, plan in plans if plan is not None]
 
 
 def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
-    merged = Rule(pattern=spec.name)
+    settings: dict[str, Any] = {}
     for rule in config.rules:
         if fnmatchcase(spec.name, rule.pattern):
-            merged = merged.model_copy(update=rule.model_dump(exclude_none=True, exclude={"pattern"}, round_trip=True))
-    if merged.quantize is False:
+            settings |= {name: value for name, value in rule if value is not None}
+    if settings.get("quantize") is False:
         return None
-    activation_bits = _as_range(merged.activation_bits) or config.activation_bits
-    quantize_input = config.quantize_inputs if merged.quantize_input is None else merged.quantize_input
-    if spec.is_input and merged.activation_bits is None:
-        quantize_input = quantize_input and config.input_bits is not None
-        if config.input_bits is not None:
+    activation_bits = settings.get("activation_bits", config.activation_bits)
+    quantize_input = config.quantize_inputs
+    if spec.is_input and "activation_bits" not in settings:
+        if config.input_bits is None:
+            quantize_input = False
+        else:
             activation_bits = BitRange(fixed=config.input_bits)
     return LayerPlan(
-        weight_bits=_as_range(merged.weight_bits) or config.weight_bits,
-        activation_bits=activation_bits if quantize_input else None,
-        granularity=merged.granularity or config.granularity,
-        grid=merged.grid or "auto",
+        weight_bits=settings.get("weight_bits", config.weight_bits),
+        activation_bits=activation_bits if settings.get("quantize_input", quantize_input) else None,
+        granularity=settings.get("granularity", config.granularity),
+        grid=settings.get("grid", "auto"),
     )
-
-
-def _as_range(value: BitRange | dict[str, object] | None) -> BitRange | None:
-    return BitRange.model_validate(value) if isinstance(value, dict) else value

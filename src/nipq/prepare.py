@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from nipq.config import Config
 from nipq.control import set_phase_
-from nipq.errors import NotQuantizableError, OrderError
+from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.layer_table import layer_table
 from nipq.nn.initial import SHIFTS, start_weight_boundary_
-from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared
+from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared, output_channel_axis
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
 from nipq.phases import Phase
 from nipq.plan import LayerPlan, plan_layers
 from nipq.trace import ExampleInputs
 from nipq.validate import checked_trace
 
+#: Grids before calibration, which replaces all but the ones that a rule asks for.
+_FIRST_GRIDS = {
+    "auto": UNSIGNED,
+    "signed": SIGNED,
+    "unsigned": UNSIGNED,
+    "shifted": Grid("shifted", SHIFTS["hardswish"]),
+}
+
 
 def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> nn.Module:
     """Give every convolution and linear layer a learned bit-width and boundary for its weight and for its input.
 
     The model is changed in place and keeps its classes and its forward; float checkpoints still load strictly. Every
-    parameter exists when this returns, so build the optimizer afterwards, from ``nipq.param_groups``.
+    parameter exists when this returns, so build the optimizer afterwards, from ``nipq.param_groups``. If anything is
+    refused, the model is left as it was.
 
     Args:
         model: a float model, not wrapped for several devices and not compiled.
@@ -34,8 +45,15 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
 
     Raises:
         OrderError: if the model is prepared already.
-        NotQuantizableError: if a layer cannot be quantized; every reason is listed with the module's name.
-        ConfigError: if a rule matches no layer.
+        NotQuantizableError: if a layer cannot be quantized (every reason is listed with the module's name), or there is
+            none to quantize.
+        ConfigError: if a rule matches no layer, or rules ask for two things of one weight.
+
+    Example:
+        >>> import torch
+        >>> model = prepare_(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4), Config(weight_bits=4))
+        >>> model[0].parametrizations.weight[0].bits
+        tensor([4.])
     """
     config = config or Config()
     if any(is_prepared(module) for module in model.modules()):
@@ -43,14 +61,16 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
             f"{type(model).__name__}: expected a float model, found one that is prepared already. "
             "Call nipq.restore_(model) first, or go on with this one."
         )
-    traced = checked_trace(model, example_inputs, config)
-    shared: dict[int, WeightQuantizer] = {}
-    for spec, plan in plan_layers(traced.layers, config):
+    plans = plan_layers(checked_trace(model, example_inputs, config).layers, config)
+    if not plans:
+        raise NotQuantizableError(
+            f"{type(model).__name__}: expected a convolution or linear layer to quantize, found none that runs and "
+            "that no rule excludes. Look at nipq.validate(model, example_inputs)."
+        )
+    weights = _weight_quantizers(model, plans, config)
+    for order, (spec, plan) in enumerate(plans):
         layer = model.get_submodule(spec.name)
-        key = id(layer.weight)
-        if key not in shared:
-            shared[key] = _weight_quantizer(layer, spec, plan, config)
-        attach(layer, shared[key], LayerQuantization(spec, _input_quantizer(layer, spec, plan, config)))
+        attach(layer, weights[spec.name], LayerQuantization(spec, _input_quantizer(layer, spec, plan, config), order))
     set_phase_(model, Phase.NOISE)
     return model
 
@@ -72,45 +92,53 @@ def restore_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config: Config) -> WeightQuantizer:
-    weight: Tensor = layer.weight.detach()  # type: ignore[union-attr, assignment, operator]
-    axis, channels = 0, 1
-    if plan.granularity == "channel":
-        transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-        if transposed and layer.groups > 1:
-            raise NotQuantizableError(
-                f"{spec.name}: per-channel boundaries of a grouped transposed convolution do not lie along one axis. "
-                f"Use Rule({spec.name!r}, granularity='tensor')."
+def _proxy_settings(config: Config) -> dict[str, Any]:
+    names = ("noise", "stochastic_bits", "clip_after_noise", "boundary_correction", "init")
+    return {name: getattr(config, name) for name in names}
+
+
+def _weight_quantizers(
+    model: nn.Module, plans: list[tuple[LayerSpec, LayerPlan]], config: Config
+) -> dict[str, WeightQuantizer]:
+    """The weight quantizer of each layer, by name; layers with one weight between them get one quantizer."""
+    found: dict[str, WeightQuantizer] = {}
+    owners: dict[int, tuple[LayerSpec, LayerPlan]] = {}
+    for spec, plan in plans:
+        layer = model.get_submodule(spec.name)
+        first, first_plan = owners.setdefault(id(layer.weight), (spec, plan))
+        if (first_plan.weight_bits, first_plan.granularity) != (plan.weight_bits, plan.granularity):
+            raise ConfigError(
+                f"{spec.name}: expected the settings of {first.name}, with which it shares its weight, found others. "
+                "Let the rules give both the same weight_bits and granularity."
             )
-        axis = 1 if transposed else 0
-        channels = weight.shape[axis]
+        found[spec.name] = found[first.name] if first is not spec else _weight_quantizer(layer, spec, plan, config)
+    return found
+
+
+def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config: Config) -> WeightQuantizer:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    axis = output_channel_axis(layer) if plan.granularity == "channel" else None
     quantizer = WeightQuantizer(
         f"{spec.name}.weight",
         plan.weight_bits,
-        channels=channels,
-        channel_axis=axis,
+        channels=1 if axis is None else weight.shape[axis],
+        channel_axis=axis or 0,
         grid=SIGNED,
-        noise=config.noise,
-        stochastic_bits=config.stochastic_bits,
-        clip_after_noise=config.clip_after_noise,
-        boundary_correction=config.boundary_correction,
+        **_proxy_settings(config),
     ).to(weight.device)
-    start_weight_boundary_(quantizer, weight, config.init)
+    start_weight_boundary_(quantizer, weight)
     return quantizer
 
 
 def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config: Config) -> InputQuantizer | None:
     if plan.activation_bits is None:
         return None
-    grids = {"signed": SIGNED, "unsigned": UNSIGNED, "shifted": Grid("shifted", SHIFTS["hardswish"]), "auto": UNSIGNED}
+    assert isinstance(layer.weight, Tensor)
     return InputQuantizer(
         f"{spec.name}.input",
         plan.activation_bits,
-        grid=grids[plan.grid],
+        grid=_FIRST_GRIDS[plan.grid],
         grid_choice=plan.grid,
-        init=config.init,
-        noise=config.noise,
-        stochastic_bits=config.stochastic_bits,
-        clip_after_noise=config.clip_after_noise,
-        boundary_correction=config.boundary_correction,
-    ).to(layer.weight.device)  # type: ignore[arg-type]
+        **_proxy_settings(config),
+    ).to(layer.weight.device)

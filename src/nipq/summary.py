@@ -106,7 +106,7 @@ class Summary:
     def _title(self) -> str:
         inputs = "inputs float"
         if self.activation_bits is not None and self.activation_bits_with_input is not None:
-            inputs = f"{self.activation_bits:.3f} over inputs ({self.activation_bits_with_input:.3f} with the model's own)"
+            inputs = f"{self.activation_bits:.3f} over inputs ({self.activation_bits_with_input:.3f} with the model's)"
         return (
             f"{len(self.layers)} layers, first and last included; average bits: {self.weight_bits:.3f} over weights, "
             f"{inputs}; {self.weight_payload_bytes:,} bytes of weights; {self.bops / 1e9:.4f} GBOP"

@@ -1,19 +1,19 @@
-"""One watched forward of a float model: which layers run on what, what computes outside them, and which batch norm a
-layer feeds.
+"""One watched forward of a float model: what its layers run on, and what computes outside them.
 
-No graph is captured. Module hooks see the layers; a ``TorchFunctionMode`` sees every functional call, so that a residual
-add inside somebody's ``forward`` is found as surely as a pooling module.
+No graph is captured. Module hooks see the layers; a ``TorchFunctionMode`` sees every functional call, so that a
+residual add inside somebody's ``forward`` is found as surely as a pooling module.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from nipq.errors import NotQuantizableError
@@ -22,36 +22,31 @@ from nipq.nn.layers import SUPPORTED, LayerSpec
 #: What a model is called with: one tensor, several positional ones, or keywords.
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
-_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_ALIASES = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul"}
+_ALIASES |= {"truediv": "div", "itruediv": "div", "rtruediv": "div", "rmatmul": "matmul"}
 
-# Functional pieces worth a line, by the last part of their torch name. ReLU-like clamps, reshapes and concatenations are
-# left out: they do no arithmetic that the next quantizer would not see.
-_SUM = "sums stay float; the next layer quantizes what it reads"
-_PRODUCT = "products of two activations stay float; the next layer quantizes what it reads"
-_POOL = "pooling has no weights; it stays float between two quantizers"
-_SMOOTH = "smooth activation functions stay float; the next layer quantizes their result"
-_ATTENTION = "attention products stay float"
-_NORM = "normalisation stays float (a batch norm is folded when it alone follows a convolution)"
-_REASONS: dict[str, str] = {
-    **dict.fromkeys(("add", "add_", "__add__", "__iadd__", "__radd__", "sub", "__sub__", "__rsub__"), _SUM),
-    **dict.fromkeys(("mul", "mul_", "__mul__", "__imul__", "__rmul__", "div", "__truediv__"), _PRODUCT),
-    **dict.fromkeys(
-        (
-            *("mean", "avg_pool1d", "avg_pool2d", "avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d"),
-            *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool2d"),
-            *("boolean_dispatch", "interpolate"),
-        ),
-        _POOL,
-    ),
-    **dict.fromkeys(("silu", "gelu", "hardswish", "sigmoid", "hardsigmoid", "tanh", "softmax", "mish", "elu"), _SMOOTH),
-    **dict.fromkeys(
-        ("matmul", "__matmul__", "bmm", "baddbmm", "einsum", "scaled_dot_product_attention"),
-        _ATTENTION,
-    ),
-    "multi_head_attention_forward": "torch's fused attention reads its projections' weights past their modules",
-    **dict.fromkeys(("layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "local_response_norm"), _NORM),
-    "embedding": "table look-ups have no input to quantize; the table stays float",
+# Why a functional piece stays float, by the last part of its torch name. ReLU-like clamps, reshapes and concatenations
+# are left out: they do no arithmetic that the next quantizer would not see.
+_BETWEEN_ACTIVATIONS = ("add", "sub", "mul", "div")
+_OPERATIONS = {
+    "sums of activations stay float; the next layer quantizes what it reads": "add sub",
+    "products of activations stay float; the next layer quantizes what it reads": "mul div",
+    "pooling has no weights; it stays float between two quantizers": """
+        mean avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool2d interpolate
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+    "smooth activation functions stay float; the next layer quantizes their result": """
+        silu gelu hardswish sigmoid hardsigmoid tanh softmax log_softmax mish elu selu celu softplus""",
+    "products of two activations have no weights to quantize; attention stays float": """
+        matmul bmm baddbmm einsum scaled_dot_product_attention""",
+    "torch's fused attention reads its projections' weights past their modules": "multi_head_attention_forward",
+    "normalisation stays float (a batch norm is folded where it alone reads what one layer made)": """
+        layer_norm batch_norm group_norm instance_norm rms_norm local_response_norm""",
+    "table look-ups have no input to quantize; the table stays float": "embedding embedding_bag",
+    "it is called as a function, not as a module, so there is nothing to attach quantizers to": """
+        conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear""",
 }
+_REASONS = {name: reason for reason, names in _OPERATIONS.items() for name in names.split()}
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:  # noqa:
     return model(*example_inputs)
 
 
-def _tensors(value: object) -> Iterable[Tensor]:
+def _tensors(value: object) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -106,14 +101,16 @@ def _tensors(value: object) -> Iterable[Tensor]:
             yield from _tensors(item)
 
 
+@dataclass
 class _LayerCalls:
     """Running sums over the calls of one layer."""
 
-    def __init__(self) -> None:
-        self.calls = 0
-        self.inputs = self.outputs = self.positions = 0
-        self.is_input = False
-        self.output_id: int | None = None
+    calls: int = 0
+    inputs: int = 0
+    outputs: int = 0
+    positions: int = 0
+    is_input: bool = True
+    output: Tensor | None = None
 
 
 class _Watcher(TorchFunctionMode):
@@ -122,47 +119,70 @@ class _Watcher(TorchFunctionMode):
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs) -> None:
         super().__init__()
         self.names = {module: name for name, module in model.named_modules()}
-        self.model_inputs = {id(tensor) for tensor in _tensors(example_inputs)}
         self.stack: list[nn.Module] = []
         self.layers: dict[nn.Module, _LayerCalls] = {}
-        self.readers: dict[int, list[str]] = {}
-        self.pieces: dict[tuple[str, str], int] = {}
-        self.batchnorms: dict[int, str] = {}
+        self.pieces: Counter[tuple[str, str]] = Counter()
+        #: Who reads a tensor, by the tensor's id: names of innermost modules.
+        self.readers: dict[int, set[str]] = {}
+        self.batchnorm_inputs: dict[int, str] = {}
         self.batchnorm_calls: Counter[str] = Counter()
+        #: Tensors that no layer has touched; "input" when the model's own input is in them.
+        self.origin: dict[int, Literal["input", "constant"]] = {
+            id(tensor): "constant" for tensor in (*model.parameters(), *model.buffers())
+        }
+        self.origin |= {id(tensor): "input" for tensor in _tensors(example_inputs)}
         self.keep: list[object] = []  # ids stay unique only while the tensors live
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None  # noqa: ANN401, ARG002
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         result = func(*args, **(kwargs or {}))
-        if not any(True for _ in _tensors(result)):
+        results = list(_tensors(result))
+        if not results:
             return result  # shape, dim(), dtype: not a reader of the values
         inner = self.stack[-1] if self.stack else None
         where = "" if inner is None else self.names[inner]
         operands = [*_tensors(args), *_tensors(kwargs or {})]
+        self.keep.append((operands, results))
         for tensor in operands:
-            self.readers.setdefault(id(tensor), []).append(where)
-        self.keep.append((operands, result))
-        if not isinstance(inner, SUPPORTED):
-            operation = (resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1]
-            if operation in _REASONS:
-                self.pieces[where, operation] = self.pieces.get((where, operation), 0) + 1
+            self.readers.setdefault(id(tensor), set()).add(where)
+        operation = _operation(func)
+        if isinstance(inner, SUPPORTED):
+            return self._made(results, None, result)
+        if operation in _REASONS and (len(operands) > 1 or operation not in _BETWEEN_ACTIVATIONS):
+            self.pieces[where, operation] += 1
+        origins = {self.origin.get(id(tensor)) for tensor in operands}
+        if None in origins or operation.startswith("embedding"):
+            return self._made(results, None, result)
+        return self._made(results, "input" if "input" in origins else "constant", result)
+
+    def _made(self, results: list[Tensor], origin: Literal["input", "constant"] | None, result: object) -> Any:  # noqa: ANN401
+        for tensor in results:
+            if origin is None:
+                self.origin.pop(id(tensor), None)  # an operation in place may have changed what it was
+            else:
+                self.origin[id(tensor)] = origin
         return result
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stack.append(module)
-        if isinstance(module, _BATCHNORM):
+        if not isinstance(module, (*SUPPORTED, _BatchNorm)):
+            return
+        (x, *_) = _tensors((args, kwargs))
+        self.keep.append(x)
+        if isinstance(module, _BatchNorm):
             self.batchnorm_calls[self.names[module]] += 1
-            for tensor in _tensors((args, kwargs)):
-                self.batchnorms[id(tensor)] = self.names[module]
-                self.keep.append(tensor)
-        if isinstance(module, SUPPORTED):
-            calls = self.layers.setdefault(module, _LayerCalls())
-            (x, *_) = _tensors((args, kwargs))
-            # Reading the model's input at one remove (normalised, sliced) counts as well: nothing quantized came before.
-            calls.is_input = calls.is_input or id(x) in self.model_inputs or len(self.layers) == 1
-            calls.inputs += x.numel()
-            self.keep.append(x)
+            # A subclass with a forward of its own may do more than normalise.
+            if type(module).forward is _BatchNorm.forward and module.running_mean is not None:
+                self.batchnorm_inputs[id(x)] = self.names[module]
+            return
+        calls = self.layers.setdefault(module, _LayerCalls())
+        calls.is_input &= self.origin.get(id(x)) == "input"
+        calls.inputs += x.numel()
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         self.stack.pop()
@@ -172,8 +192,23 @@ class _Watcher(TorchFunctionMode):
             calls.calls += 1
             calls.outputs += y.numel()
             calls.positions += _positions(module, x, y)
-            calls.output_id = id(y)
-            self.keep.append(y)
+            calls.output = y
+
+    def foldable_batchnorm(self, layer: nn.Module) -> str | None:
+        """Name of the batch norm that alone reads what the layer makes, and reads nothing else."""
+        calls = self.layers[layer]
+        y = calls.output
+        if y is None or calls.calls != 1 or (isinstance(layer, nn.Linear) and y.ndim != 2):
+            return None  # behind a linear layer, channels of a batch norm are the features only in two dimensions
+        name = self.batchnorm_inputs.get(id(y))
+        alone = name is not None and self.readers.get(id(y)) == {name} and self.batchnorm_calls[name] == 1
+        return name if alone else None
+
+
+def _operation(func: Callable[..., Any]) -> str:
+    """Plain name of a torch function: ``add`` for ``Tensor.__iadd__`` and ``Tensor.add_`` alike."""
+    name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1].strip("_")
+    return _ALIASES.get(name, name)
 
 
 def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -204,9 +239,9 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     tensors = list(_tensors(example_inputs))
     if not tensors or tensors[0].ndim == 0:
         raise NotQuantizableError(
-            "trace: expected example inputs with a batch axis, found none. Pass a batch such as torch.zeros(1, 3, 224, 224)."
+            "trace: expected example inputs with a batch axis, found none. "
+            "Pass a batch such as torch.zeros(1, 3, 224, 224)."
         )
-    batch = tensors[0].shape[0]
     watcher = _Watcher(model, example_inputs)
     modes = {module: module.training for module in model.modules()}
     handles = []
@@ -216,19 +251,22 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     try:
         model.eval()
         with torch.no_grad(), watcher:
-            call_model(model, example_inputs)
+            output = call_model(model, example_inputs)
     except Exception as error:
         where = watcher.names[watcher.stack[-1]] if watcher.stack else ""
+        shapes = [tuple(tensor.shape) for tensor in tensors]
         raise NotQuantizableError(
-            f"{where or type(model).__name__}: the model's forward failed on the example inputs of shape "
-            f"{[tuple(tensor.shape) for tensor in tensors]}: {error}. Pass inputs that the float model accepts."
+            f"{where or type(model).__name__}: expected a forward that accepts the example inputs, found that it fails "
+            f"on shapes {shapes}: {error}. Pass inputs that the float model accepts."
         ) from error
     finally:
         for handle in handles:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    layers = tuple(_spec(layer, calls, watcher, batch) for layer, calls in watcher.layers.items())
+    for tensor in _tensors(output):
+        watcher.readers.setdefault(id(tensor), set()).add("")  # whoever called the model
+    layers = tuple(_spec(layer, watcher, tensors[0].shape[0]) for layer in watcher.layers)
     folded = {spec.batchnorm for spec in layers}
     pieces = tuple(
         FloatPiece(name, operation, _REASONS[operation], count)
@@ -241,23 +279,17 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     return Trace(layers, pieces, unused)
 
 
-def _spec(layer: nn.Module, calls: _LayerCalls, watcher: _Watcher, batch: int) -> LayerSpec:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    follower = None
-    if calls.calls == 1 and calls.output_id is not None:
-        # Folding is exact only if nothing but the batch norm reads the output, and it reads nothing else.
-        candidate = watcher.batchnorms.get(calls.output_id)
-        if candidate is not None and watcher.batchnorm_calls[candidate] == 1:
-            readers = set(watcher.readers.get(calls.output_id, []))
-            follower = candidate if readers == {candidate} else None
+def _spec(layer: nn.Module, watcher: _Watcher, batch: int) -> LayerSpec:
+    calls = watcher.layers[layer]
+    assert isinstance(layer.weight, Tensor)
     return LayerSpec(
         name=watcher.names[layer],
         kind=type(layer).__name__,
-        macs=weight.numel() * calls.positions // batch,
-        weight_count=weight.numel(),
+        macs=layer.weight.numel() * calls.positions // batch,
+        weight_count=layer.weight.numel(),
         activation_count=calls.inputs // batch,
         output_count=calls.outputs // batch,
         calls=calls.calls,
-        batchnorm=follower,
+        batchnorm=watcher.foldable_batchnorm(layer),
         is_input=calls.is_input,
     )

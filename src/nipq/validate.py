@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from nipq.config import Config
 from nipq.errors import NotQuantizableError
-from nipq.nn.layers import SUPPORTED
-from nipq.plan import plan_layers
+from nipq.nn.layers import SUPPORTED, is_prepared, output_channel_axis
+from nipq.plan import LayerPlan, plan_layers
 from nipq.trace import ExampleInputs, Trace, trace
 
 # Wrappers that change how parameters are found; by name, so that none has to be imported.
-_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule")
+_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
+_WRAPPERS |= {"ScriptModule"}
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,18 @@ def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
         config: as for :func:`prepare_`.
 
     Returns:
-        Findings, refusals first.
+        Findings, refusals first. A model that must not even be run (see ``prepare_``) has refusals only.
 
     Raises:
         NotQuantizableError: if the forward fails on the example inputs.
         ConfigError: if a rule matches no layer.
     """
-    traced = trace(model, example_inputs)
+    refusals = list(_before_running(model))
+    if refusals:
+        return refusals
     order = {"error": 0, "float": 1, "note": 2}
-    return sorted(_findings(model, traced, config or Config()), key=lambda finding: order[finding.severity])
+    findings = _findings(model, trace(model, example_inputs), config or Config())
+    return sorted(findings, key=lambda finding: order[finding.severity])
 
 
 def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Config) -> Trace:
@@ -76,78 +81,99 @@ def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Confi
         NotQuantizableError: with every refusal, each by its module's name.
         ConfigError: if a rule matches no layer.
     """
-    # A wrapped model is refused before it is run: some wrappers cannot run a watched forward.
-    errors = list(_wrapper_findings(model))
-    if not errors:
+    refusals = list(_before_running(model))
+    if not refusals:
         traced = trace(model, example_inputs)
-        errors = [finding for finding in _findings(model, traced, config) if finding.severity == "error"]
-    if errors:
-        raise NotQuantizableError("prepare_: " + "\n".join(str(finding) for finding in errors))
-    return traced
+        refusals = [finding for finding in _findings(model, traced, config) if finding.severity == "error"]
+        if not refusals:
+            return traced
+    raise NotQuantizableError("expected a model that can be prepared, found\n" + "\n".join(map(str, refusals)))
 
 
-def _wrapper_findings(model: nn.Module) -> Iterable[Finding]:
-    if type(model).__name__ in _WRAPPERS:
-        yield Finding(
-            "",
-            "error",
-            f"it is wrapped in {type(model).__name__}",
-            "Prepare the model first, then wrap, distribute or compile it.",
-        )
-
-
-def _findings(model: nn.Module, traced: Trace, config: Config) -> list[Finding]:
-    findings = list(_wrapper_findings(model))
-    planned = {spec.name for spec, _ in plan_layers(traced.layers, config)}
-    owners: dict[int, list[str]] = {}
+def _before_running(model: nn.Module) -> Iterator[Finding]:
+    """Refusals of models that a watched forward would change, or that cannot run one."""
     for name, module in model.named_modules():
-        if isinstance(module, SUPPORTED):
-            findings += _layer_findings(name, module, name in planned)
-            owners.setdefault(id(module.weight), []).append(name)
-        else:
-            findings += [
-                Finding(f"{name}.{key}".lstrip("."), "float", f"{type(module).__name__} has no quantized form here")
-                for key, parameter in module.named_parameters(recurse=False)
-                if parameter.ndim > 1
-            ]
-    findings += [Finding(name, "float", "the example forward does not call it") for name in traced.unused]
-    findings += [
-        Finding(
-            spec.name,
-            "float",
-            "a rule excludes it",
-        )
-        for spec in traced.layers
-        if spec.name not in planned
-    ]
+        wrapper = _WRAPPERS & {kind.__name__ for kind in type(module).__mro__}
+        if wrapper:
+            remedy = "Prepare the bare model first, then wrap, distribute or compile it."
+            yield Finding(name, "error", f"it is wrapped in {wrapper.pop()}", remedy)
+        if is_prepared(module):
+            yield Finding(name, "error", "it is prepared already", "Call nipq.restore_(model) first.")
+        for key, parameter in module.named_parameters(recurse=False):
+            where = f"{name}.{key}".lstrip(".")
+            if is_lazy(parameter):
+                yield Finding(where, "error", "it has no shape yet", "Run one float forward before preparing.")
+            elif parameter.is_meta:
+                yield Finding(where, "error", "it has no values yet", "Load the weights before preparing.")
+
+
+def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Finding]:
+    plans = {spec.name: (spec, plan) for spec, plan in plan_layers(traced.layers, config)}
+    for name, module in model.named_modules():
+        if name in plans:
+            yield from _layer_findings(name, module, plans[name][1])
+        elif not isinstance(module, SUPPORTED):
+            for key, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1:
+                    where = f"{name}.{key}".lstrip(".")
+                    yield Finding(where, "float", f"{type(module).__name__} has no quantized form here")
+    for name in traced.unused:
+        yield Finding(name, "float", "the example forward does not call it")
     for spec in traced.layers:
-        if spec.calls > 1 and spec.name in planned:
-            findings.append(
-                Finding(spec.name, "note", f"one forward calls it {spec.calls} times; one weight and one input quantizer serve them all")
-            )
-    for names in owners.values():
-        if len(names) > 1:
-            findings.append(Finding(names[0], "note", f"it shares its weight, and so its quantizer, with {', '.join(names[1:])}"))
-    findings += [
-        Finding(piece.name, "float", f"{piece.operation}{f' x{piece.count}' if piece.count > 1 else ''}: {piece.reason}")
-        for piece in traced.float_pieces
-    ]
-    return findings
+        if spec.name not in plans:
+            yield Finding(spec.name, "float", "a rule excludes it")
+        elif plans[spec.name][1].activation_bits is None:
+            yield Finding(f"{spec.name}.input", "float", "the settings leave this input float")
+    for piece in traced.float_pieces:
+        times = f" ({piece.count} times)" if piece.count > 1 else ""
+        yield Finding(piece.name, "float", f"{piece.operation}{times}: {piece.reason}")
+    for spec, _ in plans.values():
+        if spec.calls > 1:
+            once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
+            yield Finding(spec.name, "note", once)
+    yield from _tied(model, set(plans))
 
 
-def _layer_findings(name: str, layer: nn.Module, planned: bool) -> Iterable[Finding]:
-    if not planned:
-        return
-    if isinstance(layer.weight, nn.parameter.UninitializedParameter):
-        yield Finding(name, "error", "its weight has no shape yet", "Run one float forward before preparing a lazy layer.")
-    elif parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
+def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Finding]:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
         yield Finding(
             name,
             "error",
-            "its weight is not a plain parameter (weight norm, spectral norm or another parametrization)",
+            "its weight is not a plain parameter (weight norm, spectral norm, pruning or another parametrization)",
             "Remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations.",
         )
-    elif not bool(torch.isfinite(layer.weight).all()):  # type: ignore[arg-type]
+    elif not weight.is_floating_point():
+        yield Finding(name, "error", f"its weight is of type {weight.dtype}", "Convert the layer to float32.")
+    elif not bool(torch.isfinite(weight).all()):
         yield Finding(name, "error", "its weight holds NaN or infinity", "Load a sound checkpoint.")
-    elif not layer.weight.is_floating_point():  # type: ignore[operator]
-        yield Finding(name, "error", "its weight is not of a floating-point type", "Convert the layer to float32.")
+    if plan.granularity == "channel" and output_channel_axis(layer) is None:
+        yield Finding(
+            name,
+            "error",
+            "boundaries per channel of a grouped transposed convolution do not lie along one axis",
+            f"Use Rule({name!r}, granularity='tensor').",
+        )
+    (kind,) = (kind for kind in SUPPORTED if isinstance(layer, kind))
+    if type(layer).forward is not kind.forward:
+        own = f"{type(layer).__name__} has a forward of its own; it sees the quantized weight and first input"
+        yield Finding(name, "note", own)
+
+
+def _tied(model: nn.Module, planned: set[str]) -> Iterator[Finding]:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.ndim > 1:
+                owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        quantized = [name for name in names if name in planned]
+        others = [name for name in names if name not in planned]
+        if len(quantized) > 1:
+            shared = f"it shares its weight, and so its weight quantizer, with {', '.join(quantized[1:])}"
+            yield Finding(quantized[0], "note", shared)
+        if quantized and others:
+            yield Finding(
+                quantized[0], "note", f"it shares its weight with {', '.join(others)}, which reads it as float"
+            )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -11,44 +9,36 @@ from nipq.errors import NonFiniteError
 from nipq.functional.boundary import max_boundary, noise_optimal_boundary
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import quantize
-from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 
 #: Minus the minimum of h-swish (exact), of SiLU and of GELU, rounded up: the shifts that make such inputs unsigned.
 SHIFTS = {"hardswish": 0.375, "silu": 0.2785, "gelu": 0.1701}
 
 
-def start_weight_boundary_(
-    quantizer: WeightQuantizer, weight: Tensor, init: Literal["mse", "max", "release"]
-) -> None:
-    """Set a weight's first boundary.
+def start_weight_boundary_(quantizer: WeightQuantizer, weight: Tensor) -> None:
+    """Set a weight's first boundary, in the way that ``quantizer.init`` says.
 
-    ``"max"``: the largest absolute weight. ``"mse"``: the boundary that minimises the proxy's error at the starting
-    bit-width (T6). ``"release"``: ``alpha_raw = max w`` as published, softplus not inverted (Q5 in
-    ``docs/paper_map.md``).
+    ``"max"``: the largest absolute weight. ``"mse"``: the boundary that minimises the proxy's error at the present
+    bit-width (T6 in ``docs/paper_map.md``). ``"release"``: ``alpha_raw = max w`` as published, softplus not inverted
+    (Q5 there).
 
     Args:
         quantizer: quantizer of the weight.
         weight: the float weight.
-        init: which of the three.
     """
-    if init == "release":
-        with torch.no_grad():
-            quantizer.alpha_raw.fill_(float(weight.max()))
-        quantizer.calibrated = True
+    weight = weight.detach()
+    if quantizer.init == "release":
+        _set_raw_(quantizer, float(weight.max()))
         return
     axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
-    if init == "max":
-        alpha = max_boundary(weight, SIGNED, channel_axis=axis)
-    else:
-        alpha = noise_optimal_boundary(weight, quantizer.bits.detach(), SIGNED, channel_axis=axis)
-    quantizer.set_alpha_(alpha)
+    quantizer.set_alpha_(_boundary(quantizer, weight, SIGNED, axis))
 
 
 def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
     """Choose an input's grid, unless a rule did, and set its first boundary from a sample.
 
     The grid is unsigned when the sample has no negative value. Otherwise it is the better, by squared error at the
-    starting bit-width, of the signed grid and the shifted grid whose shift is the smallest known one that covers the
+    present bit-width, of the signed grid and the shifted grid whose shift is the smallest known one that covers the
     sample's minimum (h-swish, SiLU, GELU). The boundary minimises the squared error (``init="mse"``), covers the sample
     (``"max"``), or is the published constant (``"release"``: raw 6, and raw 3 when signed).
 
@@ -65,17 +55,26 @@ def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
             "Check the float model and its inputs."
         )
     sample = sample.flatten().float()
-    options = _candidate_grids(sample, quantizer.grid_choice)
-    bits = quantizer.bits.detach().round()
-    starts = [(grid, _input_boundary(quantizer, sample, bits, grid)) for grid in options]
+    bits = float(quantizer.bits_rounded)
+    starts = [(grid, _boundary(quantizer, sample, grid)) for grid in _candidate_grids(sample, quantizer.grid_choice)]
     errors = [float((quantize(sample, alpha, bits, grid) - sample).square().mean()) for grid, alpha in starts]
     quantizer.grid, alpha = starts[errors.index(min(errors))]
     if quantizer.init == "release":
-        with torch.no_grad():
-            quantizer.alpha_raw.fill_(3.0 if quantizer.grid.kind == "signed" else 6.0)
-        quantizer.calibrated = True
-        return
-    quantizer.set_alpha_(alpha)
+        _set_raw_(quantizer, 3.0 if quantizer.grid.kind == "signed" else 6.0)
+    else:
+        quantizer.set_alpha_(alpha)
+
+
+@torch.no_grad()
+def _set_raw_(quantizer: TensorQuantizer, raw: float) -> None:
+    quantizer.alpha_raw.fill_(raw)
+    quantizer.calibrated = True
+
+
+def _boundary(quantizer: TensorQuantizer, x: Tensor, grid: Grid, channel_axis: int | None = None) -> Tensor:
+    if quantizer.init == "max":
+        return max_boundary(x, grid, channel_axis=channel_axis)
+    return noise_optimal_boundary(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
 
 
 def _candidate_grids(sample: Tensor, choice: str) -> list[Grid]:
@@ -89,10 +88,3 @@ def _candidate_grids(sample: Tensor, choice: str) -> list[Grid]:
             return [UNSIGNED]
         return [SIGNED, *(Grid("shifted", shift) for shift in covering[:1])]
     return [Grid("signed" if choice == "signed" else "unsigned")]
-
-
-def _input_boundary(quantizer: InputQuantizer, sample: Tensor, bits: Tensor, grid: Grid) -> Tensor:
-    """Boundary of shape (1,) for one candidate grid."""
-    if quantizer.init == "max":
-        return max_boundary(sample, grid)
-    return noise_optimal_boundary(sample, bits, grid)

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nipq.errors import OrderError
-from nipq.nn.integer import channel_dim, fold, integer_forward, needs_float64
+from nipq.nn.integer import (
+    channel_dim,
+    fold,
+    integer_forward,
+    needs_float64,
+    output_channels,
+    weight_channel_axis,
+)
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
 
 #: Layers with a weight and one input; subclasses with a forward of their own included.
@@ -63,11 +70,13 @@ class LayerQuantization(nn.Module):
     Args:
         spec: facts about the layer.
         input_quantizer: quantizer of the layer's input, or None when the input stays float.
+        order: place of the layer in the order of execution.
     """
 
-    def __init__(self, spec: LayerSpec, input_quantizer: InputQuantizer | None) -> None:
+    def __init__(self, spec: LayerSpec, input_quantizer: InputQuantizer | None, order: int = 0) -> None:
         super().__init__()
         self.spec = spec
+        self.order = order
         self.input = input_quantizer
         #: The batch norm folded into the layer while in phase ``int``; in a tuple, so that it is not a submodule.
         self.folded: tuple[nn.Module, ...] = ()
@@ -90,6 +99,19 @@ def quantization(layer: nn.Module) -> LayerQuantization:
 def is_prepared(layer: nn.Module) -> bool:
     """Whether :func:`attach` was called on this very layer."""
     return isinstance(getattr(layer, "quantization", None), LayerQuantization)
+
+
+def output_channel_axis(layer: nn.Module) -> int | None:
+    """Axis of a layer's weight that runs along its output channels.
+
+    Args:
+        layer: one of :data:`SUPPORTED`.
+
+    Returns:
+        The axis, or None for a grouped transposed convolution, whose output channels run along two axes at once.
+    """
+    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
+    return None if transposed and layer.groups != 1 else weight_channel_axis(layer)
 
 
 def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization) -> None:
@@ -115,7 +137,10 @@ def detach(layer: nn.Module) -> None:
     """
     leave_integer_domain(layer)
     del layer.quantization
+    others = [name for name in layer._parameters if name != "weight"]
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    for name in others:  # the weight comes first again: optimizers and state dicts go by the order
+        layer._parameters[name] = layer._parameters.pop(name)
     for key, hook in list(layer._forward_pre_hooks.items()):
         if hook is _quantize_input:
             del layer._forward_pre_hooks[key]
@@ -133,7 +158,8 @@ def _quantize_input(
         return args, kwargs
     if args:
         return (quantizer(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "input": quantizer(kwargs["input"])}
+    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))  # "input", unless a subclass renames
+    return args, {**kwargs, name: quantizer(kwargs[name])}
 
 
 def _accept_float_checkpoint(
@@ -164,7 +190,7 @@ def plain_shell(layer: nn.Module) -> nn.Module:
     Returns:
         A module for ``torch.func.functional_call(shell, {"weight": ...}, (x,))``.
     """
-    kind = parametrize.type_before_parametrizations(layer)
+    kind: type[nn.Module] = parametrize.type_before_parametrizations(layer)
     shell = kind.__new__(kind)
     nn.Module.__init__(shell)
     internal = set(shell.__dict__)
@@ -186,9 +212,9 @@ def enter_integer_domain(layer: nn.Module, batchnorm: nn.Module | None) -> None:
     record = quantization(layer)
     record.folded = () if batchnorm is None else (batchnorm,)
     # Bound methods, not closures: a deep copy of the model rebinds them to its own modules.
-    layer.forward = types.MethodType(_integer_domain_forward, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(_integer_domain_forward, layer)
     if batchnorm is not None:
-        batchnorm.forward = types.MethodType(_pass_on, batchnorm)  # type: ignore[method-assign]
+        batchnorm.forward = types.MethodType(_pass_on, batchnorm)
 
 
 def leave_integer_domain(layer: nn.Module) -> None:
@@ -208,24 +234,25 @@ def _pass_on(_module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
-def _integer_domain_forward(layer: nn.Module, input: Tensor) -> Tensor:  # noqa: A002  (the layer's own keyword)
+def _integer_domain_forward(layer: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
     """The layer on whole codes: the pre-hook already turned ``input`` into codes."""
     record, quantizer = quantization(layer), weight_quantizer(layer)
+    assert record.input is not None
     if layer.training:
         raise OrderError(
-            f'{record.spec.name}: phase "int" is an evaluation phase, but the module is in training mode. '
-            "Call model.eval() first."
+            f'{record.spec.name}: expected evaluation mode in phase "int", found training mode. '
+            'Call model.eval() first, or set_phase_(model, "round") to train.'
         )
-    assert record.input is not None
-    codes: Tensor = layer.weight  # type: ignore[assignment]
-    low, high = record.input.code_range()
-    shell = plain_shell(layer)
-    scale, offset = fold(
-        record.input.step(), quantizer.step(), layer.bias, record.folded[0] if record.folded else None
-    )
+    weight = quantizer.codes(layer.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
+    shell, dim = plain_shell(layer), channel_dim(layer)
+    float64 = needs_float64(weight, *record.input.code_range(), weight_channel_axis(layer))
+    batchnorm = record.folded[0] if record.folded else None
+    bias = layer.bias
+    assert bias is None or isinstance(bias, Tensor)
+    scale, offset = fold(record.input.step(), quantizer.step(), bias, batchnorm, output_channels(layer))
 
-    def run(x: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(shell, {"weight": weight}, (x,))
+    def run(x: Tensor, codes: Tensor) -> Tensor:
+        result: Tensor = torch.func.functional_call(shell, {"weight": codes}, (x, *args), kwargs)
         return result
 
-    return integer_forward(run, input, codes, scale, offset, channel_dim(layer), needs_float64(codes, low, high))
+    return integer_forward(run, input, weight, scale, offset, dim, float64)

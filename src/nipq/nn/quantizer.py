@@ -15,13 +15,12 @@ phase        ``model.train()``          ``model.eval()``
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nipq.config import BitRange
+from nipq.config import BitRange, GridChoice
 from nipq.errors import ConfigError, OrderError
 from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits, stochastic_round_bits
 from nipq.functional.boundary import alpha_from_raw, raw_from_alpha
@@ -29,10 +28,15 @@ from nipq.functional.grid import SIGNED, Grid, code_range, step_size, zero_point
 from nipq.functional.noise import empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import integer_codes, quantize
+from nipq.nn.state import QuantizerState
 from nipq.phases import Phase
 
 #: Bit-widths that a file can hold; ``BitRange`` refuses others, and so does ``freeze_bits_``.
 FEWEST_BITS, MOST_BITS = 2, 16
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 class TensorQuantizer(nn.Module):
@@ -53,6 +57,7 @@ class TensorQuantizer(nn.Module):
         stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
         clip_after_noise: keep the proxy inside the range (not in the paper).
         boundary_correction: add the T4b term to the boundary's gradient (not in the paper).
+        init: how the first boundary is set from data, see ``nipq.nn.initial``.
 
     Raises:
         ConfigError: if ``channels`` is below 1.
@@ -73,10 +78,11 @@ class TensorQuantizer(nn.Module):
         stochastic_bits: bool = True,
         clip_after_noise: bool = False,
         boundary_correction: bool = False,
+        init: Literal["mse", "max", "release"] = "mse",
     ) -> None:
         super().__init__()
         if channels < 1:
-            raise ConfigError(f"{name}: expected at least one boundary, found {channels} channels.")
+            raise ConfigError(f"{name}: expected at least one boundary, found {channels} channels. Give 1 or more.")
         self.name = name
         self.bit_range = bit_range
         self.channel_axis = channel_axis
@@ -85,6 +91,7 @@ class TensorQuantizer(nn.Module):
         self.stochastic_bits = stochastic_bits
         self.clip_after_noise = clip_after_noise
         self.boundary_correction = boundary_correction
+        self.init = init
         self.phase = Phase.NOISE
         self.calibrated = False
         self.alpha_raw = nn.Parameter(torch.zeros(channels))
@@ -95,12 +102,10 @@ class TensorQuantizer(nn.Module):
             raw = raw_from_bits(start, bit_range.low, bit_range.high)
             self.bit_raw = nn.Parameter(raw.to(torch.float32))
 
-    # ------------------------------------------------------------------ what is learned, in both spaces
-
     @property
     def alpha(self) -> Tensor:
-        """Boundary, units of x, > 0, shape ``(channels,)``."""
-        return alpha_from_raw(self.alpha_raw)
+        """Boundary, units of x, > 0, shape ``(channels,)``; never in half precision, as the step is taken from it."""
+        return alpha_from_raw(_widened(self.alpha_raw))
 
     @property
     def is_frozen(self) -> bool:
@@ -111,8 +116,8 @@ class TensorQuantizer(nn.Module):
     def bits(self) -> Tensor:
         """Bit-width, unit bit, shape ``(1,)``: continuous while it is learned, whole once frozen."""
         if self.is_frozen:
-            return self.bits_frozen.to(self.alpha_raw.dtype)
-        return bits_from_raw(self.bit_raw, self.bit_range.low, self.bit_range.high)
+            return self.bits_frozen.to(_widened(self.alpha_raw).dtype)
+        return bits_from_raw(_widened(self.bit_raw), self.bit_range.low, self.bit_range.high)
 
     @property
     def bits_rounded(self) -> int:
@@ -130,7 +135,10 @@ class TensorQuantizer(nn.Module):
             ConfigError: if no file could hold that bit-width.
         """
         if not FEWEST_BITS <= bits <= MOST_BITS:
-            raise ConfigError(f"{self.name}: expected a bit-width from {FEWEST_BITS} to {MOST_BITS}, found {bits}.")
+            raise ConfigError(
+                f"{self.name}: expected a bit-width from {FEWEST_BITS} to {MOST_BITS}, found {bits}. "
+                "Files hold no other; exclude the layer with a rule to keep it float."
+            )
         device = self.alpha_raw.device
         if not self.is_frozen:
             del self.bit_raw
@@ -147,11 +155,12 @@ class TensorQuantizer(nn.Module):
             ConfigError: if a boundary is not finite and positive.
         """
         if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
-            raise ConfigError(f"{self.name}: expected finite boundaries above 0, found {alpha.flatten().tolist()[:4]}.")
+            raise ConfigError(
+                f"{self.name}: expected finite boundaries above 0, found {alpha.flatten().tolist()[:4]}. "
+                "Set a boundary in units of the tensor, such as its largest magnitude."
+            )
         self.alpha_raw.copy_(raw_from_alpha(alpha.to(self.alpha_raw)).expand_as(self.alpha_raw))
         self.calibrated = True
-
-    # ------------------------------------------------------------------ the grid at the present bit-width
 
     def _whole_bits(self) -> Tensor:
         return self.bits if self.is_frozen else round_bits(self.bits, self.bit_range.choices)
@@ -182,8 +191,6 @@ class TensorQuantizer(nn.Module):
         spread = [self._spread(value, x.ndim) for value in (self.step(), low, high)]
         return integer_codes(x, *spread)
 
-    # ------------------------------------------------------------------ the forward of each phase
-
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x`` as the phase says.
 
@@ -205,7 +212,7 @@ class TensorQuantizer(nn.Module):
                 f"{self.name}: expected a calibrated boundary, found none. "
                 "Call nipq.calibrate_(model, loader) after nipq.prepare_ and before training or evaluating."
             )
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+        wide = _widened(x)
         if self.phase is Phase.INT:
             return self.codes(wide)
         alpha = self._spread(self.alpha, x.ndim)
@@ -224,46 +231,28 @@ class TensorQuantizer(nn.Module):
             noise = uniform_noise(x)
         else:
             noise = empirical_noise(x.detach(), alpha.detach(), bits.detach(), self.grid)
-        return noise_proxy(
-            x,
-            alpha,
-            bits,
-            noise,
-            self.grid,
-            clip_after_noise=self.clip_after_noise,
-            correct_boundary=self.boundary_correction,
-        )
-
-    # ------------------------------------------------------------------ saving
+        clip, correct = self.clip_after_noise, self.boundary_correction
+        return noise_proxy(x, alpha, bits, noise, self.grid, clip_after_noise=clip, correct_boundary=correct)
 
     def get_extra_state(self) -> Tensor:
-        """Grid, bit range and calibration mark as JSON bytes, so that a state dict holds tensors only."""
-        settings = {
-            "grid": self.grid.kind,
-            "shift": self.grid.shift,
-            "choices": list(self.bit_range.choices),
-            "calibrated": self.calibrated,
-        }
-        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+        """Grid, bit range and calibration mark, see :class:`~nipq.nn.state.QuantizerState`."""
+        return QuantizerState(self.grid, self.bit_range, self.calibrated).to_tensor()
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over what :meth:`get_extra_state` wrote."""
-        settings: dict[str, Any] = json.loads(bytes(state.tolist()).decode())
-        self.grid = Grid(settings["grid"], float(settings["shift"]))
-        choices = tuple(int(choice) for choice in settings["choices"])
-        if choices != self.bit_range.choices:
-            # The meaning of bit_raw depends on the range it was trained with.
-            self.bit_range = BitRange(min=choices[0], max=choices[-1], allowed=choices)
-        self.calibrated = bool(settings["calibrated"])
+        saved = QuantizerState.from_tensor(state, self.name)
+        self.grid, self.calibrated = saved.grid, saved.calibrated
+        if saved.bit_range.choices != self.bit_range.choices:
+            self.bit_range = saved.bit_range  # the meaning of bit_raw depends on the range it was trained with
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         frozen = state_dict.get(prefix + "bits_frozen")
         if frozen is not None and not self.is_frozen:
             self.freeze_bits_(int(frozen))
-        elif self.is_frozen and prefix + "bit_raw" in state_dict and self.bit_range.fixed is None:
+        elif self.is_frozen and prefix + "bit_raw" in state_dict:
             raise OrderError(
-                f"{self.name}: the state dict holds a bit-width that is still learned, but this one is frozen. "
-                "Load it into a freshly prepared model."
+                f"{self.name}: expected a state dict with a fixed bit-width, found one that is still learned. "
+                "Load it into a model prepared afresh with the same config."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -290,7 +279,6 @@ class InputQuantizer(TensorQuantizer):
         name: full name, such as ``"layer1.0.conv1.input"``.
         bit_range: allowed bit-widths, and where learning starts.
         grid_choice: ``"auto"`` lets calibration choose the grid.
-        init: how calibration sets the first boundary.
         **settings: as for :class:`TensorQuantizer`.
     """
 
@@ -299,10 +287,8 @@ class InputQuantizer(TensorQuantizer):
         name: str,
         bit_range: BitRange,
         *,
-        grid_choice: Literal["auto", "signed", "unsigned", "shifted"] = "auto",
-        init: Literal["mse", "max", "release"] = "mse",
+        grid_choice: GridChoice = "auto",
         **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(name, bit_range, **settings)
         self.grid_choice = grid_choice
-        self.init = init
