@@ -123,11 +123,12 @@ def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, chann
     work = points.double()
     size = work.shape[1]
     n = levels(bits, grid).to(work.device, torch.float64).reshape(-1, 1)
-    # Column k: alpha just below the k-th point, k points below it, of which those at zero get no noise.
+    # Column k: alpha just below the k-th point, k points below it; on an unsigned grid those at zero get no noise.
     below = torch.arange(size, device=work.device, dtype=torch.float64)
-    noisy = (below - (work <= 0).sum(dim=1, keepdim=True)).clamp(min=0) / (12 * n**2)
+    silent = 0 if grid.kind == "signed" else (work <= 0).sum(dim=1, keepdim=True)
+    noisy = (below - silent).clamp(min=0) / (12 * n**2)
     beyond = work.flip(1).cumsum(1).flip(1)
-    slope = noisy + (size - below)
+    slope = (noisy + (size - below)).expand_as(work)
     column = (work * slope >= beyond).to(torch.int8).argmax(dim=1, keepdim=True)  # the first that is true
     root = beyond.gather(1, column) / slope.gather(1, column)
     # The share in range jumps at a point; where the sign changes in the jump, that point is the answer.
