@@ -1,0 +1,127 @@
+"""Integer-domain arithmetic: the one form in which torch and an integer runtime agree to the bit.
+
+Codes are whole numbers held in floats. A convolution over them is exact while its sums stay below 2^24 in float32 (2^53 in
+float64); rounding the sums removes what a fast algorithm such as Winograd adds below one half. After that come one multiply
+and one add, in float32. Phase ``"int"`` of a prepared model and the deployed model both run this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+#: Largest whole number up to which float32 holds every whole number.
+EXACT_FLOAT32 = 2**24
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """Axis of the layer's output that holds its channels, counted from the end so that unbatched inputs work.
+
+    Args:
+        layer: a supported layer.
+
+    Returns:
+        -1 for linear layers, -(spatial axes + 1) for convolutions.
+    """
+    if isinstance(layer, nn.Linear):
+        return -1
+    kernel: tuple[int, ...] = layer.kernel_size  # type: ignore[assignment]
+    return -(len(kernel) + 1)
+
+
+def output_channels(layer: nn.Module) -> int:
+    """Number of output channels of a supported layer."""
+    count = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    assert isinstance(count, int)
+    return count
+
+
+def weight_channel_axis(layer: nn.Module) -> int:
+    """Axis of the layer's weight along which its output channels lie (within a group, when transposed)."""
+    return 1 if isinstance(layer, _TRANSPOSED) else 0
+
+
+@torch.no_grad()
+def fold(
+    step_x: Tensor, step_w: Tensor, bias: Tensor | None, batchnorm: nn.Module | None, channels: int
+) -> tuple[Tensor, Tensor]:
+    """The multiply and the add after an integer convolution, with the batch norm folded in.
+
+    With g = gamma / sqrt(var + eps): ``scale = step_x * step_w * g`` and ``offset = (bias - mean) * g + beta``, computed in
+    float64 and rounded once. A negative gamma gives a negative scale; the codes stay those that were trained.
+
+    Args:
+        step_x: step of the input, one element.
+        step_w: step of the weight, one element or one per output channel.
+        bias: bias of the layer, shape ``(channels,)``, or None.
+        batchnorm: a batch norm with running statistics, or None.
+        channels: output channels of the layer.
+
+    Returns:
+        ``(scale, offset)``, float32, each of shape ``(channels,)``.
+    """
+    scale = (step_x.double() * step_w.double()).expand(channels).clone()
+    offset = torch.zeros_like(scale) if bias is None else bias.detach().double().clone()
+    if batchnorm is not None:
+        mean: Tensor = batchnorm.running_mean  # type: ignore[assignment]
+        variance: Tensor = batchnorm.running_var  # type: ignore[assignment]
+        gain = torch.rsqrt(variance.double() + batchnorm.eps)  # type: ignore[operator]
+        if batchnorm.weight is not None:
+            gain = gain * batchnorm.weight.detach().double()  # type: ignore[union-attr, operator]
+        scale, offset = scale * gain, (offset - mean.double()) * gain
+        if batchnorm.bias is not None:
+            offset = offset + batchnorm.bias.detach().double()  # type: ignore[union-attr, operator]
+    return scale.float(), offset.float()
+
+
+@torch.no_grad()
+def needs_float64(weight_codes: Tensor, low: Tensor | int, high: Tensor | int, channel_axis: int = 0) -> bool:
+    """Whether a sum may pass 2^24 in the worst case: ``sum |w| per output channel * max |code| >= 2^24``.
+
+    Args:
+        weight_codes: whole codes of the weight.
+        low: lowest input code.
+        high: highest input code.
+        channel_axis: axis of the weight that a sum does not run along.
+
+    Returns:
+        True when float32 is not provably exact.
+    """
+    axes = [axis for axis in range(weight_codes.ndim) if axis != channel_axis]
+    largest_sum = weight_codes.double().abs().sum(dim=axes).max()
+    largest_code = max(abs(float(low)), abs(float(high)))
+    return float(largest_sum) * largest_code >= EXACT_FLOAT32
+
+
+def integer_forward(
+    run: Callable[[Tensor, Tensor], Tensor],
+    codes_x: Tensor,
+    codes_w: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    dim: int,
+    float64: bool,
+) -> Tensor:
+    """A layer on whole codes: ``round(run(codes_x, codes_w)) * scale + offset``.
+
+    Args:
+        run: the layer's own forward without bias, as a function of input and weight.
+        codes_x: whole input codes relative to the zero point.
+        codes_w: whole weight codes.
+        scale: shape ``(channels,)``, float32.
+        offset: shape ``(channels,)``, float32.
+        dim: channel axis of the output, negative.
+        float64: whether to sum in float64, see :func:`needs_float64`.
+
+    Returns:
+        The layer's output in float32.
+    """
+    wide = torch.float64 if float64 else torch.float32
+    with torch.autocast(codes_x.device.type, enabled=False):
+        sums = torch.round(run(codes_x.to(wide), codes_w.to(wide)))
+        shape = [-1] + [1] * (-dim - 1)
+        return sums.float() * scale.reshape(shape) + offset.reshape(shape)
