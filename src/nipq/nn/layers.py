@@ -126,7 +126,7 @@ def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization)
     parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
     layer.quantization = record
     layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)
+    layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]
 
 
 def detach(layer: nn.Module) -> None:
@@ -234,6 +234,7 @@ def _pass_on(_module: nn.Module, x: Tensor) -> Tensor:
     return x
 
 
+@torch.no_grad()
 def _integer_domain_forward(layer: nn.Module, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
     """The layer on whole codes: the pre-hook already turned ``input`` into codes."""
     record, quantizer = quantization(layer), weight_quantizer(layer)
@@ -247,8 +248,7 @@ def _integer_domain_forward(layer: nn.Module, input: Tensor, *args: Any, **kwarg
     shell, dim = plain_shell(layer), channel_dim(layer)
     float64 = needs_float64(weight, *record.input.code_range(), weight_channel_axis(layer))
     batchnorm = record.folded[0] if record.folded else None
-    bias = layer.bias
-    assert bias is None or isinstance(bias, Tensor)
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]
     scale, offset = fold(record.input.step(), quantizer.step(), bias, batchnorm, output_channels(layer))
 
     def run(x: Tensor, codes: Tensor) -> Tensor:

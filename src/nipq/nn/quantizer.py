@@ -185,6 +185,7 @@ class TensorQuantizer(nn.Module):
         """Lowest and highest code relative to the zero point, each of shape ``(channels,)`` or ``(1,)``."""
         return code_range(self.alpha, self._whole_bits(), self.grid)
 
+    @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Whole codes of ``x`` relative to the zero point, so that the code of 0 is 0; floats, shape of ``x``."""
         low, high = self.code_range()
