@@ -29,7 +29,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def written_out(x: Tensor, alpha: Tensor, bits: Tensor, noise: Tensor, grid: Grid) -> Tensor:
-    """Section 1.2 of paper.md, word by word."""
+    """The definition of the proxy, word by word."""
     lower, upper = value_range(alpha, bits, grid)
     inside = x + noise * step_size(alpha, bits, grid)
     return torch.where(x >= upper, upper, torch.where(x <= lower, lower, inside))

@@ -18,7 +18,7 @@ def alpha_from_raw(raw: Tensor) -> Tensor:
 
     alpha = softplus(raw) = log(1 + e^raw); d alpha / d raw = sigmoid(raw).
 
-    Paper: section 1.5 of ``paper.md``.
+    Paper: the release; see docs/paper_map.md.
 
     Args:
         raw: the parameter, any real number, any shape.
@@ -38,7 +38,7 @@ def raw_from_alpha(alpha: Tensor) -> Tensor:
 
     raw = log(e^alpha - 1), computed as alpha + log(1 - e^-alpha), which neither overflows nor cancels.
 
-    Paper: section 1.5 and Q5 of ``paper.md``.
+    Paper: Q5 in docs/paper_map.md.
 
     Args:
         alpha: boundary, > 0, any shape.
@@ -67,7 +67,7 @@ def max_boundary(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> T
 
     alpha = max |x| when signed, max x when unsigned, max x + shift when shifted.
 
-    Paper: the min-max start, Fig. 4 and T7 of ``paper.md``.
+    Paper: the min-max start, Fig. 4 and T7 in docs/paper_map.md.
 
     Args:
         x: data, any shape, not empty.
@@ -99,7 +99,7 @@ def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, chann
     rises and the right side falls with alpha, so there is one root. Between two neighbouring data points the
     equation is linear, hence the root is exact: alpha = sum of what lies beyond / (inside / (12 n^2) + beyond).
 
-    Paper: section 5.2; T6 of ``paper.md``. The same equation, with n for 2^(b-1), is OCTAV's (arXiv 2206.06501).
+    Paper: section 5.2; T6 in docs/paper_map.md. The same equation, with n for 2^(b-1), is OCTAV's (arXiv 2206.06501).
 
     Args:
         x: data, any shape, not empty.

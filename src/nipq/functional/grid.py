@@ -29,7 +29,7 @@ class Grid:
     ``shifted``: n + 1 levels of which the one with code 0 is exactly zero, z of them below it, for activations with a
     short negative tail (h-swish reaches down to -3/8, SiLU to -0.2785, GELU to -0.17).
 
-    Paper: the quantizer of section 3; the shift is section 1.1 and Q3 of ``paper.md``.
+    Paper: the quantizer of section 3; the shift is Q3 in docs/paper_map.md.
 
     Args:
         kind: ``"signed"``, ``"unsigned"`` or ``"shifted"``.
@@ -73,7 +73,7 @@ def levels(bits: Tensor | float, grid: Grid) -> Tensor:
     n = 2^(b-1) - 1 when signed, 2^b - 1 when unsigned or shifted. The boundary alpha lies n steps from the low end of
     the range (from zero when signed), so a signed grid has 2n + 1 = 2^b - 1 levels, the others n + 1 = 2^b.
 
-    Paper: the quantizer of section 3; section 1.1 of ``paper.md``.
+    Paper: the quantizer of section 3; see docs/paper_map.md.
 
     Args:
         bits: bit-width, >= 2, whole or fractional, any shape.
@@ -105,7 +105,7 @@ def step_size(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
     step = alpha / n(bits), by true division; its derivative in bits is -alpha ln2 2^(b-1) / n^2 when signed and
     -alpha ln2 2^b / n^2 otherwise.
 
-    Paper: the quantizer of section 3; sections 1.1 and 1.4 of ``paper.md``.
+    Paper: the quantizer of section 3; see docs/paper_map.md.
 
     Args:
         alpha: boundary, units of x, > 0, broadcastable to x.
@@ -131,7 +131,7 @@ def zero_point(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
     z = round(shift / step), clamped to 0..n; a whole number in training and evaluation alike, so that zero is a
     level (zero padding stays exact) and no runtime rounds it again. It counts as a constant for the gradient.
 
-    Paper: not in it; Q3 and Q4 of ``paper.md``.
+    Paper: not in it; Q3 and Q4 in docs/paper_map.md.
 
     Args:
         alpha: length of the range, units of x, > 0, broadcastable to x.

@@ -66,7 +66,7 @@ def empirical_noise(
     counted in 256 bins on [-1/2, 1/2], a bin is drawn by its count, then a point inside it. Where no element is in
     range there is nothing to draw from, and the noise is uniform.
 
-    Paper: section 6.3; section 1.3 and T3 of ``paper.md``.
+    Paper: section 6.3; T3 in docs/paper_map.md.
 
     Args:
         x: any shape, floating point.

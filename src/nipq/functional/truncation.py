@@ -48,7 +48,7 @@ def inside_range(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
     An element on either end is not inside: a ReLU's zeros get no noise and pass no gradient.
 
-    Paper: section 1.2 of ``paper.md``.
+    Paper: the release; see docs/paper_map.md.
 
     Args:
         x: any shape.
@@ -74,7 +74,7 @@ def truncation_gradients(
     With slope = (Q(x) - x) / step this is LSQ, with slope = noise it is the proxy; that this is the only difference
     is the content of the paper's section 5.2. An element on an end counts as truncated.
 
-    Paper: section 5.2; section 1.4 of ``paper.md``.
+    Paper: section 5.2; see docs/paper_map.md.
 
     Args:
         grad: incoming gradient, shape of x.

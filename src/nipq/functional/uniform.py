@@ -83,7 +83,7 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tens
     On a shifted grid the whole zero point z is a constant: the ends -z step and alpha - z step have the derivatives
     -z/n and 1 - z/n in alpha, and -z d step / d bits in bits.
 
-    Paper: the quantizer of section 3 and section 5.2; section 1.4 of ``paper.md``.
+    Paper: the quantizer of section 3 and section 5.2; see docs/paper_map.md.
 
     Args:
         x: any shape, floating point.
