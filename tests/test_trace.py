@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from nipq.errors import NotQuantizableError
 from nipq.nn.layers import LayerSpec
@@ -91,7 +91,7 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - self.mean) / 0.25 + torch.zeros_like(x)
-        left, right = self.left(x[:, :4]), self.right(F.max_pool1d(x, 1))
+        left, right = self.left(x[:, :4]), self.right(functional.max_pool1d(x, 1))
         return self.mixed(x + self.deep(left + right))
 
 
@@ -198,10 +198,10 @@ class Pieces(nn.Module):
         y = y * torch.sigmoid(y)
         y = self.scale * y
         y = (y * 2 + 1) / 3 - 4  # numbers are no activations
-        y = F.max_pool2d(y, 2)
-        y = F.adaptive_avg_pool2d(y, 1).flatten(1)
-        y = F.linear(y, self.table)
-        return torch.cat([F.relu(y), y @ y.mT], dim=1)
+        y = functional.max_pool2d(y, 2)
+        y = functional.adaptive_avg_pool2d(y, 1).flatten(1)
+        y = functional.linear(y, self.table)
+        return torch.cat([functional.relu(y), y @ y.mT], dim=1)
 
 
 def test_functional_pieces_are_found_by_name_and_counted() -> None:

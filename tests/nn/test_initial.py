@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
+from torch.nn import functional
 
 from nipq.config import BitRange
 from nipq.errors import NonFiniteError
@@ -40,7 +40,7 @@ def test_weight_boundary_release_leaves_softplus_in() -> None:
     quantizer = WeightQuantizer("w", BitRange(), init="release")
     start_weight_boundary_(quantizer, torch.tensor([0.5, -3.0]))
     assert quantizer.alpha_raw.item() == 0.5
-    assert quantizer.alpha.item() == pytest.approx(F.softplus(torch.tensor(0.5)).item())
+    assert quantizer.alpha.item() == pytest.approx(functional.softplus(torch.tensor(0.5)).item())
     assert quantizer.calibrated
 
 
@@ -59,9 +59,9 @@ def test_weight_boundaries_per_channel() -> None:
     ("function", "kind", "shift"),
     [
         (torch.relu, "unsigned", 0.0),
-        (F.hardswish, "shifted", SHIFTS["hardswish"]),
-        (F.silu, "shifted", SHIFTS["silu"]),
-        (F.gelu, "shifted", SHIFTS["gelu"]),
+        (functional.hardswish, "shifted", SHIFTS["hardswish"]),
+        (functional.silu, "shifted", SHIFTS["silu"]),
+        (functional.gelu, "shifted", SHIFTS["gelu"]),
         (torch.tanh, "signed", 0.0),
     ],
 )
@@ -72,7 +72,7 @@ def test_the_grid_follows_the_activation_function(function, kind: str, shift: fl
     assert quantizer.calibrated
 
 
-@pytest.mark.parametrize("function", [F.hardswish, F.silu, F.gelu])
+@pytest.mark.parametrize("function", [functional.hardswish, functional.silu, functional.gelu])
 def test_no_activation_function_dips_below_its_shift(function) -> None:
     x = torch.linspace(-20, 20, 2_000_001, dtype=torch.float64)
     lowest, shift = -float(function(x).min()), SHIFTS[function.__name__]
@@ -83,7 +83,7 @@ def test_no_activation_function_dips_below_its_shift(function) -> None:
 @pytest.mark.parametrize("choice", ["signed", "unsigned", "shifted"])
 def test_a_rule_overrides_the_choice_of_grid(choice: str) -> None:
     quantizer = input_quantizer(grid_choice=choice)
-    start_input_boundary_(quantizer, F.hardswish(torch.randn(1000)))
+    start_input_boundary_(quantizer, functional.hardswish(torch.randn(1000)))
     assert quantizer.grid.kind == choice
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
@@ -106,7 +106,7 @@ class KeywordNet(nn.Module):
 
 class RenamedLinear(nn.Linear):
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(features, self.weight, self.bias)
+        return functional.linear(features, self.weight, self.bias)
 
 
 @pytest.mark.parametrize("name", ["input", "features"])
@@ -114,7 +114,7 @@ def test_an_input_given_by_keyword_is_quantized(name: str) -> None:
     x = torch.randn(4, 3)
     model = calibrate_(prepare_(KeywordNet(name), x, Config(input_bits=2)), [x]).eval()
     row = layer_table(model)[0]
-    assert torch.equal(model(x), F.linear(row.input(x), row.layer.weight, row.layer.bias))
+    assert torch.equal(model(x), functional.linear(row.input(x), row.layer.weight, row.layer.bias))
     assert len(row.input.codes(x).unique()) <= 3
 
 
@@ -137,13 +137,13 @@ def test_further_arguments_reach_the_layer_in_every_phase() -> None:
 
 
 def test_a_padded_zero_is_a_level_of_a_shifted_grid() -> None:
-    x = F.hardswish(2 * torch.randn(2, 2, 6, 6))
+    x = functional.hardswish(2 * torch.randn(2, 2, 6, 6))
     plain = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False))
     model = prepare_(plain, x, Config(rules=[Rule("0", activation_bits=4, grid="shifted")])).eval()
     quantizer = calibrate_(model, [x])[0].quantization.input
     assert quantizer.zero_point().item() > 0
     assert quantizer(torch.zeros(1)).item() == 0
-    padded_first = F.conv2d(quantizer(F.pad(x, (1, 1, 1, 1))), model[0].weight)
+    padded_first = functional.conv2d(quantizer(functional.pad(x, (1, 1, 1, 1))), model[0].weight)
     torch.testing.assert_close(model(x), padded_first)
 
 

@@ -59,7 +59,7 @@ def test_no_file_holds_fewer_than_2_or_more_than_16_bits(bits: int) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_boundary_is_finite_and_positive(alpha: float) -> None:
-    with pytest.raises(ConfigError, match="layer.weight: expected finite boundaries above 0"):
+    with pytest.raises(ConfigError, match=r"layer\.weight: expected finite boundaries above 0"):
         quantizer(alpha=alpha)
 
 
@@ -175,7 +175,7 @@ def test_clip_after_noise_keeps_the_range() -> None:
 
 
 def test_empirical_noise_is_the_tensors_own_error() -> None:
-    # Every value lies on a level of the 3-bit grid but for half of them, which lie a quarter step above: so do the errors.
+    # Half of the values lie on a level of the 3-bit grid, half a quarter step above one: so do the errors.
     made = quantizer(BitRange(fixed=3), noise="empirical").train()
     x = torch.tensor([0.5, 0.625]).repeat(50)
     noise = (made(x) - x) / made.step()

@@ -125,6 +125,7 @@ def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization)
     # unsafe: the safe form runs a forward, which needs a calibrated boundary and draws random numbers.
     parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
     layer.quantization = record
+    layer.train(layer.training)  # new modules start in training mode, whatever the layer is in
     layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
     layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]
 
@@ -138,6 +139,9 @@ def detach(layer: nn.Module) -> None:
     leave_integer_domain(layer)
     del layer.quantization
     others = [name for name in layer._parameters if name != "weight"]
+    # A deep copy shares the class that torch made for the parametrization; changing that would break the other one.
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
     for name in others:  # the weight comes first again: optimizers and state dicts go by the order
         layer._parameters[name] = layer._parameters.pop(name)
