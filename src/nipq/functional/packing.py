@@ -1,7 +1,7 @@
 """Whole codes as bit-planes: a tensor of any bit-width b takes exactly b * ceil(N / 8) bytes.
 
-Codes are stored in offset binary, ``u = code + n`` with n = 2^(b-1) - 1, so that the lowest code is 0 and the pattern of
-b ones is never used. Plane i holds bit i of every u, eight to a byte, the first in the lowest bit.
+Codes are stored in offset binary, ``u = code + n`` with n = 2^(b-1) - 1, so that the lowest code is 0 and the pattern
+of b ones is never used. Plane i holds bit i of every u, eight to a byte, the first in the lowest bit.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Integer-domain arithmetic: the one form in which torch and an integer runtime agree to the bit.
 
-Codes are whole numbers held in floats. A convolution over them is exact while its sums stay below 2^24 in float32 (2^53 in
-float64); rounding the sums removes what a fast algorithm such as Winograd adds below one half. After that come one multiply
-and one add, in float32. Phase ``"int"`` of a prepared model and the deployed model both run this file.
+Codes are whole numbers held in floats. A convolution over them is exact while its sums stay below 2^24 in float32 (2^53
+in float64); rounding the sums removes what a fast algorithm such as Winograd adds below one half. After that come one
+multiply and one add, in float32. Phase ``"int"`` of a prepared model and the deployed model both run this file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 #: Largest whole number up to which float32 holds every whole number.
 EXACT_FLOAT32 = 2**24
@@ -45,13 +46,20 @@ def weight_channel_axis(layer: nn.Module) -> int:
     return 1 if isinstance(layer, _TRANSPOSED) else 0
 
 
+def bias_of(layer: nn.Module) -> Tensor | None:
+    """Bias of a supported layer, or None."""
+    bias = getattr(layer, "bias", None)
+    assert bias is None or isinstance(bias, Tensor)
+    return bias
+
+
 @torch.no_grad()
 def fold(
     step_x: Tensor, step_w: Tensor, bias: Tensor | None, batchnorm: nn.Module | None, channels: int
 ) -> tuple[Tensor, Tensor]:
     """The multiply and the add after an integer convolution, with the batch norm folded in.
 
-    With g = gamma / sqrt(var + eps): ``scale = step_x * step_w * g`` and ``offset = (bias - mean) * g + beta``, computed in
+    With g = gamma / sqrt(var + eps): ``scale = step_x * step_w * g`` and ``offset = (bias - mean) * g + beta``, in
     float64 and rounded once. A negative gamma gives a negative scale; the codes stay those that were trained.
 
     Args:
@@ -67,14 +75,16 @@ def fold(
     scale = (step_x.double() * step_w.double()).expand(channels).clone()
     offset = torch.zeros_like(scale) if bias is None else bias.detach().double().clone()
     if batchnorm is not None:
-        mean: Tensor = batchnorm.running_mean  # type: ignore[assignment]
-        variance: Tensor = batchnorm.running_var  # type: ignore[assignment]
-        gain = torch.rsqrt(variance.double() + batchnorm.eps)  # type: ignore[operator]
-        if batchnorm.weight is not None:
-            gain = gain * batchnorm.weight.detach().double()  # type: ignore[union-attr, operator]
-        scale, offset = scale * gain, (offset - mean.double()) * gain
-        if batchnorm.bias is not None:
-            offset = offset + batchnorm.bias.detach().double()  # type: ignore[union-attr, operator]
+        assert isinstance(batchnorm, _BatchNorm)
+        assert batchnorm.running_mean is not None
+        assert batchnorm.running_var is not None
+        # Divisions and square roots are rounded alike on every device; a reciprocal square root is not.
+        gain = 1 / torch.sqrt(batchnorm.running_var.double() + batchnorm.eps)
+        if batchnorm.affine:
+            gain = gain * batchnorm.weight.double()
+        scale, offset = scale * gain, (offset - batchnorm.running_mean.double()) * gain
+        if batchnorm.affine:
+            offset = offset + batchnorm.bias.double()
     return scale.float(), offset.float()
 
 

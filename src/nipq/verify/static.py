@@ -1,0 +1,130 @@
+"""Rung E0: what lies in the deployed model, and in its file, against what was trained. Nothing is run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
+from nipq.layer_table import LayerRow, layer_table
+from nipq.nn.integer import bias_of, fold, output_channels
+
+
+def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
+    """Every number of the deployed model that is not that of the trained one, bit for bit.
+
+    Args:
+        model: prepared and trained, bits frozen.
+        deployed: made from it.
+
+    Yields:
+        One sentence per difference, in the order of execution, with the layer's full name.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers = deployed_layers(deployed)
+    rows = {names[row.layer]: row for row in layer_table(model)}
+    for name, row in rows.items():
+        if name not in layers:
+            yield f"{name}: the trained model quantizes this layer, the deployed one does not"
+        else:
+            yield from _differences(name, trained_facts(row), deployed_facts(layers[name]))
+    for name in layers.keys() - rows.keys():
+        yield f"{name}: the deployed model quantizes this layer, the trained one does not"
+    gone = [*rows, *(names[row.batchnorm] for row in rows.values() if row.input and row.batchnorm)]
+    yield from _differences("", _outside(gone, model.state_dict()), _outside([*rows, *layers], deploy_state(deployed)))
+
+
+def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
+    """Every number of a model read from its file that is not that of the model that was saved, bit for bit.
+
+    Args:
+        deployed: what was saved.
+        loaded: what came back.
+
+    Yields:
+        One sentence per difference, with the layer's full name.
+    """
+    saved, back = deployed_layers(deployed), deployed_layers(loaded)
+    for name in sorted(saved.keys() ^ back.keys()):
+        yield f"{name}: only one of the deployed model and its file has this layer"
+    for name in saved.keys() & back.keys():
+        yield from _differences(name, deployed_facts(saved[name]), deployed_facts(back[name]), "saved", "in the file")
+    ours, theirs = (_outside([*saved, *back], deploy_state(part)) for part in (deployed, loaded))
+    yield from _differences("", ours, theirs, "saved", "in the file")
+
+
+def trained_facts(row: LayerRow) -> dict[str, Any]:
+    """What a trained layer's deployed twin must hold, taken from its quantizers."""
+    bias = bias_of(row.layer)
+    facts: dict[str, Any] = {
+        "weight bits": row.weight.bits_rounded,
+        "weight codes": row.weight.codes(row.layer.parametrizations.weight.original),  # type: ignore[union-attr, arg-type]
+    }
+    if row.input is None:
+        return facts | {"step of the weight": row.weight.step(), "bias": bias}
+    step, (low, high) = row.input.step(), row.input.code_range()
+    scale, offset = fold(step, row.weight.step(), bias, row.batchnorm, output_channels(row.layer))
+    return facts | {
+        "input bits": row.input.bits_rounded,
+        "grid of the input": row.input.grid.kind,
+        "zero point": int(row.input.zero_point()),
+        "lowest code": int(low),
+        "highest code": int(high),
+        "step of the input": step,
+        "scale": scale,
+        "offset": offset,
+    }
+
+
+def deployed_facts(layer: Deployed) -> dict[str, Any]:
+    """The same as :func:`trained_facts`, as the deployed layer holds it."""
+    facts: dict[str, Any] = {"weight bits": layer.weight_bits, "weight codes": layer.weight}
+    if not isinstance(layer, DeployedLayer):
+        return facts | {"step of the weight": layer.scale, "bias": layer.offset if layer.has_bias else None}
+    return facts | {
+        "input bits": layer.input_bits,
+        "grid of the input": layer.grid,
+        "zero point": layer.zero_point,
+        "lowest code": layer.code_low,
+        "highest code": layer.code_high,
+        "step of the input": layer.input_step,
+        "scale": layer.scale,
+        "offset": layer.offset,
+    }
+
+
+def _outside(names: list[str], state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the state holds beyond the named modules."""
+    prefixes = tuple(full_name(name, "") for name in names)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(prefixes)}
+
+
+def _differences(
+    name: str, expected: Mapping[str, Any], found: Mapping[str, Any], first: str = "trained", second: str = "deployed"
+) -> Iterator[str]:
+    where = f"{name}: " if name else ""
+    for key in [*expected, *(key for key in found if key not in expected)]:
+        if key not in expected or key not in found:
+            yield f"{where}{key}: only {first if key in expected else second}"
+            continue
+        a, b = expected[key], found[key]
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            text = _tensor_difference(a.detach(), b.detach().to(a.device))
+            if text:
+                yield f"{where}{key}: {text} ({first} against {second})"
+        elif a is not b and (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b):
+            yield f"{where}{key}: {first} {a}, {second} {b}"
+
+
+def _tensor_difference(a: Tensor, b: Tensor) -> str | None:
+    if a.shape != b.shape:
+        return f"shape {tuple(a.shape)} against {tuple(b.shape)}"
+    wide = torch.promote_types(a.dtype, b.dtype)
+    differs = a.to(wide) != b.to(wide)
+    if not bool(differs.any()):
+        return None
+    ours, theirs = (values[differs][0].item() for values in (a, b))
+    return f"{int(differs.sum()):,} of {a.numel():,} differ, the first {ours:.9g} against {theirs:.9g}"
