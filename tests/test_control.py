@@ -78,7 +78,7 @@ def test_a_wrapper_can_be_switched(model: nn.Module, x: Tensor) -> None:
 
 def test_an_unknown_phase_is_refused(model: nn.Module) -> None:
     with pytest.raises(
-        ConfigError, match="expected a phase, found 'train'. Choose one of 'float', 'noise', 'round', 'int'"
+        ConfigError, match=r"expected a phase, found 'train'\. Choose one of 'float', 'noise', 'round', 'int'"
     ):
         set_phase_(model, "train")
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict, dataclass
+from operator import mul
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from torch import nn
 
+from nipq.bit_table import BitTable
+from nipq.budget import FLOAT_BITS, IMAGE_BITS, AverageBits, BitOps, Budget
+from nipq.functional.packing import payload_bytes
 from nipq.layer_table import LayerRow, layer_table
-
-#: Bits that an input counts which stays float.
-FLOAT_BITS = 32
+from nipq.limit import weight_specs
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,10 @@ class Summary:
         return table
 
     def _title(self) -> str:
-        inputs = "inputs float"
-        if self.activation_bits is not None and self.activation_bits_with_input is not None:
-            inputs = f"{self.activation_bits:.3f} over inputs ({self.activation_bits_with_input:.3f} with the model's)"
+        inputs = "all inputs float"
+        if self.activation_bits_with_input is not None:
+            without = "none" if self.activation_bits is None else f"{self.activation_bits:.3f}"
+            inputs = f"{without} over inputs ({self.activation_bits_with_input:.3f} with the model's own)"
         return (
             f"{len(self.layers)} layers, first and last included; average bits: {self.weight_bits:.3f} over weights, "
             f"{inputs}; {self.weight_payload_bytes:,} bytes of weights; {self.bops / 1e9:.4f} GBOP"
@@ -114,9 +117,14 @@ class Summary:
 
     def __str__(self) -> str:
         """The table as plain text, 160 columns at most."""
-        text = io.StringIO()
-        Console(file=text, width=160, color_system=None).print(self.table())
-        return text.getvalue()
+        return plain_text(self.table())
+
+
+def plain_text(*parts: RenderableType) -> str:
+    """Rich tables and lines as plain text, 160 columns at most."""
+    text = io.StringIO()
+    Console(file=text, width=160, color_system=None, highlight=False, markup=False).print(*parts, sep="\n")
+    return text.getvalue().rstrip()
 
 
 def _bits(whole: int, soft: float | None) -> str:
@@ -134,32 +142,40 @@ def summary(model: nn.Module) -> Summary:
 
     Raises:
         OrderError: if the model is not prepared.
+
+    Example:
+        >>> import torch
+        >>> from nipq.prepare import prepare_
+        >>> found = summary(prepare_(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4)))
+        >>> found.weight_bits, found.bops
+        (5.0, 320)
     """
     rows = layer_table(model)
-    layers = tuple(_layer(row) for row in rows)
-    weights = {row.weight: layer for row, layer in zip(rows, layers, strict=True)}.values()
-    hidden = [layer for layer in layers if not layer.is_input]
+    table = BitTable(rows)
+    bits = {quantizer: quantizer.bits_rounded for quantizer in table.quantizers}
+    weights, inputs = [bits[quantizer] for quantizer in table.weights], [bits[quantizer] for quantizer in table.inputs]
+
+    def exact(budget: Budget) -> float:
+        (limit,) = budget.limits(model)  # the target is not looked at
+        return float(limit.exact_cost(weights, inputs))
+
+    counts = [row.spec.activation_count for row in rows if row.input is not None]
+    hidden = any(row.input is not None and not row.spec.is_input for row in rows)
+    sizes = [spec.weight_count for spec in weight_specs(rows, table)]
     return Summary(
-        layers=layers,
-        weight_bits=sum(w.weight_bits * w.weight_count for w in weights) / sum(w.weight_count for w in weights),
-        activation_bits=_average_activation_bits(hidden),
-        activation_bits_with_input=_average_activation_bits(list(layers)),
-        weight_payload_bytes=sum(w.weight_bits * -(-w.weight_count // 8) for w in weights),
-        bops=sum(layer.bops for layer in layers),
+        layers=tuple(_layer(row) for row in rows),
+        weight_bits=exact(AverageBits(weights=1)),
+        activation_bits=exact(AverageBits(activations=1)) if hidden else None,
+        activation_bits_with_input=sum(map(mul, inputs, counts)) / sum(counts) if counts else None,
+        weight_payload_bytes=sum(map(payload_bytes, sizes, weights)),
+        bops=int(exact(BitOps(1))),
     )
-
-
-def _average_activation_bits(layers: list[LayerSummary]) -> float | None:
-    counted = [(layer.activation_bits, layer.activation_count) for layer in layers if layer.activation_bits is not None]
-    total = sum(count for _, count in counted)
-    return sum(bits * count for bits, count in counted) / total if total else None
 
 
 def _layer(row: LayerRow) -> LayerSummary:
     weight_bits = row.weight.bits_rounded
     activation_bits = None if row.input is None else row.input.bits_rounded
-    # The image arrives in bytes, so a float first input counts 8 bits; any other float input counts as float.
-    counted = activation_bits if activation_bits is not None else (8 if row.spec.is_input else FLOAT_BITS)
+    float_bits = IMAGE_BITS if row.spec.is_input else FLOAT_BITS
     return LayerSummary(
         name=row.name,
         kind=row.spec.kind,
@@ -173,7 +189,7 @@ def _layer(row: LayerRow) -> LayerSummary:
         macs=row.spec.macs,
         weight_count=row.spec.weight_count,
         activation_count=row.spec.activation_count,
-        bops=row.spec.macs * weight_bits * counted,
+        bops=row.spec.macs * weight_bits * (float_bits if activation_bits is None else activation_bits),
         is_input=row.spec.is_input,
         frozen=row.weight.is_frozen and (row.input is None or row.input.is_frozen),
     )
