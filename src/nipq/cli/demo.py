@@ -26,6 +26,7 @@ DEMO: dict[str, Any] = {
     "stages": {"float": {"epochs": 30}, "search": {"epochs": 15}, "finetune": {"epochs": 5, "lr": 0.01}},
     "optimizer": {"lr": 0.05, "weight_decay": 0.0005, "warmup_epochs": 1, "final": 0.01},
     "batchnorm_batches": 16,
+    "threads": 1,
 }
 """The same settings as ``configs/digits.yaml``."""
 

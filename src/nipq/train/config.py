@@ -173,6 +173,8 @@ class TrainConfig(Settings):
         amp: ``bf16`` runs the training forward in mixed precision.
         channels_last: Memory layout of model and images.
         device: ``auto`` takes CUDA when there is one.
+        threads: Threads of the CPU, ``None`` for torch's choice. Small nets are as fast with one, and their numbers
+            then do not depend on the machine's cores.
         seed: Of weights, data order, augmentation and noise.
         checkpoint_every: Also checkpoint after every so many steps (``None``: after each epoch only).
     """
@@ -193,5 +195,6 @@ class TrainConfig(Settings):
     amp: Literal["bf16"] | None = None
     channels_last: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     checkpoint_every: int | None = Field(default=None, ge=1)

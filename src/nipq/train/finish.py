@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from nipq.budget import costs
 from nipq.control import set_phase_
 from nipq.deploy.convert import convert
-from nipq.deploy.file import file_bytes, load, save
+from nipq.deploy.file import file_bytes, save
+from nipq.deploy.load import load
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError
 from nipq.layer_table import LayerRow, layer_table
 from nipq.nn.quantizer import TensorQuantizer
@@ -24,7 +25,7 @@ from nipq.train.data import load_data
 from nipq.train.evaluate import evaluate
 from nipq.train.factory import build_model, read_state
 from nipq.train.plots import Histogram, plot_bits, plot_boundaries, plot_history
-from nipq.train.run_folder import RunFolder, write_table, write_text
+from nipq.train.run_folder import RunFolder, write_state, write_table, write_text
 from nipq.verify import VerifyResult, verify
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, 
     layers = table.to_dict()["layers"]
     write_text(place.layers_json, json.dumps(layers, indent=1) + "\n")
     write_table(place.layers_csv, layers)
-    save_state(model, place)
+    write_state(place.trained, model.state_dict())
     deployed = convert(model)
     save(deployed, place.model, overwrite=True)
     reporter.say(f"saved {place.model.name}, {file_bytes(deployed):,} bytes; verifying")
@@ -124,13 +125,6 @@ def float_bytes(config: ModelConfig) -> int:
     """Bytes of the float network's state dict, four for each number."""
     state = build_model(config, with_weights=False).state_dict()
     return sum(4 * tensor.numel() for tensor in state.values() if tensor.is_floating_point())
-
-
-def save_state(model: nn.Module, place: RunFolder) -> None:
-    """Save the trained model's state dict, whole or not at all."""
-    temporary = place.trained.with_name(place.trained.name + ".tmp")
-    torch.save(model.state_dict(), temporary)
-    temporary.replace(place.trained)
 
 
 def _plots(trainer: Trainer, place: RunFolder, layers: list[dict[str, Any]]) -> str | None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.ops import Conv2dNormActivation
 
 SMALL_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 1), (6, 96, 1, 1))
 """Expansion, channels, repeats and first stride of MobileNet-v2's stages for 28x28 images."""
@@ -83,8 +84,12 @@ def digits_net(width: int = 32, classes: int = 10) -> DigitsNet:
 
 
 def mobilenet_v2_28(
-    width_mult: float = 0.5, classes: int = 10, stem_stride: int = 1, stages: Any = SMALL_MOBILENET  # noqa: ANN401
-) -> MobileNetV2:  # fmt: skip
+    width_mult: float = 0.5,
+    classes: int = 10,
+    stem_stride: int = 1,
+    stages: Any = SMALL_MOBILENET,  # noqa: ANN401
+    head: int = 1280,
+) -> MobileNetV2:
     """MobileNet-v2 of torchvision for 28x28 gray images: one input channel, fewer stages, fewer strides, no dropout.
 
     Args:
@@ -92,6 +97,7 @@ def mobilenet_v2_28(
         classes: Number of answers.
         stem_stride: Stride of the first convolution; 2 makes the net about four times cheaper.
         stages: Rows of expansion, channels, repeats and first stride.
+        head: Channels of the last convolution, which torchvision never makes narrower than 1280.
 
     Returns:
         The net, untrained.
@@ -99,6 +105,9 @@ def mobilenet_v2_28(
     net = MobileNetV2(
         num_classes=classes, width_mult=width_mult, inverted_residual_setting=[list(row) for row in stages], dropout=0.0
     )
+    last = net.features[-1][0].in_channels
+    net.features[-1] = Conv2dNormActivation(last, head, kernel_size=1, activation_layer=nn.ReLU6)
+    net.classifier[-1] = nn.Linear(head, classes)
     stem = net.features[0][0]
     net.features[0][0] = _stem(stem.out_channels, stem_stride)
     return net

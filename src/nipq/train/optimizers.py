@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from nipq.optim import param_groups
+from nipq.optim import check_optimizer, param_groups, weight_groups
 
 if TYPE_CHECKING:
     from nipq.train.config import OptimizerConfig
@@ -23,22 +23,30 @@ class Optimizers:
     Args:
         model: The model as it is in this stage (float, prepared, or frozen).
         config: The ``optimizer`` section.
-        lr: Peak learning rate of this stage, or ``None`` for the section's.
+        prepared: Whether the model has quantizers.
+        lr: Peak learning rate of this stage, or ``None`` for the section's; those of boundaries and bits keep their
+            ratio to it.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig, lr: float | None = None) -> None:
+    def __init__(self, model: nn.Module, config: OptimizerConfig, *, prepared: bool, lr: float | None = None) -> None:
         """Group the parameters; every group remembers its peak learning rate."""
         peak = config.lr if lr is None else lr
-        groups = param_groups(
-            model, lr=peak, weight_decay=config.weight_decay, boundary_lr=config.boundary_lr, bits_lr=config.bits_lr
-        )
+        if prepared:
+            boundary_lr, bits_lr = (
+                None if rate is None else rate * peak / config.lr for rate in (config.boundary_lr, config.bits_lr)
+            )
+            groups = param_groups(model, peak, config.weight_decay, boundary_lr, bits_lr)
+        else:
+            groups = weight_groups(model, peak, config.weight_decay)
         for group in groups:
             group["peak"] = group["lr"]
-        apart = [] if config.quantizer_optimizer == "same" else [g for g in groups if g["name"] in QUANTIZER_GROUPS]
-        together = [group for group in groups if group not in apart]
-        self.all: list[Optimizer] = [_build(config, together)]
+        own = QUANTIZER_GROUPS if config.quantizer_optimizer == "adam" else ()
+        apart = [group for group in groups if group["name"] in own]
+        self.all: list[Optimizer] = [_build(config, [group for group in groups if group["name"] not in own])]
         if apart:
             self.all.append(torch.optim.Adam(apart))
+        if prepared:
+            check_optimizer(model, *self.all)
 
     def scale(self, factor: float) -> None:
         """Set every learning rate to its peak times a factor."""

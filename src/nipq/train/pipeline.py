@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nipq.budget import costs
 from nipq.summary import summary
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.finish import finish
 from nipq.train.reporter import Reporter
-from nipq.train.run_folder import RunFolder
+from nipq.train.run_folder import RunFolder, write_state
 from nipq.train.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -44,7 +48,11 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
         NonFiniteError: If a loss or boundary stops being finite; the last checkpoint stays.
         FileFormatError: If a checkpoint cannot be read.
     """
-    place = RunFolder(folder)
+    with _threads(config.threads):
+        return _run(config, RunFolder(folder), resume=resume, quiet=quiet)
+
+
+def _run(config: TrainConfig, place: RunFolder, *, resume: bool, quiet: bool) -> dict[str, Any]:
     checkpoint = None
     if resume and place.holds_run():
         place.check_same(config)
@@ -60,13 +68,28 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
         trainer = Trainer(config)
         place.start(config)
     with Reporter(place.tensorboard, trainer.progress.steps_total, quiet=quiet) as reporter:
+        for found in trainer.feasible:
+            reporter.say(f"budget: {found}")
         while trainer.progress.stage != "done":
             while trainer.progress.epoch < trainer.epochs:
                 _epoch(trainer, place, reporter)
-            reporter.say(f"{TITLES[trainer.progress.stage]} stage complete")
+            trainer.settle()
+            if trainer.progress.stage == "float":
+                write_state(place.float, trainer.model.state_dict())
             trainer.advance()
             trainer.checkpoint().save(place.checkpoint)
         return finish(trainer, place, reporter)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Run with so many CPU threads; torch's setting is restored."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
@@ -109,11 +132,11 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
 
 
 def bits_now(trainer: Trainer) -> dict[str, float | None]:
-    """Average bits of weights and activations as evaluation uses them, and the distance to the budget."""
+    """Average bits, whole as evaluation uses them, and how far above the budget they are (0.1: a tenth)."""
     table = summary(trainer.model)
     now: dict[str, float | None] = {"weight_bits": table.weight_bits, "activation_bits": table.activation_bits}
     if trainer.search is not None:
-        now["distance"] = float(trainer.search.distance())
+        now["distance"] = max(limit["relative"] for limit in trainer.search.distance().values())
     return now
 
 

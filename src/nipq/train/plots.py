@@ -96,8 +96,8 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _curve(middle, time, rows, "activation_bits", ACTIVATION, "activations")
         middle.set(ylabel="average [bit]", title="Average bit-width (whole bits, as evaluation uses them)")
         names = list(dict.fromkeys(limit["name"] for row in rows for limit in row.get("limits", [])))
-        for name, colour in zip(names, COLOURS, strict=False):
-            bottom.plot(time, [_share(row, name) for row in rows], color=colour, marker=".", label=name)
+        for name, colour, style in zip(names, COLOURS, ("-", "--", "-.", ":"), strict=False):
+            bottom.plot(time, [_share(row, name) for row in rows], style, color=colour, marker=".", label=name)
         bottom.axhline(100.0, color="black", linewidth=1.0, label="the budget")
         bottom.set(ylabel="cost / limit [%]", xlabel="epoch (all stages)", title="Cost relative to the budget")
         bottom.xaxis.get_major_locator().set_params(integer=True)
@@ -125,6 +125,7 @@ def plot_boundaries(histograms: Sequence[Histogram], path: Path) -> None:
             start = -edge if min(values.min(), item.low) < 0 else -0.03 * edge
             axes.hist(values, bins=80, range=(start, edge), color=colour, alpha=0.75)
             axes.set_yscale("log")
+            axes.set_ylim(bottom=0.5)
             for boundary in {item.low, item.high}:
                 axes.axvline(boundary, color="black", linewidth=1.3)
             levels = np.arange(round(item.low / item.step), round(item.high / item.step) + 1) * item.step
@@ -159,7 +160,9 @@ def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
 def _curve(axes: Axes, time: np.ndarray, rows: Sequence[Mapping[str, Any]], key: str, colour: str, label: str) -> None:
     values = [row.get(key) for row in rows]
     if any(value is not None for value in values):
-        axes.plot(time, [np.nan if value is None else value for value in values], color=colour, marker=".", label=label)
+        style = "--" if colour == ACTIVATION else "-"  # so that equal curves are both seen
+        known = [np.nan if value is None else value for value in values]
+        axes.plot(time, known, style, color=colour, marker=".", label=label)
 
 
 def _share(row: Mapping[str, Any], name: str) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
 from nipq.errors import ConfigError
+from nipq.limit import FeasibleRange
 from nipq.prepare import prepare_
 
 if TYPE_CHECKING:
@@ -41,7 +42,9 @@ def make_budget(config: BudgetConfig) -> Budget:
     return reduce(and_, parts)
 
 
-def preflight(model: nn.Module, example: Tensor, config: TrainConfig, budget: Budget | None, classes: int) -> None:
+def preflight(
+    model: nn.Module, example: Tensor, config: TrainConfig, budget: Budget | None, classes: int
+) -> list[FeasibleRange]:
     """Run the model once, prepare a copy of it, and look whether the budget can be met.
 
     Args:
@@ -50,6 +53,9 @@ def preflight(model: nn.Module, example: Tensor, config: TrainConfig, budget: Bu
         config: The run's config.
         budget: The budget, or ``None``.
         classes: Classes in the data.
+
+    Returns:
+        The range within reach of each limit.
 
     Raises:
         ConfigError: If the model does not take the images or gives too few answers.
@@ -73,5 +79,4 @@ def preflight(model: nn.Module, example: Tensor, config: TrainConfig, budget: Bu
             "correct model.kwargs"
         )
     prepare_(trial, example, config.quantization)
-    if budget is not None:
-        check_feasible(trial, budget)
+    return [] if budget is None else check_feasible(trial, budget)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nipq.errors import ConfigError, FileFormatError
 from nipq.train.config import TrainConfig
@@ -36,6 +37,7 @@ class RunFolder:
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoint = self.path / "checkpoint.pt"
+        self.float = self.path / "float.pt"
         self.trained = self.path / "trained.pt"
         self.layers_csv = self.path / "layers.csv"
         self.layers_json = self.path / "layers.json"
@@ -140,6 +142,13 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Save a state dict, whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    torch.save(dict(state), temporary)
     temporary.replace(path)
 
 

@@ -59,8 +59,9 @@ class Trainer:
         self.example = next(iter(self.data.test))[0][:1]
         self._seed("model")
         self.model = build_model(config.model, with_weights=checkpoint is None)
-        if checkpoint is None:
-            preflight(self.model, self.example, config, self.budget, self.data.classes)
+        self.feasible = (
+            preflight(self.model, self.example, config, self.budget, self.data.classes) if checkpoint is None else []
+        )
         self.model.to(self.device)
         if config.channels_last:
             self.model.to(memory_format=torch.channels_last)
@@ -106,14 +107,14 @@ class Trainer:
         total = loss if self.search is None else loss + self.search.penalty()
         if not bool(total.isfinite()):
             raise non_finite_loss(self.model, images, self._place())
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         self.optimizers.step()
         if self.search is not None:
             self.search.step()
         if self.average is not None:
             self.average.update(self.model)
         hits = int((logits.detach().argmax(-1) == labels).sum())
-        added = (float(loss) * len(labels), hits, len(labels))
+        added = (float(loss.detach()) * len(labels), hits, len(labels))
         progress.sums = [a + b for a, b in zip(progress.sums, added, strict=True)]
         progress.step += 1
         progress.steps_total += 1
@@ -135,8 +136,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ from stage to stage
 
+    def settle(self) -> None:
+        """At the end of a stage the weight average, where there is one, becomes the model."""
+        if self.average is not None:
+            self.average.copy_to_(self.model)
+            self.average = None
+
     def advance(self) -> None:
-        """Close the present stage, score what it left, and open the next."""
+        """Close the present, settled stage, score what it left, and open the next."""
         leave = {"float": self._leave_float, "search": self._leave_search, "finetune": self._leave_finetune}
         leave[self.progress.stage]()
         self.progress.stage = NEXT[self.progress.stage]
@@ -144,14 +151,12 @@ class Trainer:
         self._enter()
 
     def _leave_float(self) -> None:
-        self._settle()
         self._record("float")
         self._prepare()
         count, key = self.config.calibration_batches, seed_of(self.config.seed, "calibration")
         calibrate_(self.model, Few(self.data.train, count, key), count)
 
     def _leave_search(self) -> None:
-        self._settle()
         freeze_bits_(self.model, self.budget)
         set_phase_(self.model, Phase.ROUND)
         self._record("frozen")
@@ -160,7 +165,6 @@ class Trainer:
 
     def _leave_finetune(self) -> None:
         if self.config.stages.finetune.epochs:
-            self._settle()
             self._reestimate()
             self._record("finetuned")
 
@@ -173,7 +177,7 @@ class Trainer:
         if not self.epochs:
             return
         self.model.train()
-        self.optimizers = Optimizers(self.model, self.config.optimizer, self._stage().lr)
+        self.optimizers = Optimizers(self.model, self.config.optimizer, prepared=stage != "float", lr=self._stage().lr)
         if stage == "finetune" and previous is not None and self.config.optimizer.schedule == "spanning":
             self.optimizers.adopt(previous)
         if stage == "search" and self.budget is not None:
@@ -181,11 +185,6 @@ class Trainer:
             self.search = Search(self.model, self.budget, total_steps=steps, penalty=self.config.penalty)
         if self.config.ema_decay is not None:
             self.average = WeightAverage(self.model, self.config.ema_decay)
-
-    def _settle(self) -> None:
-        """The weight average, where there is one, becomes the model."""
-        if self.average is not None:
-            self.average.copy_to_(self.model)
 
     def _reestimate(self) -> bool:
         count = self.config.batchnorm_batches

@@ -1,0 +1,80 @@
+"""Checkpoints: whole or not at all, and nothing that is stored in a file is ever run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nipq.errors import FileFormatError
+from nipq.train.checkpoint import FORMAT, Checkpoint, Progress
+
+
+@pytest.fixture
+def checkpoint() -> Checkpoint:
+    progress = Progress("search", epoch=2, step=3, sums=[1.5, 2.0, 3.0], states={"float": {"test": {"accuracy": 98.0}}})
+    return Checkpoint(progress, {"weight": torch.randn(3)}, optimizers=[{"state": {0: {"m": torch.ones(2)}}}])
+
+
+def test_round_trip(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path)
+    again = Checkpoint.load(path)
+    assert again.progress == checkpoint.progress
+    assert torch.equal(again.model["weight"], checkpoint.model["weight"])
+    assert again.optimizers is not None
+    assert torch.equal(again.optimizers[0]["state"][0]["m"], torch.ones(2))
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_failed_save_keeps_the_old_one(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path)
+
+    def half(_content: object, file: Any) -> None:
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path)
+    assert Checkpoint.load(path).progress == checkpoint.progress
+
+
+def test_cut_off_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(FileFormatError, match="could not read it"):
+        Checkpoint.load(path)
+
+
+class Trap:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("trap-was-sprung"),))
+
+
+def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": FORMAT, "version": 1, "model": Trap()}, tmp_path / "checkpoint.pt")
+    with pytest.raises(FileFormatError, match="could not read it"):
+        Checkpoint.load(tmp_path / "checkpoint.pt")
+    assert not (tmp_path / "trap-was-sprung").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"state_dict": {}}, "found something else"),
+        ([1, 2], "found something else"),
+        ({"format": FORMAT, "version": 99}, "expected checkpoint version 1 in .*, found 99"),
+        ({"format": FORMAT, "version": 1, "progress": {}}, "lacks entries"),
+    ],
+    ids=["state_dict", "list", "version", "incomplete"],
+)
+def test_foreign_file(content: object, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "checkpoint.pt")
+    with pytest.raises(FileFormatError, match=message):
+        Checkpoint.load(tmp_path / "checkpoint.pt")

@@ -1,0 +1,101 @@
+"""Killed at any moment, a run ends with the numbers of one that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from nipq.train.config_file import load_config
+from nipq.train.pipeline import run
+
+SETTINGS = """
+model: {factory: "nipq.train.models:digits_net", kwargs: {width: 8}}
+data: {kind: digits, batch_size: 32, train_limit: 256}
+budget: {average_bits: {weights: 4, activations: 4}}
+stages: {float: {epochs: 2}, search: {epochs: 3}, finetune: {epochs: 2}}
+optimizer: {lr: 0.03, schedule: spanning, bits_lr: 0.1}
+ema_decay: 0.9
+batchnorm_batches: 2
+calibration_batches: 2
+device: cpu
+threads: 1
+checkpoint_every: 3
+"""
+
+KILLED_AT = """
+import os, signal, sys
+from nipq.train import checkpoint, load_config, run
+
+saves, save = [], checkpoint.Checkpoint.save
+
+def counted(self, path):
+    saves.append(path)
+    if len(saves) == {count}:
+        if {half}:
+            path.with_name(path.name + ".tmp").write_bytes(b"half of a checkpo")
+        else:
+            save(self, path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, path)
+
+checkpoint.Checkpoint.save = counted
+run(load_config(sys.argv[1]), sys.argv[2], resume=True, quiet=True)
+"""
+
+
+def start(config: Path, folder: Path, count: int = 0, half: bool = False) -> subprocess.Popen[bytes]:
+    code = KILLED_AT.format(count=count, half=half)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    return subprocess.Popen([sys.executable, "-c", code, str(config), str(folder)], env=environment)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def test_kill_and_resume_gives_the_same_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(SETTINGS, encoding="utf-8")
+    config = load_config(path)
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    expected = run(config, straight, quiet=True)
+
+    # Killed in the float stage within an epoch, then in the search while a checkpoint is half written.
+    for count, half in ((5, False), (7, True)):
+        process = start(path, broken, count, half)
+        assert process.wait(timeout=120) == -signal.SIGKILL
+    assert not (broken / "results.json").exists()
+
+    # Killed from outside, whenever that happens to be.
+    before = len(rows(broken))
+    process = start(path, broken)
+    deadline = time.monotonic() + 120
+    while len(rows(broken)) <= before and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait(timeout=120) == -signal.SIGKILL
+
+    results = run(config, broken, resume=True, quiet=True)
+    assert {**results, "seconds": 0} == {**expected, "seconds": 0}
+    assert rows(broken) == rows(straight)
+    assert (broken / "layers.json").read_text() == (straight / "layers.json").read_text()
+    packed, again = (load_file(folder / "model.nipq.safetensors") for folder in (straight, broken))
+    assert packed.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in packed.items())
+
+
+def test_resume_of_nothing_starts_afresh(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(SETTINGS.replace("search: {epochs: 3}", "search: {epochs: 1}"), encoding="utf-8")
+    (tmp_path / "run").mkdir()
+    assert run(load_config(path), tmp_path / "run", resume=True, quiet=True)["verified"] is True
