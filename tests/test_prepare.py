@@ -171,6 +171,16 @@ def test_autocast_trains(model: nn.Module, x: Tensor) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
 
 
+@pytest.mark.slow
+def test_training_and_evaluation_compile_into_one_graph(model: nn.Module, x: Tensor) -> None:
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected)
+    compiled.train()
+    compiled(x).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 # ---------------------------------------------------------------------- saving and copying
 
 
