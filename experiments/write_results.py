@@ -76,7 +76,7 @@ def fashion_section() -> str:
         "### Fashion-MNIST, a small MobileNet-v2 and ResNet-18\n\n"
         + fashion.table(cells)
         + "\nTest accuracy in per cent at the last epoch, mean ± standard deviation over seeds; minus float with "
-        "its standard error, paired by seed. First and last layers are learned and counted; the 8-bit image input is not "
+        "its standard error, paired by seed. First and last layers are learned and counted; the 8-bit input is not "
         "counted. Every cell starts from, and is taught by, its seed's float network. Epochs of float training, search "
         f"under noise and fine-tuning with rounding: {epochs}. "
         f"{len(cells)} cells, {seconds / 3600:.1f} hours on one thread each: "

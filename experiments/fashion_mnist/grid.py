@@ -6,7 +6,7 @@
 
 A cell is one run of ``nipq.train``: first a float cell for each network and seed, then one cell for each budget, all
 from that float cell's weights, which also teach it (self-distillation). Its result is one JSON file in ``results/``; a
-cell whose file exists is skipped, and a cell that was killed continues from its checkpoint. Hyper-parameters were chosen
+cell whose file exists is skipped, and a killed one continues from its checkpoint. Hyper-parameters were chosen
 on validation images of seed 0; the test split is read once for each named state of a cell, at its end.
 """
 
