@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nipq.control import set_phase_
-from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, replace_modules
-from nipq.errors import OrderError
+from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
+from nipq.errors import NonFiniteError, OrderError
 from nipq.layer_table import LayerRow, layer_table, quantizers
-from nipq.nn.integer import fold, output_channels
+from nipq.nn.integer import bias_of, fold, output_channels
 from nipq.nn.layers import plain_shell
 from nipq.phases import Phase
 
@@ -21,8 +21,9 @@ def convert(model: nn.Module) -> nn.Module:
 
     The codes are those of the trained model, bit for bit; folding changes the one multiply and the one add after the
     integer sums and nothing else. A batch norm is folded when it alone reads the layer's output and keeps running
-    statistics; its place is taken by ``nn.Identity``. The result equals the trained model in phase ``"int"`` to the bit,
-    and in phase ``"round"`` up to float rounding (see ``nipq.verify``).
+    statistics; its place is taken by ``nn.Identity``. The result equals the trained model in phase ``"int"`` to the
+    bit, and in phase ``"round"`` up to float rounding (see ``nipq.verify``). Layers whose input stays float get whole
+    weights, too, but compute in floats, and their batch norm stays. Hooks on a layer do not come along.
 
     Args:
         model: a prepared model whose bits are frozen; it is not changed.
@@ -32,6 +33,7 @@ def convert(model: nn.Module) -> nn.Module:
 
     Raises:
         OrderError: if the model is not prepared, a bit-width is still learned, or a boundary was never set.
+        NonFiniteError: if a weight, a bias or a batch norm holds NaN or infinity.
     """
     for quantizer in quantizers(model):
         if not quantizer.is_frozen:
@@ -43,7 +45,14 @@ def convert(model: nn.Module) -> nn.Module:
             raise OrderError(
                 f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_(model, loader)."
             )
-    return deploy_copy(model)
+    for row in layer_table(model):
+        _check_finite(row.weight.name, _float_weight(row))
+    deployed = deploy_copy(model)
+    for name, layer in deployed_layers(deployed).items():
+        for part in (layer.scale, layer.offset):
+            if part is not None:
+                _check_finite(f"{name} with its bias and batch norm", part)
+    return deployed
 
 
 @torch.no_grad()
@@ -58,41 +67,58 @@ def deploy_copy(model: nn.Module) -> nn.Module:
     """
     twin = copy.deepcopy(model)
     set_phase_(twin, Phase.ROUND)
+    names = {module: name for name, module in twin.named_modules()}
+    owners: dict[nn.Module, nn.Module] = {}
     replacements: dict[nn.Module, nn.Module] = {}
-    shared: dict[nn.Module, torch.Tensor] = {}
     for row in layer_table(twin):
-        replacements[row.layer] = _deployed(row, twin, shared)
-        if row.input is not None and row.spec.batchnorm is not None:
-            replacements[twin.get_submodule(row.spec.batchnorm)] = nn.Identity()
+        owner = owners.setdefault(row.weight, row.layer)
+        tied_to = None if owner is row.layer else names[owner]
+        codes = _codes(row) if tied_to is None else replacements[owner].weight
+        assert isinstance(codes, Tensor)
+        batchnorm = None if row.batchnorm is None or row.input is None else names[row.batchnorm]
+        replacements[row.layer] = _deployed(row, codes, tied_to, batchnorm)
+        if batchnorm is not None and row.batchnorm is not None:
+            replacements[row.batchnorm] = nn.Identity()
     return replace_modules(twin, replacements).eval().requires_grad_(False)
 
 
-def _deployed(row: LayerRow, model: nn.Module, shared: dict[nn.Module, torch.Tensor]) -> Deployed:
-    bits = row.weight.bits_rounded
-    if row.weight not in shared:  # tied weights stay one tensor
-        original: torch.Tensor = row.layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
-        shared[row.weight] = row.weight.codes(original).to(torch.int8 if bits <= 8 else torch.int16)
-    codes, step, shell = shared[row.weight], row.weight.step(), plain_shell(row.layer)
-    bias = row.layer.bias
-    assert bias is None or isinstance(bias, torch.Tensor)
+def _deployed(row: LayerRow, codes: Tensor, tied_to: str | None, batchnorm: str | None) -> Deployed:
+    bits, step, shell, bias = row.weight.bits_rounded, row.weight.step(), plain_shell(row.layer), bias_of(row.layer)
     if row.input is None:
-        return DeployedWeightOnlyLayer(
-            shell, codes, step.clone(), None if bias is None else bias.detach().clone(), weight_bits=bits
-        )
-    name = row.spec.batchnorm
-    batchnorm = None if name is None else model.get_submodule(name)
-    scale, offset = fold(row.input.step(), step, bias, batchnorm, output_channels(row.layer))
+        kept = None if bias is None else bias.detach().clone()
+        return DeployedWeightOnlyLayer(shell, codes, step, kept, weight_bits=bits, tied_to=tied_to)
+    folded = row.batchnorm if batchnorm is not None else None
+    scale, offset = fold(row.input.step(), step, bias, folded, output_channels(row.layer))
     low, high = row.input.code_range()
     return DeployedLayer(
         shell,
         codes,
         scale,
         offset,
-        row.input.step().clone(),
+        row.input.step(),
         weight_bits=bits,
         input_bits=row.input.bits_rounded,
         grid=row.input.grid.kind,
         zero_point=int(row.input.zero_point()),
         code_range=(int(low), int(high)),
-        batchnorm=name,
+        batchnorm=batchnorm,
+        tied_to=tied_to,
     )
+
+
+def _codes(row: LayerRow) -> Tensor:
+    dtype = torch.int8 if row.weight.bits_rounded <= 8 else torch.int16
+    return row.weight.codes(_float_weight(row)).to(dtype)
+
+
+def _float_weight(row: LayerRow) -> Tensor:
+    weight: Tensor = row.layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    return weight.detach()
+
+
+def _check_finite(what: str, numbers: Tensor) -> None:
+    if not bool(torch.isfinite(numbers).all()):
+        raise NonFiniteError(
+            f"{what}: expected finite numbers, found NaN or infinity. "
+            "Go back to a state from before the training diverged."
+        )

@@ -1,4 +1,4 @@
-"""Read a packed file into a model of the same architecture; everything in it is checked before anything is built."""
+"""Read a packed file into a model of the same architecture; everything in it is checked before it is used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from nipq.deploy.file import FORMAT, FORMAT_VERSION
+from nipq.deploy.file import FORMAT, FORMAT_VERSION, KEY
 from nipq.deploy.modules import (
     Deployed,
     DeployedLayer,
@@ -23,11 +23,12 @@ from nipq.deploy.modules import (
     replace_modules,
 )
 from nipq.errors import ConfigError, FileFormatError
-from nipq.functional.grid import UNSIGNED, Grid, levels
-from nipq.functional.packing import unpack
+from nipq.functional.grid import Grid, levels
+from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
+from nipq.nn.integer import output_channels
 from nipq.nn.layers import SUPPORTED, is_prepared, plain_shell
 
-Bits = Annotated[int, Field(ge=2, le=16)]
+Bits = Annotated[int, Field(ge=FEWEST_BITS, le=MOST_BITS)]
 
 
 class _Record(BaseModel):
@@ -39,15 +40,16 @@ class InputRecord(_Record):
 
     bits: Bits
     grid: Literal["signed", "unsigned", "shifted"]
-    zero_point: Annotated[int, Field(ge=0, le=65535)]
+    zero_point: Annotated[int, Field(ge=0)]
 
 
 class LayerRecord(_Record):
     """What the file says of a layer."""
 
+    kind: str
     bits: Bits
     shape: list[Annotated[int, Field(ge=0)]]
-    planes: str
+    tied_to: str | None = None
     input: InputRecord | None = None
     batchnorm: str | None = None
     bias: bool = False
@@ -61,152 +63,169 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         model: a plain float instance of the same architecture, with any weights; it is not changed.
 
     Returns:
-        A deployed copy of the model, equal to the one that was saved in every bit.
+        A deployed copy of the model, on the model's device, equal to the one that was saved in every bit.
 
     Raises:
         FileFormatError: if the file is missing, truncated, foreign, newer than this version, damaged, or of another
             architecture (with the module's full name).
         ConfigError: if the model is prepared or deployed rather than plain.
     """
-    path = Path(path)
     if any(is_prepared(module) or isinstance(module, Deployed) for module in model.modules()):
         raise ConfigError(
             f"load: expected a plain float {type(model).__name__}, found a prepared or deployed one. "
             "Build a new instance of the architecture, or call nipq.restore_ first."
         )
-    records, tensors = read(path)
+    reader = _Reader(Path(path))
     twin = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {}
-    codes: dict[str, Tensor] = {}
-    for name, record in records.items():
-        layer = _submodule(twin, name, path)
-        if not isinstance(layer, SUPPORTED) or list(layer.weight.shape) != record.shape:
-            found = f"{type(layer).__name__} {list(getattr(layer, 'weight', torch.empty(0)).shape)}"
-            raise FileFormatError(f"{path}: {name}: expected a layer with a weight of shape {record.shape}, found {found}.")
-        if record.planes not in codes:
-            planes = _take(tensors, full_name(record.planes, "planes"), path)
-            codes[record.planes] = _codes(planes, record, name, path)
-        replacements[layer] = _layer(layer, codes[record.planes], record, name, tensors, path)
+    for name, record in reader.records.items():
+        layer = reader.find(twin, name)
+        kind, shape = type(layer).__name__, list(getattr(layer, "weight", torch.empty(0)).shape)
+        if not isinstance(layer, SUPPORTED) or (kind, shape) != (record.kind, record.shape):
+            raise reader.error(name, f"a {record.kind} with a weight of shape {record.shape}", f"a {kind} with {shape}")
+        replacements[layer] = reader.layer(layer, name).to(layer.weight.device)
         if record.batchnorm is not None:
-            replacements[_submodule(twin, record.batchnorm, path)] = nn.Identity()
+            replacements[reader.find(twin, record.batchnorm)] = nn.Identity()
     twin = replace_modules(twin, replacements).eval().requires_grad_(False)
-    _load_rest(twin, tensors, path)
+    reader.fill(twin)
     return twin
 
 
-def read(path: Path) -> tuple[dict[str, LayerRecord], dict[str, Tensor]]:
-    """Records and tensors of a packed file.
+class _Reader:
+    """A packed file in memory.
 
     Args:
         path: the file.
 
-    Returns:
-        ``(records by layer, tensors by name)``.
-
     Raises:
         FileFormatError: if it is not a readable file of this format and version.
     """
-    if not path.is_file():
-        raise FileFormatError(f"{path}: expected a packed model file, found none. Check the path.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (safe_open is no mapping)
-    except (SafetensorError, OSError, ValueError, TypeError) as error:
-        raise FileFormatError(f"{path}: not a readable safetensors file: {error}. Save the model again.") from error
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(
-            f"{path}: expected format {FORMAT!r}, found {metadata.get('format')!r}. Only files that nipq.save wrote can "
-            "be loaded."
-        )
-    if metadata.get("version") != str(FORMAT_VERSION):
-        raise FileFormatError(
-            f"{path}: expected format version {FORMAT_VERSION}, found {metadata.get('version')!r}. Use the version of "
-            f"nipq that wrote it ({metadata.get('nipq')!r})."
-        )
-    try:
-        records = TypeAdapter(dict[str, LayerRecord]).validate_python(json.loads(metadata["layers"]))
-    except (KeyError, ValueError, RecursionError) as error:
-        detail = error.errors()[0] if isinstance(error, ValidationError) else error
-        raise FileFormatError(f"{path}: its layer table is damaged: {detail}. Save the model again.") from error
-    return records, tensors
 
-
-def _submodule(model: nn.Module, name: str, path: Path) -> nn.Module:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        raise FileFormatError(
-            f"{path}: expected the model to have a module {name!r}, found none. Build the architecture that was saved."
-        ) from None
-
-
-def _take(tensors: dict[str, Tensor], key: str, path: Path) -> Tensor:
-    if key not in tensors:
-        raise FileFormatError(f"{path}: expected the tensor {key!r}, found none. Save the model again.")
-    return tensors[key]
-
-
-def _codes(planes: Tensor, record: LayerRecord, name: str, path: Path) -> Tensor:
-    try:
-        codes = unpack(planes.numpy(), record.bits, record.shape)
-    except (FileFormatError, TypeError) as error:
-        raise FileFormatError(f"{path}: {name}: {error}") from error
-    return torch.from_numpy(codes).to(torch.int8 if record.bits <= 8 else torch.int16)
-
-
-def _layer(
-    layer: nn.Module, codes: Tensor, record: LayerRecord, name: str, tensors: dict[str, Tensor], path: Path
-) -> Deployed:
-    scale, offset = (_floats(tensors, full_name(name, part), path) for part in ("scale", "offset"))
-    shell = plain_shell(layer)
-    if record.input is None:
-        return DeployedWeightOnlyLayer(shell, codes, scale, offset if record.bias else None, weight_bits=record.bits)
-    step = _floats(tensors, full_name(name, "input_step"), path)
-    if step.numel() != 1 or not float(step) > 0:
-        raise FileFormatError(f"{path}: {name}: expected one input step above 0, found {step.tolist()[:3]}.")
-    kind, zero_point = record.input.grid, record.input.zero_point
-    n = int(levels(float(record.input.bits), Grid("signed") if kind == "signed" else UNSIGNED))
-    low = -n if kind == "signed" else -zero_point
-    if zero_point > n or (zero_point and kind != "shifted"):
-        raise FileFormatError(f"{path}: {name}: a {kind} grid of {record.input.bits} bits has no zero point {zero_point}.")
-    return DeployedLayer(
-        shell,
-        codes,
-        scale,
-        offset,
-        step,
-        weight_bits=record.bits,
-        input_bits=record.input.bits,
-        grid=kind,
-        zero_point=zero_point,
-        code_range=(low, n - zero_point),
-        batchnorm=record.batchnorm,
-    )
-
-
-def _floats(tensors: dict[str, Tensor], key: str, path: Path) -> Tensor:
-    value = _take(tensors, key, path)
-    if value.dtype != torch.float32 or value.ndim != 1 or not bool(torch.isfinite(value).all()):
-        raise FileFormatError(
-            f"{path}: {key}: expected finite float32 numbers along one axis, found {value.dtype} of shape "
-            f"{tuple(value.shape)}. Save the model again."
-        )
-    return value
-
-
-def _load_rest(twin: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Fill what stayed float, and refuse tensors too many, too few or of another shape."""
-    own = deploy_state(twin)
-    planes = {full_name(name, "planes") for name in deployed_layers(twin)}
-    for key in sorted(set(own) ^ (set(tensors) - planes)):
-        where = "the file has" if key in tensors else "the model needs"
-        raise FileFormatError(f"{path}: {where} the tensor {key!r} and the other has not. Build the saved architecture.")
-    for key, value in own.items():
-        if value.shape != tensors[key].shape:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_file():
+            raise FileFormatError(f"{path}: expected a packed model file, found none. Check the path.")
+        try:
+            with safe_open(path, "pt") as file:
+                metadata: dict[str, str] = file.metadata() or {}
+                self.tensors: dict[str, Tensor] = {}
+                # Of a foreign file nothing but the header is read.
+                for key in file.keys() if KEY in metadata else ():
+                    self.tensors[key] = file.get_tensor(key)
+        except (SafetensorError, OSError, ValueError, TypeError) as error:
             raise FileFormatError(
-                f"{path}: {key}: expected shape {tuple(value.shape)}, found {tuple(tensors[key].shape)}."
+                f"{path}: expected a whole safetensors file, found: {error}. Save or copy the model again."
+            ) from error
+        self.records = self._records(metadata)
+        self.codes: dict[str, Tensor] = {}
+
+    def error(self, name: str, expected: str, found: str) -> FileFormatError:
+        """The error for what does not fit, with the module's full name."""
+        remedy = "Give the architecture that was saved, or save the model again."
+        return FileFormatError(f"{self.path}: {name}: expected {expected}, found {found}. {remedy}")
+
+    def _records(self, metadata: dict[str, str]) -> dict[str, LayerRecord]:
+        try:
+            text: Any = json.loads(metadata.get(KEY, "null"))
+        except (ValueError, RecursionError) as error:
+            raise self.error("metadata", "JSON", str(error)) from error
+        if not isinstance(text, dict) or text.get("format") != FORMAT:
+            raise FileFormatError(
+                f"{self.path}: expected a file of format {FORMAT!r}, found another one. "
+                "Only what nipq.save wrote can be loaded."
             )
-    with torch.no_grad():
+        if text.get("version") != FORMAT_VERSION:
+            raise FileFormatError(
+                f"{self.path}: expected format version {FORMAT_VERSION}, found {text.get('version')!r}. "
+                f"Use the release of nipq that wrote it ({text.get('nipq')})."
+            )
+        try:
+            return TypeAdapter(dict[str, LayerRecord]).validate_python(text.get("layers"))
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where, *field = (str(part) for part in fault["loc"] or ("metadata",))
+            raise self.error(where, f"{'.'.join(field)}: {fault['msg']}", repr(fault["input"])) from error
+
+    def find(self, model: nn.Module, name: str) -> nn.Module:
+        """The module of that name."""
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            raise self.error(name, "the model to have this module", f"none in {type(model).__name__}") from None
+
+    def take(self, name: str, part: str) -> Tensor:
+        """A tensor of a layer."""
+        key = full_name(name, part)
+        if key not in self.tensors:
+            raise self.error(name, f"the tensor {key!r} in the file", "none")
+        return self.tensors[key]
+
+    def floats(self, name: str, part: str, counts: tuple[int, ...], *, positive: bool) -> Tensor:
+        """A finite float32 vector of one of the given lengths."""
+        value = self.take(name, part)
+        if value.dtype != torch.float32 or value.ndim != 1 or len(value) not in counts:
+            raise self.error(name, f"{part} of {counts[-1]} float32 numbers", f"{value.dtype} {tuple(value.shape)}")
+        if not bool(torch.isfinite(value).all()) or (positive and not bool((value > 0).all())):
+            raise self.error(name, f"{part} finite{' and above 0' if positive else ''}", f"{value.tolist()[:3]} ...")
+        return value
+
+    def weight(self, name: str) -> Tensor:
+        """Codes of the layer, or of the one whose codes they are: the same tensor."""
+        record = self.records[name]
+        if record.tied_to is not None:
+            owner = self.records.get(record.tied_to)
+            if owner is None or owner.tied_to is not None or (owner.bits, owner.shape) != (record.bits, record.shape):
+                raise self.error(name, "its weight to be that of another layer in the file", repr(record.tied_to))
+            return self.weight(record.tied_to)
+        if name not in self.codes:
+            planes = self.take(name, "planes")
+            try:
+                self.codes[name] = torch.from_numpy(unpack(planes.numpy(), record.bits, record.shape))
+            except (FileFormatError, TypeError) as error:
+                raise FileFormatError(f"{self.path}: {name}: {error}") from error
+        return self.codes[name]
+
+    def layer(self, layer: nn.Module, name: str) -> Deployed:
+        """The deployed twin of a plain layer."""
+        record, codes, channels = self.records[name], self.weight(name), output_channels(layer)
+        shell = plain_shell(layer)
+        # A batch norm may have made a scale negative, or zero.
+        positive = record.batchnorm is None
+        if record.input is None:
+            scale = self.floats(name, "scale", (1, channels), positive=True)
+            offset = self.floats(name, "offset", (channels,), positive=False) if record.bias else None
+            return DeployedWeightOnlyLayer(shell, codes, scale, offset, weight_bits=record.bits, tied_to=record.tied_to)
+        grid, zero_point = record.input.grid, record.input.zero_point
+        n = int(levels(record.input.bits, Grid(grid)))
+        if zero_point > (n if grid == "shifted" else 0):
+            raise self.error(name, f"a zero point of a {grid} grid of {record.input.bits} bits", str(zero_point))
+        return DeployedLayer(
+            shell,
+            codes,
+            self.floats(name, "scale", (channels,), positive=positive),
+            self.floats(name, "offset", (channels,), positive=False),
+            self.floats(name, "input_step", (1,), positive=True),
+            weight_bits=record.bits,
+            input_bits=record.input.bits,
+            grid=grid,
+            zero_point=zero_point,
+            code_range=(-n if grid == "signed" else -zero_point, n - zero_point),
+            batchnorm=record.batchnorm,
+            tied_to=record.tied_to,
+        )
+
+    def fill(self, model: nn.Module) -> None:
+        """Set what stayed float, and refuse tensors too many, too few or of another shape or type."""
+        own = deploy_state(model)
+        planes = {full_name(name, "planes") for name in deployed_layers(model)}
+        for key in sorted(own.keys() ^ (self.tensors.keys() - planes)):
+            where, other = ("file", "model") if key in self.tensors else ("model", "file")
+            raise self.error(key, f"the {other} to have this tensor, as the {where} has", "none")
         for key, value in own.items():
-            value.copy_(tensors[key])
+            stored = self.tensors[key]
+            if (value.shape, value.dtype) != (stored.shape, stored.dtype):
+                found = f"{stored.dtype} {tuple(stored.shape)}"
+                raise self.error(key, f"{value.dtype} {tuple(value.shape)}", found)
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(self.tensors[key])

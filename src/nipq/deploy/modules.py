@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
-from nipq.nn.integer import channel_dim, integer_forward, needs_float64, output_channels, weight_channel_axis
+from nipq.nn.integer import channel_dim, integer_forward, needs_float64, weight_channel_axis
 
 
-class DeployedLayer(nn.Module):
+class _Deployed(nn.Module):
+    """What both kinds of deployed layer hold.
+
+    Args:
+        layer: an empty shell of the trained layer, see ``nipq.nn.layers.plain_shell``.
+        weight: whole codes, int8 up to 8 bits and int16 above; a buffer of the shell.
+        weight_bits: bit-width of the weight.
+        tied_to: full name of the layer whose codes these are, or None when they are its own.
+    """
+
+    def __init__(self, layer: nn.Module, weight: Tensor, weight_bits: int, tied_to: str | None) -> None:
+        super().__init__()
+        layer.register_buffer("weight", weight)
+        self.layer = layer
+        self.weight_bits = weight_bits
+        self.tied_to = tied_to
+
+    @property
+    def weight(self) -> Tensor:
+        """Whole weight codes."""
+        codes = self.layer.weight
+        assert isinstance(codes, Tensor)
+        return codes
+
+    @property
+    def kind(self) -> str:
+        """Class name of the trained layer."""
+        return type(self.layer).__name__
+
+
+class DeployedLayer(_Deployed):
     """A convolution or linear layer on whole codes.
 
     ``y = round(layer(codes(x), weight)) * scale + offset`` with ``codes(x) = clamp(round(x / input_step), low, high)``
@@ -18,8 +50,8 @@ class DeployedLayer(nn.Module):
     and settings with integer weights and no bias; ``scale`` and ``offset`` hold steps, bias and the folded batch norm.
 
     Args:
-        layer: an empty shell of the trained layer, see ``nipq.nn.layers.plain_shell``.
-        weight: whole codes, int8 up to 8 bits and int16 above.
+        layer: an empty shell of the trained layer.
+        weight: whole codes.
         scale: shape ``(channels,)``, float32; negative where a batch norm's gamma was.
         offset: shape ``(channels,)``, float32.
         input_step: step of the input, units of the input, one element, float32.
@@ -27,8 +59,14 @@ class DeployedLayer(nn.Module):
         input_bits: bit-width of the input.
         grid: kind of the input's grid.
         zero_point: levels below zero.
+        code_range: lowest and highest code of the input, counted from the zero point.
         batchnorm: full name of the batch norm that was folded in, or None.
+        tied_to: full name of the layer whose codes these are, or None when they are its own.
     """
+
+    scale: Tensor
+    offset: Tensor
+    input_step: Tensor
 
     def __init__(
         self,
@@ -44,14 +82,12 @@ class DeployedLayer(nn.Module):
         zero_point: int,
         code_range: tuple[int, int],
         batchnorm: str | None,
+        tied_to: str | None = None,
     ) -> None:
-        super().__init__()
-        layer.register_buffer("weight", weight)
-        self.layer = layer
+        super().__init__(layer, weight, weight_bits, tied_to)
         self.register_buffer("scale", scale)
         self.register_buffer("offset", offset)
         self.register_buffer("input_step", input_step.reshape(1))
-        self.weight_bits = weight_bits
         self.input_bits = input_bits
         self.grid = grid
         self.zero_point = zero_point
@@ -60,30 +96,25 @@ class DeployedLayer(nn.Module):
         self.batchnorm = batchnorm
         self.float64 = needs_float64(weight, self.code_low, self.code_high, weight_channel_axis(layer))
 
-    scale: Tensor
-    offset: Tensor
-    input_step: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """Whole weight codes."""
-        codes = self.layer.weight
-        assert isinstance(codes, Tensor)
-        return codes
-
     def codes(self, x: Tensor) -> Tensor:
         """Whole codes of the input relative to the zero point, held as floats; shape of ``x``."""
-        return integer_codes(x.float(), self.input_step, self.code_low, self.code_high)
+        return integer_codes(x, self.input_step, self.code_low, self.code_high)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, float32."""
-        return integer_forward(
-            self._run, self.codes(x), self.weight, self.scale, self.offset, channel_dim(self.layer), self.float64
-        )
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
+        """The layer's output, float32.
 
-    def _run(self, codes: Tensor, weight: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(self.layer, {"weight": weight}, (codes,))
-        return result
+        Args:
+            *args: the input and what else the trained layer takes.
+            **kwargs: the same by name.
+        """
+        args, kwargs, x = _without_input(args, kwargs)
+
+        def run(codes: Tensor, weight: Tensor) -> Tensor:
+            result: Tensor = torch.func.functional_call(self.layer, {"weight": weight}, (codes, *args), kwargs)
+            return result
+
+        dim = channel_dim(self.layer)
+        return integer_forward(run, self.codes(x), self.weight, self.scale, self.offset, dim, self.float64)
 
     def extra_repr(self) -> str:
         """Bit-widths and grid."""
@@ -91,45 +122,50 @@ class DeployedLayer(nn.Module):
         return f"weight_bits={self.weight_bits}, input_bits={self.input_bits}, grid={self.grid}{folded}"
 
 
-class DeployedWeightOnlyLayer(nn.Module):
+class DeployedWeightOnlyLayer(_Deployed):
     """A layer whose input stays float: the float layer with weight ``codes * scale``.
+
+    A batch norm behind it is not folded, as its sums are floats anyway.
 
     Args:
         layer: an empty shell of the trained layer.
         weight: whole codes.
-        scale: step of the weight, shape ``(channels,)`` or ``(1,)``, float32.
+        scale: step of the weight, float32, one element or one per output channel.
         bias: the layer's bias, or None.
         weight_bits: bit-width of the weight.
+        tied_to: full name of the layer whose codes these are, or None when they are its own.
     """
 
-    def __init__(
-        self, layer: nn.Module, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int
-    ) -> None:
-        super().__init__()
-        layer.register_buffer("weight", weight)
-        self.layer = layer
-        self.register_buffer("scale", scale)
-        self.register_buffer("offset", torch.zeros(output_channels(layer)) if bias is None else bias)
-        self.has_bias = bias is not None
-        self.weight_bits = weight_bits
-
     scale: Tensor
-    offset: Tensor
+    offset: Tensor | None
 
-    @property
-    def weight(self) -> Tensor:
-        """Whole weight codes."""
-        codes = self.layer.weight
-        assert isinstance(codes, Tensor)
-        return codes
+    def __init__(
+        self,
+        layer: nn.Module,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        *,
+        weight_bits: int,
+        tied_to: str | None = None,
+    ) -> None:
+        super().__init__(layer, weight, weight_bits, tied_to)
+        self.register_buffer("scale", scale)
+        self.register_buffer("offset", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The layer's output."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
+        """The layer's output.
+
+        Args:
+            *args: the input and what else the trained layer takes.
+            **kwargs: the same by name.
+        """
         shape = [1] * self.weight.ndim
         shape[weight_channel_axis(self.layer)] = -1
-        weight = self.weight.to(self.scale.dtype) * (self.scale.reshape(shape) if self.scale.numel() > 1 else self.scale)
-        parts = {"weight": weight} | ({"bias": self.offset} if self.has_bias else {})
-        result: Tensor = torch.func.functional_call(self.layer, parts, (x,))
+        parts = {"weight": self.weight.to(self.scale.dtype) * self.scale.reshape(shape)}
+        if self.offset is not None:
+            parts["bias"] = self.offset
+        result: Tensor = torch.func.functional_call(self.layer, parts, args, kwargs)
         return result
 
     def extra_repr(self) -> str:
@@ -139,6 +175,14 @@ class DeployedWeightOnlyLayer(nn.Module):
 
 #: The two kinds of layer in a deployed model.
 Deployed = DeployedLayer | DeployedWeightOnlyLayer
+
+
+def _without_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """The other arguments of a call, and the input: the first argument, or the first tensor given by name."""
+    if args:
+        return args[1:], kwargs, args[0]
+    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+    return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
 
 
 def deployed_layers(model: nn.Module) -> dict[str, Deployed]:
@@ -178,11 +222,18 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
 def deploy_state(model: nn.Module) -> dict[str, Tensor]:
     """State of a deployed model without the layers' whole codes: scales, offsets, steps, and what stays float.
 
+    A tensor with two names, be it a tied parameter or a module that stands in two places, is there once.
+
     Args:
         model: a deployed model.
 
     Returns:
         Tensor by name.
     """
-    codes = {full_name(name, "layer.weight") for name in deployed_layers(model)}
-    return {key: value for key, value in model.state_dict().items() if key not in codes}
+    seen = {id(layer.weight) for layer in deployed_layers(model).values()}
+    found: dict[str, Tensor] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[key] = value.detach() if isinstance(value, Tensor) else value
+    return found

@@ -8,6 +8,7 @@ multiply and one add, in float32. Phase ``"int"`` of a prepared model and the de
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 #: Largest whole number up to which float32 holds every whole number.
 EXACT_FLOAT32 = 2**24
+
+#: Largest whole number up to which every reduced form of float32 holds every whole number. Kernels may round what they
+#: multiply to bfloat16 (8 bits of precision), if told to, or to TF32 (11 bits), by default in convolutions on a GPU.
+EXACT_REDUCED = 2**8
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -90,7 +95,10 @@ def fold(
 
 @torch.no_grad()
 def needs_float64(weight_codes: Tensor, low: Tensor | int, high: Tensor | int, channel_axis: int = 0) -> bool:
-    """Whether a sum may pass 2^24 in the worst case: ``sum |w| per output channel * max |code| >= 2^24``.
+    """Whether float32 might not be exact.
+
+    A sum may pass 2^24 in the worst case when ``sum |w| per output channel * max |code| >= 2^24``, and a code above 256
+    may be rounded by a float32 kernel that works in reduced precision.
 
     Args:
         weight_codes: whole codes of the weight.
@@ -102,9 +110,11 @@ def needs_float64(weight_codes: Tensor, low: Tensor | int, high: Tensor | int, c
         True when float32 is not provably exact.
     """
     axes = [axis for axis in range(weight_codes.ndim) if axis != channel_axis]
-    largest_sum = weight_codes.double().abs().sum(dim=axes).max()
+    magnitudes = weight_codes.double().abs()
     largest_code = max(abs(float(low)), abs(float(high)))
-    return float(largest_sum) * largest_code >= EXACT_FLOAT32
+    if max(largest_code, float(magnitudes.max())) > EXACT_REDUCED:
+        return True
+    return float(magnitudes.sum(dim=axes).max()) * largest_code >= EXACT_FLOAT32
 
 
 def integer_forward(
@@ -131,7 +141,14 @@ def integer_forward(
         The layer's output in float32.
     """
     wide = torch.float64 if float64 else torch.float32
-    with torch.autocast(codes_x.device.type, enabled=False):
+    with _full_precision(codes_x.device.type):
         sums = torch.round(run(codes_x.to(wide), codes_w.to(wide)))
         shape = [-1] + [1] * (-dim - 1)
         return sums.float() * scale.reshape(shape) + offset.reshape(shape)
+
+
+def _full_precision(device: str) -> AbstractContextManager[None]:
+    """Autocast off; nothing at all where it is off already, so that an exported graph holds no trace of it."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()

@@ -83,7 +83,7 @@ def deployed_facts(layer: Deployed) -> dict[str, Any]:
     """The same as :func:`trained_facts`, as the deployed layer holds it."""
     facts: dict[str, Any] = {"weight bits": layer.weight_bits, "weight codes": layer.weight}
     if not isinstance(layer, DeployedLayer):
-        return facts | {"step of the weight": layer.scale, "bias": layer.offset if layer.has_bias else None}
+        return facts | {"step of the weight": layer.scale, "bias": layer.offset}
     return facts | {
         "input bits": layer.input_bits,
         "grid of the input": layer.grid,
