@@ -119,6 +119,6 @@ class BitTable:
             return
         first = int(torch.isfinite(bits).logical_not().nonzero()[0, 0])
         raise NonFiniteError(
-            f"{self.quantizers[first].name}: expected a finite bit-width, found {float(bits[first])}. "
+            f"{self.quantizers[first].name}: expected a finite bit-width, found {bits[first].item()}. "
             "Lower the learning rate of the bits, or look for a loss that is not finite before this step."
         )

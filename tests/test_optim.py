@@ -1,0 +1,93 @@
+"""Parameter groups, and optimizers that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from nipq.errors import OrderError
+from nipq.layer_table import quantizers
+from nipq.optim import check_optimizer, drop_frozen_, param_groups, weight_groups
+from nipq.prepare import prepare_
+
+
+def net(prepared: bool = True) -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    return prepare_(model, torch.zeros(1, 1, 4, 4)) if prepared else model
+
+
+def test_every_parameter_is_in_one_group_and_only_weights_decay() -> None:
+    model = net()
+    groups = {group["name"]: group for group in param_groups(model, lr=0.1, weight_decay=0.01)}
+    assert {name: len(group["params"]) for name, group in groups.items()} == {
+        "weights": 2,
+        "no_decay": 4,  # two biases, the norm's weight and bias
+        "boundaries": 4,
+        "bits": 3,  # the image's bits are fixed
+    }
+    held = [id(p) for group in groups.values() for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+    assert [group["weight_decay"] for group in groups.values()] == [0.01, 0, 0, 0]
+    assert all(group["lr"] == 0.1 for group in groups.values())
+
+
+def test_boundaries_and_bits_may_have_rates_of_their_own() -> None:
+    rates = {g["name"]: g["lr"] for g in param_groups(net(), lr=0.1, boundary_lr=0.2, bits_lr=0.3)}
+    assert (rates["boundaries"], rates["bits"]) == (0.2, 0.3)
+
+
+def test_groups_shrink_as_parameters_do() -> None:
+    model = net()
+    for quantizer in quantizers(model):
+        quantizer.freeze_bits_(4)
+    model.get_submodule("4.parametrizations.weight").original.requires_grad_(False)
+    assert [(g["name"], len(g["params"])) for g in param_groups(model, lr=0.1)] == [
+        ("weights", 1),
+        ("no_decay", 4),
+        ("boundaries", 4),
+    ]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_any_optimizer_takes_the_groups(kind) -> None:
+    model = net()
+    check_optimizer(model, kind(param_groups(model, lr=0.1), lr=0.1))
+
+
+def test_a_float_model_is_refused_but_its_weights_can_be_grouped() -> None:
+    with pytest.raises(OrderError, match="expected a prepared model"):
+        param_groups(net(prepared=False), lr=0.1)
+    assert [len(g["params"]) for g in weight_groups(net(prepared=False), 0.1, 0.01)] == [2, 4]
+
+
+def test_an_optimizer_from_before_prepare_is_refused_by_name() -> None:
+    model = net(prepared=False)
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    prepare_(model, torch.zeros(1, 1, 4, 4))
+    with pytest.raises(OrderError, match=r"it lacks 0\.parametrizations\.weight\.0\.alpha_raw, .*, \.\.\.\. Build it"):
+        check_optimizer(model, early)
+
+
+def test_several_optimizers_may_share_the_work() -> None:
+    model = net()
+    groups = param_groups(model, lr=0.1)
+    check_optimizer(model, torch.optim.SGD(groups[:2], lr=0.1), torch.optim.Adam(groups[2:], lr=0.1))
+    with pytest.raises(OrderError, match="it lacks"):
+        check_optimizer(model, torch.optim.SGD(groups[:2], lr=0.1))
+
+
+def test_frozen_bits_leave_the_optimizer_and_other_momentum_stays() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(param_groups(model, lr=0.1), lr=0.1, momentum=0.9)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    for quantizer in quantizers(model):
+        quantizer.freeze_bits_(4)
+    with pytest.raises(OrderError, match=r"found 3 of another one or frozen since \(shapes \(1,\), .*drop_frozen_"):
+        check_optimizer(model, optimizer)
+    drop_frozen_(optimizer, model)
+    check_optimizer(model, optimizer)
+    assert {g["name"] for g in optimizer.param_groups} == {"weights", "no_decay", "boundaries"}
+    assert set(optimizer.state) == set(model.parameters())
