@@ -94,7 +94,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
     sees what the ones before it make of the batch. The batches are pooled exactly: the mean over all values, and their
     unbiased variance, within and between batches. Modes and phases are restored.
 
-    Paper: the batch-norm update, Q15 and Q20 of ``paper.md``.
+    Paper: the batch-norm update, Q15 and Q20 in docs/paper_map.md.
 
     Args:
         model: a prepared model with batch norms.

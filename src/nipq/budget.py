@@ -107,7 +107,7 @@ class AverageBits(Budget):
     sum M b / sum M over the layers' inputs, M the elements for one sample, **without the model's own input**, which has
     the bits of its source (an image has 8). Layers and inputs that stay float are counted in neither.
 
-    Paper: the average-bit objective, section 1.8 and Q12 of ``paper.md``.
+    Paper: the average-bit objective, Q12 in docs/paper_map.md.
 
     Args:
         weights: average over weights, bits; None leaves them free.
@@ -207,7 +207,7 @@ class BitOps(Budget):
     sum MACs * weight bits * input bits over the quantized layers, first and last included. An input that stays float
     counts 8 bits if it is the model's own (an image arrives in bytes), else 32.
 
-    Paper: the BOPs objective, section 1.8, B3 and Q13 of ``paper.md``.
+    Paper: the BOPs objective, B3 and Q13 in docs/paper_map.md.
 
     Args:
         operations: single bit-operations, or text with a prefix: ``"5.3 G"`` is 5.3e9.

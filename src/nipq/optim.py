@@ -50,7 +50,7 @@ def param_groups(
     Quantizer parameters never get weight decay: it would pull every boundary to softplus(0) and every bit-width to the
     middle of its range.
 
-    Paper: section 1.9, Q16 and Q17 of ``paper.md``.
+    Paper: Q16 and Q17 in docs/paper_map.md.
 
     Args:
         model: a prepared model.

@@ -42,7 +42,7 @@ class Search:
     the stochastic draw; with ``mode="bound"`` only what is above the limit counts. Either way the search comes near
     the budget and ``nipq.freeze_bits_(model, search.budget)`` then keeps it exactly.
 
-    Paper: section 1.8 of ``paper.md``, without its faults B3 and B4.
+    Paper: the published penalty without its faults B3 and B4.
 
     Args:
         model: a prepared model.

@@ -115,14 +115,13 @@ def unpack(planes: NDArray[np.uint8], bits: int, shape: Sequence[int]) -> NDArra
             f"expected planes of {bits} x {-(-count // 8)} bytes for {count} codes; found {planes.dtype} of shape "
             f"{planes.shape}. The file is damaged or was written by something else."
         )
-    offset_binary = np.zeros(count, np.uint8 if bits <= 8 else np.uint16)
+    offset_binary = np.zeros(count, np.int32)
     for bit in range(bits):
-        ones = np.unpackbits(planes[bit], count=count, bitorder="little").astype(offset_binary.dtype)
-        offset_binary |= ones << offset_binary.dtype.type(bit)
+        offset_binary |= np.unpackbits(planes[bit], count=count, bitorder="little").astype(np.int32) << bit
     if count and int(offset_binary.max()) > 2 * largest:
         raise FileFormatError(
             f"expected codes from {-largest} to {largest} for {bits} bits; found {int(offset_binary.max()) - largest}. "
             "The file is damaged or was written by something else."
         )
-    wide = offset_binary.astype(np.int32) - largest
-    return wide.astype(np.int8 if bits <= 8 else np.int16).reshape(tuple(shape))
+    codes = (offset_binary - largest).reshape(tuple(shape))
+    return codes.astype(np.int8) if bits <= 8 else codes.astype(np.int16)
