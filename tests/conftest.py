@@ -10,6 +10,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
