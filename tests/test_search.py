@@ -48,6 +48,20 @@ def test_the_loop_brings_every_limit_within_one_per_cent() -> None:
     assert weights["relative"] == weights["rounded"] / 4 - 1
 
 
+def test_rounded_bits_end_within_one_layers_granularity_of_the_target() -> None:
+    """T14: what evaluation uses is off by no more than the largest tensor's share of one bit."""
+    model = net()
+    search = Search(model, AverageBits(weights=4, activations=4, mode="target"), total_steps=300)
+    train(model, search, torch.optim.Adam(param_groups(model, lr=1e-2), lr=1e-2), 300)
+    rows = layer_table(model)
+    counts = {
+        "average weight bits": [row.spec.weight_count for row in rows],
+        "average activation bits": [row.spec.activation_count for row in rows if not row.spec.is_input],
+    }
+    for name, found in search.distance().items():
+        assert abs(found["rounded"] - 4) <= max(counts[name]) / sum(counts[name])
+
+
 def test_only_bit_parameters_get_a_gradient_and_every_one_does() -> None:
     for kind in ("controller", "paper"):
         model = net()
