@@ -76,16 +76,19 @@ def with_statistics(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
+DEFAULT = Config()
+CHANNEL = Config(granularity="channel")
+
+
 @dataclass(frozen=True)
 class Case:
     """A net, its input and its settings."""
 
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
-    config: Config = Config()
+    config: Config = DEFAULT
 
 
-CHANNEL = Config(granularity="channel")
 CASES = {
     "mixed": Case(Mixed, (4, 3, 8, 8)),
     "mixed per channel": Case(Mixed, (4, 3, 8, 8), CHANNEL),

@@ -147,7 +147,7 @@ def test_nothing_is_left_behind_when_writing_fails(mixed: Any, tmp_path: Path, m
 
 
 def test_a_folder_that_does_not_exist_is_refused(mixed: Any, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="expected the folder .* to exist"):
+    with pytest.raises(ConfigError, match=r"expected the folder .* to exist"):
         save(convert(mixed.model), tmp_path / "nowhere" / "model")
 
 
@@ -167,9 +167,7 @@ def test_a_tied_weight_lies_in_the_file_once(get: Get, tmp_path: Path) -> None:
     path = save(convert(get("tied").model), tmp_path / "model")
     with safe_open(path, "pt") as file:
         names = set(file.keys())
-    assert {name for name in names if name.endswith("planes")} == {"first.planes", "again.planes"} or {
-        name for name in names if name.endswith("planes")
-    } == {"first.planes", "table.planes"}
+    assert {name for name in names if name.endswith("planes")} == {"first.planes", "table.planes"}
 
 
 def test_moving_a_model_to_another_type_does_not_untie_its_file(get: Get, tmp_path: Path) -> None:

@@ -78,11 +78,11 @@ def test_float64_is_asked_for_where_reduced_precision_would_round_a_code() -> No
 
 
 def test_sums_of_one_output_channel_count_not_those_of_all() -> None:
-    weight = torch.full((2**10, 100), 1)
+    weight = torch.full((2**10, 10), 100)
     assert not needs_float64(weight, 0, 255)
-    assert needs_float64(weight.repeat(1, 1000), 0, 255)
-    transposed = torch.full((100, 2**10, 1, 1), 1)
-    assert needs_float64(transposed.repeat(1000, 1, 1, 1), 0, 255, channel_axis=1)
+    assert needs_float64(weight.repeat(1, 100), 0, 255)
+    transposed = torch.full((10, 2**10, 1, 1), 100)
+    assert needs_float64(transposed.repeat(100, 1, 1, 1), 0, 255, channel_axis=1)
     assert not needs_float64(transposed, 0, 255, channel_axis=1)
 
 
