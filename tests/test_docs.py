@@ -1,0 +1,50 @@
+"""The documentation names files and tests that exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Of a statement, a fault or a question in ``docs/paper_map.md``.
+ID = r"\b[TBQ]\d{1,2}b?\b"
+PAPER_MAP = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_named_exists(page: Path) -> None:
+    names = re.findall(r"`([\w./]+/[\w.]*\.(?:py|md|yaml)|[\w.]+\.md|\w+\.py)`", page.read_text(encoding="utf-8"))
+    places = (ROOT, ROOT / "src" / "nipq", ROOT / "docs", ROOT / "tests")
+    assert not [name for name in names if not any((place / name).exists() for place in places)]
+
+
+def test_the_paper_map_names_tests_that_exist() -> None:
+    cited = set(re.findall(r"`([\w/]+\.py)::(\w+)`", PAPER_MAP))
+    assert len(cited) > 30
+    missing = [
+        f"{file}::{name}"
+        for file, name in sorted(cited)
+        if not (ROOT / "tests" / file).is_file() or f"def {name}(" not in (ROOT / "tests" / file).read_text("utf-8")
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize(("letter", "count"), [("B", 10), ("Q", 25), ("T", 14)])
+def test_the_paper_map_goes_through_every_id(letter: str, count: int) -> None:
+    rows = set(re.findall(rf"^\| ({letter}\d+) \|", PAPER_MAP, flags=re.MULTILINE))
+    assert rows == {f"{letter}{number}" for number in range(1, count + 1)}
+
+
+def test_every_id_in_the_source_is_on_the_page() -> None:
+    used = {name for path in (ROOT / "src").rglob("*.py") for name in re.findall(ID, path.read_text("utf-8"))}
+    assert used
+    assert not used - set(re.findall(rf"^\| ({ID}) \|", PAPER_MAP, flags=re.MULTILINE))

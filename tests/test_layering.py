@@ -1,0 +1,209 @@
+"""Imports run downward only; ``docs/design.md`` section 3 draws the same floors.
+
+An import may go to a lower floor, or along an arrow drawn here on the same floor. A folder's ``__init__`` may import
+its own files; the inside of the package never imports ``nipq/__init__``. Imports stand at the top of a file.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import nipq
+
+ROOT = Path(nipq.__file__).parent
+
+#: From the ground up; a name stands for a module or for a folder with all its files.
+FLOORS = (
+    ("errors", "phases", "config"),
+    ("functional", "theory"),
+    ("nn",),
+    ("trace", "plan", "validate", "prepare", "layer_table", "bit_table", "control", "deploy"),
+    (
+        "limit",
+        "budget",
+        "controller",
+        "search",
+        "snap",
+        "calibrate",
+        "optim",
+        "batchnorm",
+        "averaging",
+        "inspection",
+        "summary",
+        "verify",
+    ),
+    ("train",),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+
+#: Arrows on one floor: who imports, and what.
+SIDEWAYS = {
+    "config": "errors",
+    "functional.boundary": "functional.grid",
+    "functional.noise": "functional.grid functional.truncation functional.uniform",
+    "functional.packing": "functional.grid",
+    "functional.proxy": "functional.grid functional.truncation functional.uniform",
+    "functional.tails": "functional.grid functional.truncation",
+    "functional.uniform": "functional.grid functional.truncation",
+    "theory": "functional.grid functional.tails functional.truncation functional.uniform",
+    "nn.initial": "nn.quantizer",
+    "nn.layers": "nn.integer nn.quantizer",
+    "nn.quantizer": "nn.state",
+    "bit_table": "layer_table",
+    "control": "layer_table",
+    "deploy.convert": "control deploy.modules layer_table",
+    "deploy.file": "deploy.convert deploy.modules",
+    "deploy.load": "deploy.file deploy.modules",
+    "prepare": "control layer_table plan trace validate",
+    "validate": "plan trace",
+    "batchnorm": "calibrate",
+    "budget": "limit",
+    "inspection": "budget limit summary",
+    "search": "budget controller limit optim",
+    "snap": "budget limit",
+    "summary": "budget limit",
+    "verify.distance": "verify.result",
+    "verify.ladder": "calibrate verify.distance verify.layers verify.result verify.static",
+}
+
+#: Folders whose files may import each other, as long as there is no cycle: glue that nothing else builds on.
+FREE_FOLDERS = ("train", "cli")
+
+#: Imports inside a function, and why.
+LATE = {
+    ("cli.app", f"nipq.cli.{command}"): "a command loads what it needs when it runs, so the others start without it"
+    for command in ("demo", "doctor", "inspection", "show", "train", "verify")
+}
+
+
+def modules(root: Path) -> dict[str, str]:
+    """Source text of each module, by its name without the leading ``nipq.``."""
+    found = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts)] = path.read_text(encoding="utf-8")
+    return found
+
+
+def imported(source: str) -> Iterable[tuple[str, bool]]:
+    """Every module that the text imports, and whether the import stands inside a function."""
+    tree = ast.parse(source)
+    late = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield "." * node.level + (node.module or ""), id(node) in late
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, id(node) in late
+
+
+def floor_of(module: str) -> int:
+    for number, names in enumerate(FLOORS):
+        if module in names or module.split(".")[0] in names:
+            return number
+    raise LookupError(f"{module} stands on no floor; add it to FLOORS and to docs/design.md")
+
+
+def resolve(target: str, known: Iterable[str]) -> str:
+    """The module that ``nipq.<target>`` means: a file, or a folder's ``__init__``."""
+    return target if target in known else f"{target}.__init__"
+
+
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which of our modules each of our modules imports."""
+    return {
+        module: {resolve(name[5:], sources) for name, _ in imported(source) if name.startswith("nipq.")}
+        for module, source in sources.items()
+    }
+
+
+def faults(sources: dict[str, str]) -> list[str]:
+    """Every import that breaks a rule, in words."""
+    found = []
+    for module, source in sources.items():
+        for name, late in imported(source):
+            if name.startswith("."):
+                found.append(f"{module} imports {name}: write the full name")
+            if name == "nipq":
+                found.append(f"{module} imports nipq/__init__")
+            if late and (module, name) not in LATE:
+                found.append(f"{module} imports {name} inside a function")
+    arrows = graph(sources)
+    for module, targets in arrows.items():
+        found += [
+            f"{module} (floor {floor_of(module)}) imports {target} (floor {floor_of(target)})"
+            for target in sorted(targets)
+            if not allowed(module, target)
+        ]
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        found.append(f"cycle: {' -> '.join(error.args[1])}")
+    return found
+
+
+def allowed(module: str, target: str) -> bool:
+    above, below = floor_of(module), floor_of(target)
+    if above != below:
+        return above > below
+    folder = module.split(".")[0]
+    inside = target.split(".")[0] == folder
+    if inside and (folder in FREE_FOLDERS or module == f"{folder}.__init__"):
+        return True
+    return target in SIDEWAYS.get(module, "").split()
+
+
+def test_every_import_runs_downward_or_along_a_drawn_arrow() -> None:
+    assert not faults(modules(ROOT))
+
+
+def test_every_drawn_arrow_and_late_import_exists() -> None:
+    sources = modules(ROOT)
+    arrows = graph(sources)
+    drawn = {(module, target) for module, targets in SIDEWAYS.items() for target in targets.split()}
+    assert not {(module, target) for module, target in drawn if target not in arrows.get(module, ())}
+    late = {(module, name) for module, source in sources.items() for name, is_late in imported(source) if is_late}
+    assert set(LATE) <= late
+
+
+def test_every_name_on_a_floor_exists() -> None:
+    tops = {module.split(".")[0] for module in modules(ROOT)}
+    assert {name for names in FLOORS for name in names} == tops
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "message"),
+    [
+        ("functional.planted", "from nipq.prepare import prepare_", "functional.planted (floor 1) imports prepare"),
+        ("nn.planted", "if True:\n    import nipq.cli.app", "nn.planted (floor 2) imports cli.app (floor 6)"),
+        ("train.planted", "import nipq.cli.app", "train.planted (floor 5) imports cli.app (floor 6)"),
+        ("theory", "from nipq.nn import layers", "theory (floor 1) imports nn.__init__ (floor 2)"),
+        ("optim", "from nipq.search import Search", "optim (floor 4) imports search (floor 4)"),
+        ("functional.noise", "from nipq import Config", "functional.noise imports nipq/__init__"),
+        ("functional.noise", "import nipq", "functional.noise imports nipq/__init__"),
+        ("functional.noise", "from . import grid", "functional.noise imports .: write the full name"),
+        ("nn.layers", "def f():\n    import json", "nn.layers imports json inside a function"),
+        ("train.planted", "from nipq.train.other import a", "cycle: "),
+    ],
+)
+def test_a_planted_import_is_caught(module: str, line: str, message: str) -> None:
+    sources = modules(ROOT) | {"train.other": "from nipq.train.planted import b"}
+    before = faults(sources | {"train.planted": ""})
+    new = [fault for fault in faults(sources | {"train.planted": "", module: line}) if fault not in before]
+    assert any(fault.startswith(message) for fault in new), new
+
+
+def test_a_module_on_no_floor_is_caught() -> None:
+    with pytest.raises(LookupError, match="utils stands on no floor"):
+        faults(modules(ROOT) | {"utils": "import nipq.errors"})
