@@ -14,9 +14,9 @@ from nipq.train.pipeline import run
 
 SMALL: dict[str, Any] = {
     "model": {"factory": "nipq.train.models:digits_net", "kwargs": {"width": 8}},
-    "data": {"kind": "digits", "batch_size": 64, "train_limit": 256},
+    "data": {"kind": "digits", "batch_size": 32, "train_limit": 512},
     "budget": {"average_bits": {"weights": 4, "activations": 4}},
-    "stages": {"float": {"epochs": 2}, "search": {"epochs": 3}, "finetune": {"epochs": 1, "lr": 0.01}},
+    "stages": {"float": {"epochs": 4}, "search": {"epochs": 3}, "finetune": {"epochs": 1, "lr": 0.01}},
     "optimizer": {"lr": 0.05, "weight_decay": 1e-4, "warmup_epochs": 1},
     "batchnorm_batches": 3,
     "calibration_batches": 2,

@@ -11,9 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
-
 from nipq.train.config_file import load_config
 from nipq.train.pipeline import run
 
@@ -89,9 +86,7 @@ def test_kill_and_resume_gives_the_same_numbers(tmp_path: Path) -> None:
     assert {**results, "seconds": 0} == {**expected, "seconds": 0}
     assert rows(broken) == rows(straight)
     assert (broken / "layers.json").read_text() == (straight / "layers.json").read_text()
-    packed, again = (load_file(folder / "model.nipq.safetensors") for folder in (straight, broken))
-    assert packed.keys() == again.keys()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in packed.items())
+    assert (broken / "model.nipq.safetensors").read_bytes() == (straight / "model.nipq.safetensors").read_bytes()
 
 
 def test_resume_of_nothing_starts_afresh(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def plot_bits(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def plot_history(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy, average bits and the cost relative to each limit, over the epochs of all stages.
+    """Accuracy, bit-widths and the cost relative to each limit, over the epochs of all stages.
 
     Args:
         rows: Rows of the metrics file.
@@ -92,9 +92,11 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         _curve(top, time, rows, "val_accuracy", WEIGHT, "validation (true quantizer)")
         top.set(ylabel="accuracy [%]")
         top.set_title("Accuracy", pad=30)  # room for the names of the stages
+        _layer_curves(middle, time, rows)
         _curve(middle, time, rows, "weight_bits", WEIGHT, "weights")
         _curve(middle, time, rows, "activation_bits", ACTIVATION, "activations")
-        middle.set(ylabel="average [bit]", title="Average bit-width (whole bits, as evaluation uses them)")
+        middle.set(ylabel="bit-width [bit]")
+        middle.set_title("Averages of whole bits (dots), learned bits of each layer (thin)")
         names = list(dict.fromkeys(limit["name"] for row in rows for limit in row.get("limits", [])))
         for name, colour, style in zip(names, COLOURS, ("-", "--", "-.", ":"), strict=False):
             bottom.plot(time, [_share(row, name) for row in rows], style, color=colour, marker=".", label=name)
@@ -163,6 +165,16 @@ def _curve(axes: Axes, time: np.ndarray, rows: Sequence[Mapping[str, Any]], key:
         style = "--" if colour == ACTIVATION else "-"  # so that equal curves are both seen
         known = [np.nan if value is None else value for value in values]
         axes.plot(time, known, style, color=colour, marker=".", label=label)
+
+
+def _layer_curves(axes: Axes, time: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
+    """The continuous bit-widths of every layer, faint, behind the averages."""
+    names = {name: None for row in rows for name in row.get("layer_bits", {})}
+    for name in names:
+        pairs = [row.get("layer_bits", {}).get(name, (None, None)) for row in rows]
+        for values, colour in zip(zip(*pairs, strict=True), (WEIGHT, ACTIVATION), strict=True):
+            known = [np.nan if value is None else value for value in values]
+            axes.plot(time, known, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
 
 
 def _share(row: Mapping[str, Any], name: str) -> float:
