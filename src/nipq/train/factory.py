@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError, require
@@ -96,8 +97,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise ConfigError(f"expected a weights file, found nothing at {path}; correct model.weights")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
