@@ -75,12 +75,6 @@ SIDEWAYS = {
 #: Folders whose files may import each other, as long as there is no cycle: glue that nothing else builds on.
 FREE_FOLDERS = ("train", "cli")
 
-#: Imports inside a function, and why.
-LATE = {
-    ("cli.app", f"nipq.cli.{command}"): "a command loads what it needs when it runs, so the others start without it"
-    for command in ("demo", "doctor", "inspection", "show", "train", "verify")
-}
-
 
 def modules(root: Path) -> dict[str, str]:
     """Source text of each module, by its name without the leading ``nipq.``."""
@@ -137,7 +131,7 @@ def faults(sources: dict[str, str]) -> list[str]:
                 found.append(f"{module} imports {name}: write the full name")
             if name == "nipq":
                 found.append(f"{module} imports nipq/__init__")
-            if late and (module, name) not in LATE:
+            if late:
                 found.append(f"{module} imports {name} inside a function")
     arrows = graph(sources)
     for module, targets in arrows.items():
@@ -168,13 +162,11 @@ def test_every_import_runs_downward_or_along_a_drawn_arrow() -> None:
     assert not faults(modules(ROOT))
 
 
-def test_every_drawn_arrow_and_late_import_exists() -> None:
+def test_every_drawn_arrow_exists() -> None:
     sources = modules(ROOT)
     arrows = graph(sources)
     drawn = {(module, target) for module, targets in SIDEWAYS.items() for target in targets.split()}
     assert not {(module, target) for module, target in drawn if target not in arrows.get(module, ())}
-    late = {(module, name) for module, source in sources.items() for name, is_late in imported(source) if is_late}
-    assert set(LATE) <= late
 
 
 def test_every_name_on_a_floor_exists() -> None:

@@ -1,4 +1,4 @@
-"""The commands. Each imports what it needs when it runs, so that ``--help`` stays quick."""
+"""The commands: arguments here, what they do in the file of the same name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Annotated
 
 import typer
 
+from nipq.cli.demo import run_demo
+from nipq.cli.doctor import examine, show_examination
+from nipq.cli.inspection import show_inspection
 from nipq.cli.output import FAILURE, JsonFlag, reporting
+from nipq.cli.show import show_run
+from nipq.cli.train import run_train
+from nipq.cli.verify import verify_folder
 
 app = typer.Typer(
     name="nipq",
@@ -26,8 +32,6 @@ def main() -> None:
 @app.command()
 def doctor(as_json: JsonFlag = False) -> None:
     """Show versions, the device and which optional parts are installed."""
-    from nipq.cli.doctor import examine, show_examination
-
     with reporting(as_json):
         if not show_examination(examine(), as_json=as_json):
             raise typer.Exit(FAILURE)
@@ -41,8 +45,6 @@ def demo(
     as_json: JsonFlag = False,
 ) -> None:
     """Show the whole promise on digits, offline: train, search 4.0/4.0 bits, fine-tune, pack, verify."""
-    from nipq.cli.demo import run_demo
-
     with reporting(as_json):
         if not run_demo(folder, seed=seed, quiet=quiet or as_json, as_json=as_json):
             raise typer.Exit(FAILURE)
@@ -56,8 +58,6 @@ def inspect(
     as_json: JsonFlag = False,
 ) -> None:
     """List a model's layers, what stays float and why, and the budgets within reach."""
-    from nipq.cli.inspection import show_inspection
-
     with reporting(as_json):
         show_inspection(factory, input_shape, arguments, as_json=as_json)
 
@@ -73,8 +73,6 @@ def train(
     as_json: JsonFlag = False,
 ) -> None:
     """Train, search bits under a budget, freeze, fine-tune, pack and verify."""
-    from nipq.cli.train import run_train
-
     with reporting(as_json):
         ok = run_train(
             config,
@@ -95,8 +93,6 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show a run: how far it is, its accuracies, its layers."""
-    from nipq.cli.show import show_run
-
     with reporting(as_json):
         show_run(folder, as_json=as_json)
 
@@ -107,8 +103,6 @@ def verify(
     as_json: JsonFlag = False,
 ) -> None:
     """Compare a run's packed model with its trained model again, layer by layer in integer codes."""
-    from nipq.cli.verify import verify_folder
-
     with reporting(as_json):
         if not verify_folder(folder, as_json=as_json):
             raise typer.Exit(FAILURE)

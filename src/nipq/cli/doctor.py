@@ -12,15 +12,12 @@ from rich.table import Table
 
 from nipq.cli.output import answer
 
-REQUIRED = ("nipq", "torch", "numpy", "scipy", "pydantic", "rich", "typer", "safetensors")
+REQUIRED = ("nipq", "torch", "numpy", "scipy", "pydantic", "rich", "typer", "safetensors", "PyYAML")
 OPTIONAL = {
     "torchvision": "networks and image folders",
     "scikit-learn": "the digits data of the demo",
-    "PyYAML": "config files",
     "matplotlib": "plots",
     "tensorboard": "TensorBoard logs",
-    "onnx": "ONNX files",
-    "onnxruntime": "running ONNX files",
 }
 
 
