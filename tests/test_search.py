@@ -39,8 +39,8 @@ def train(model: nn.Module, search: Search, optimizer: torch.optim.Optimizer, st
 def test_the_loop_brings_every_limit_within_one_per_cent() -> None:
     model = net()
     budget = AverageBits(weights=4, activations=3.5, mode="target") & BitOps("60 k")
-    search = Search(model, budget, total_steps=300)
-    train(model, search, torch.optim.Adam(param_groups(model, lr=1e-2), lr=1e-2), 300)
+    search = Search(model, budget, total_steps=150)
+    train(model, search, torch.optim.Adam(param_groups(model, lr=1e-2, bits_lr=2e-2), lr=1e-2), 150)
     weights, activations, operations = search.distance().values()
     assert weights["soft"] == pytest.approx(4, rel=0.01)
     assert activations["soft"] == pytest.approx(3.5, rel=0.01)

@@ -42,7 +42,7 @@ Choices = Sequence[tuple[int, ...]]
 
 #: Relative gap to the proven optimum at which the solver may stop, and seconds after which it must; it then has an
 #: answer that keeps the budget, perhaps not the best one. Only bit-operations of large models come near the time.
-GAP, SECONDS = 1e-4, 20.0
+GAP, SECONDS = 1e-3, 10.0
 
 logger = logging.getLogger(__name__)
 
