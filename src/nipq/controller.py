@@ -15,9 +15,10 @@ present error in proportion to the price. Everything is relative (costs to targe
 the size of the model, the unit of the cost and the length of training do not matter.
 
 **Why the look-ahead.** Bits have inertia (momentum, the sigmoid's slope, Adam's averages). Without it the price keeps
-growing until the cost has reached its reference, and then overshoots it: in the simulations of the test, at 300 to 3000
-steps with SGD and Adam, 89 of 183 reachable cases ended more than 1 % off without it and 8 with it; the remaining ones
-are SGD at a step so large that it is unstable by itself.
+growing until the cost has reached its reference, and then overshoots it. On the toy networks of the test, over a wider
+grid of which 183 cases can reach their target (300 to 3000 steps, SGD and Adam, constant and cosine rates, losses of
+1e-3 to 1 at 4 bits), 77 ended more than 1 % off without it and 8 with it. Six of those are SGD on the steepest loss,
+where the average swings by 2 to 7 % at a fixed price, too; the other two end 1.6 % off. The snap then keeps the budget.
 """
 
 from __future__ import annotations
