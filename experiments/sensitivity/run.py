@@ -100,8 +100,12 @@ def correlations(measured: dict[str, Any], learned: dict[str, list[float]]) -> d
 
 
 def measure(cell: dict[str, Any], data: Path, runs: Path) -> dict[str, Any]:
-    """Sensitivities of one float cell and their correlation with each budget's learned bits."""
+    """Sensitivities of one float cell; measured once, then read from its file."""
     network, seed = cell["cell"]["network"], cell["cell"]["seed"]
+    place = RESULTS / f"{network}-seed{seed}.json"
+    if place.is_file():
+        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
+        return found
     config = check_config(cell["config"] | {"data": cell["config"]["data"] | {"path": str(data)}})
     weights = runs / f"{network}-float-seed{seed}" / "float.pt"
     model = build_model(config.model.model_copy(update={"weights": str(weights)})).eval()
@@ -110,12 +114,18 @@ def measure(cell: dict[str, Any], data: Path, runs: Path) -> dict[str, Any]:
     batches = list(split)
     images = torch.cat([x for x, _ in batches])[:IMAGES]
     labels = torch.cat([y for _, y in batches])[:IMAGES]
-    measured = sensitivities(model, images, labels)
+    found = {"network": network, "seed": seed, "sensitivity": sensitivities(model, images, labels)}
+    place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def compare(record: dict[str, Any]) -> dict[str, Any]:
+    """The correlations with the bits that each budget's cell of the same network and seed learned."""
     by_budget = {}
-    for path in sorted(GRID.glob(f"{network}-*bit-seed{seed}.json")):
+    for path in sorted(GRID.glob(f"{record['network']}-*bit-seed{record['seed']}.json")):
         other = json.loads(path.read_text(encoding="utf-8"))
-        by_budget[f"{other['cell']['bits']:g}"] = correlations(measured, other["learned_bits"])
-    return {"network": network, "seed": seed, "sensitivity": measured, "spearman": by_budget}
+        by_budget[f"{other['cell']['bits']:g}"] = correlations(record["sensitivity"], other["learned_bits"])
+    return record | {"spearman": by_budget}
 
 
 def plot(records: list[dict[str, Any]], bits: str, path: Path) -> None:
@@ -146,14 +156,14 @@ def plot(records: list[dict[str, Any]], bits: str, path: Path) -> None:
 
 
 def main() -> None:
-    """Measure every float cell that is done; write one JSON file and the plot."""
+    """Measure every float cell that is not measured yet; write the correlations and the plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the four idx files")
     parser.add_argument("--runs", type=Path, required=True, help="run folders of the grid")
     arguments = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(GRID.glob("*-float-seed*.json"))]
-    records = [measure(cell, arguments.data, arguments.runs) for cell in cells]
+    records = [compare(measure(cell, arguments.data, arguments.runs)) for cell in cells]
     result = {
         "command": "python experiments/sensitivity/run.py --data FOLDER --runs RUNS",
         "machine": cells[0]["machine"],
@@ -164,7 +174,7 @@ def main() -> None:
         "low_bits": LOW_BITS,
         "high_bits": HIGH_BITS,
         "images": IMAGES,
-        "cells": records,
+        "cells": [{key: record[key] for key in ("network", "seed", "spearman")} for record in records],
     }
     (RESULTS / "sensitivity.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     plot(records, "3", RESULTS / "sensitivity.png")
