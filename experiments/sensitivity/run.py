@@ -3,7 +3,7 @@
     python experiments/sensitivity/run.py --data FOLDER --runs RUNS      # RUNS as for experiments/fashion_mnist/grid.py
 
 For every float cell of the Fashion-MNIST grid: round the float network to 8 bits everywhere, then one tensor after the
-other to 3 bits, and measure how much the loss on 2,000 held-out validation images rises. Divided by the tensor's number
+other to 3 bits, and measure how much the loss on 1,000 held-out validation images rises. Divided by the tensor's number
 of elements this is what a bit buys there per element that the budget counts. It is compared, by Spearman's rank
 correlation, with the soft bits that the search learned in the cells of the same network and seed, weights and inputs
 apart.
@@ -34,7 +34,7 @@ from nipq.train.factory import build_model
 HERE = Path(__file__).parent
 GRID = HERE.parent / "fashion_mnist" / "results"
 RESULTS = HERE / "results"
-HIGH_BITS, LOW_BITS, IMAGES = 8, 3, 2000
+HIGH_BITS, LOW_BITS, IMAGES = 8, 3, 1000
 
 
 @torch.no_grad()
