@@ -91,22 +91,24 @@ def sensitivity_section() -> str:
     record = read("sensitivity/results/sensitivity.json")
     if record is None:
         return ""
-    lines = ["| network | budget | seeds | weights: rho | inputs: rho |", "|---|---|---|---|---|"]
-    networks = sorted({cell["network"] for cell in record["cells"]})
-    for network in networks:
+    headings = ("network", "budget", "seeds", "weights", "inputs", "weights, by the loss", "inputs, by the loss")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for network in sorted({cell["network"] for cell in record["cells"]}):
         cells = [cell for cell in record["cells"] if cell["network"] == network]
         for bits in sorted(cells[0]["spearman"], key=float, reverse=True):
-            values = {
-                kind: [cell["spearman"][bits][kind]["rho"] for cell in cells if bits in cell["spearman"]]
+            found = [cell["spearman"][bits] for cell in cells if bits in cell["spearman"]]
+            shown = [
+                spread([entry[kind][measure]["rho"] for entry in found])
+                for measure in ("divergence", "rise")
                 for kind in ("weight", "activation")
-            }
-            shown = [spread(v) if len(v) > 1 else f"{v[0]:.2f}" for v in values.values()]
-            lines.append(f"| {network} | {bits}/{bits} | {len(values['weight'])} | {shown[0]} | {shown[1]} |")
+            ]
+            lines.append(f"| {network} | {bits}/{bits} | {len(found)} | {' | '.join(shown)} |")
     return (
         "### Learned bits against one-layer-at-a-time sensitivity (T13)\n\n"
         + "\n".join(lines)
-        + "\n\nSpearman's rank correlation over the layers of one network between the learned (soft) bits and the rise "
-        f"of the loss per element when that tensor alone has {record['low_bits']} bits and all others "
+        + "\n\nSpearman's rank correlation over the layers of one network between the learned (soft) bits and a "
+        "tensor's sensitivity per element: the Kullback-Leibler divergence of the answers (in the last two columns the "
+        f"rise of the loss) when that tensor alone has {record['low_bits']} bits and all others "
         f"{record['high_bits']}, on {record['images']:,} validation images. `{record['command']}`; {where(record)}.\n\n"
         "![learned bits against sensitivity](ROOT/experiments/sensitivity/results/sensitivity.png)\n"
     )
