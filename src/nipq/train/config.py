@@ -37,7 +37,7 @@ class DataConfig(Settings):
         path: The folder, for the kinds that need one.
         batch_size: Images per training step.
         eval_batch_size: Images per evaluation batch.
-        workers: Loader processes (``image_folder`` only).
+        workers: Loader processes (``image_folder`` only), at most as many as there are cores.
         image_size: Side of the square crop in pixels (``image_folder`` only; the shorter side is first resized to
             8/7 of it for evaluation, 256 for 224).
         interpolation: Resampling of ``image_folder``.

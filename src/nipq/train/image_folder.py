@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,7 @@ class FolderSplit(Split):
         loader: DataLoader[Any] = DataLoader(
             _Seeded(self.folder, transform, key),
             batch_sampler=batches,
-            num_workers=self.config.workers,
+            num_workers=min(self.config.workers, os.cpu_count() or 1),
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(key),
         )
