@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nipq import snap
+from nipq import bit_programme
 from nipq.budget import AverageBits, BitOps, ModelSize, costs
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError, NonFiniteError
@@ -56,16 +56,16 @@ def problems(draw):
 @given(problems())
 def test_no_limit_is_exceeded_and_no_assignment_is_better(problem) -> None:
     choices, soft, limits = problem
-    price = snap._prices(limits, soft)
+    price = bit_programme.prices(limits, soft)
 
     def noise(bits) -> float:
         return sum(p * 4.0 ** (s - b) if p > 0 else abs(s - b) for p, s, b in zip(price, soft, bits, strict=True))
 
     found = assign(choices, soft, limits)
     assert all(b in allowed for b, allowed in zip(found, choices, strict=True))
-    assert all(snap._allowed(one, found) for one in limits)
-    best = min(noise(bits) for bits in product(*choices) if all(snap._allowed(one, bits) for one in limits))
-    assert noise(found) <= best * (1 + 2 * snap.GAP) + 1e-9
+    assert all(bit_programme._allowed(one, found) for one in limits)
+    best = min(noise(bits) for bits in product(*choices) if all(bit_programme._allowed(one, bits) for one in limits))
+    assert noise(found) <= best * (1 + 2 * bit_programme.GAP) + 1e-9
 
 
 def test_at_equal_prices_the_learned_order_decides() -> None:
@@ -77,7 +77,11 @@ def test_an_answer_above_the_limit_is_lowered_where_it_adds_least_noise() -> Non
     choices = [(2, 3, 4), (2, 3, 4), (2, 3, 4)]
     noise = [np.array([9.0, 5.0, 1.0]), np.array([2.0, 1.5, 1.0]), np.array([1.1, 1.0, 0.0])]
     one = limit([10, 10, 0], [], [], 79.0, [])
-    assert snap._lower([4, 4, 3], choices, noise, [one]) == [4, 3, 3]  # the third, cheaper to lower, costs nothing
+    assert bit_programme._lower([4, 4, 3], choices, noise, [one]) == [
+        4,
+        3,
+        3,
+    ]  # the third costs nothing
 
 
 def test_a_limit_below_the_fewest_bits_is_refused() -> None:
@@ -157,7 +161,7 @@ def test_impossible_budgets_and_bits_that_are_not_finite_change_nothing() -> Non
 
 
 def test_the_solver_says_nothing_on_standard_output(capfd) -> None:
-    with snap._silent():
+    with bit_programme._silent():
         os.write(1, b"chatter")
     print("spoken")
     assert capfd.readouterr().out == "spoken\n"
