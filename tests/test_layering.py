@@ -34,6 +34,7 @@ FLOORS = (
         "optim",
         "batchnorm",
         "averaging",
+        "oscillation",
         "inspection",
         "summary",
         "verify",

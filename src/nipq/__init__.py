@@ -26,6 +26,7 @@ from nipq.errors import (
 )
 from nipq.inspection import inspect
 from nipq.optim import check_optimizer, drop_frozen_, param_groups
+from nipq.oscillation import Oscillations
 from nipq.phases import Phase
 from nipq.prepare import prepare_, restore_
 from nipq.search import Search
@@ -63,6 +64,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "costs",
     "Search",
     "WeightAverage",
+    "Oscillations",
     # Finishing
     "freeze_bits_",
     "reestimate_bn_",
