@@ -51,6 +51,7 @@ class Checkpoint:
         optimizers: States of the stage's optimizers, or ``None`` outside a stage.
         search: State of the bit search, or ``None``.
         average: State of the weight average, or ``None``.
+        oscillation: State of what watches for oscillations, or ``None``.
     """
 
     progress: Progress
@@ -58,6 +59,7 @@ class Checkpoint:
     optimizers: list[dict[str, Any]] | None = None
     search: dict[str, Any] | None = None
     average: dict[str, Any] | None = None
+    oscillation: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write to a file beside ``path``, flush it to the disk, then rename: a kill leaves the old or the new one."""
@@ -101,6 +103,7 @@ class Checkpoint:
             )
         try:
             kept = {key: content[key] for key in ("model", "optimizers", "search", "average")}
+            kept["oscillation"] = content.get("oscillation")  # older files have none
             return cls(progress=Progress(**content["progress"]), **kept)
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"the checkpoint {path} lacks entries ({error}); start a new folder") from error

@@ -6,11 +6,13 @@ misspelt word never trains silently with a default. The file format is read by :
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from nipq.config import Config, Settings
+from nipq.train.merging import with_method
 
 
 class ModelConfig(Settings):
@@ -32,8 +34,11 @@ class DataConfig(Settings):
     """Where images come from and how they are cut into batches.
 
     Attributes:
-        kind: ``digits`` (inside scikit-learn), ``fashion_mnist`` (a folder of idx files) or ``image_folder``
-            (``path/train/<class>/*`` and ``path/val/<class>/*``; ``val`` is the test split).
+        kind: ``digits`` (inside scikit-learn), ``fashion_mnist`` (a folder of idx files), ``image_folder``
+            (``path/train/<class>/*`` and ``path/val/<class>/*``; ``val`` is the test split) or ``custom``.
+        factory: Import path ``package.module:callable`` of a ``custom`` data set, called with this section and the
+            seed; it returns :class:`~nipq.train.batches.Sources`.
+        kwargs: Settings of its own that the factory may read.
         path: The folder, for the kinds that need one.
         batch_size: Images per training step.
         eval_batch_size: Images per evaluation batch.
@@ -46,7 +51,9 @@ class DataConfig(Settings):
         train_limit: Use at most this many training images (``None``: all of them).
     """
 
-    kind: Literal["digits", "fashion_mnist", "image_folder"]
+    kind: Literal["digits", "fashion_mnist", "image_folder", "custom"]
+    factory: str | None = None
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     path: str | None = None
     batch_size: int = Field(default=128, ge=1)
     eval_batch_size: int = Field(default=256, ge=1)
@@ -56,6 +63,15 @@ class DataConfig(Settings):
     augment: bool = True
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
     train_limit: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _custom(self) -> Self:
+        if (self.kind == "custom") != (self.factory is not None):
+            raise ValueError(
+                f"expected a factory with kind custom and only there, found kind {self.kind} and factory "
+                f"{self.factory!r}; write kind: custom and factory: package.module:callable, or leave factory out"
+            )
+        return self
 
 
 class AverageBitsConfig(Settings):
@@ -97,12 +113,18 @@ class StageConfig(Settings):
     lr: float | None = Field(default=None, gt=0)
 
 
+class FinetuneConfig(StageConfig):
+    """The stage with frozen bits: ``phase`` ``round`` trains with the true quantizer, ``noise`` with the method's."""
+
+    phase: Literal["round", "noise"] = "round"
+
+
 class StagesConfig(Settings):
-    """The three stages in order: float training, bit search under noise, fine-tuning with rounding."""
+    """The three stages in order: float training, bit search under noise, fine-tuning with frozen bits."""
 
     float: StageConfig = StageConfig()
     search: StageConfig = StageConfig(epochs=10)
-    finetune: StageConfig = StageConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
 
 
 class OptimizerConfig(Settings):
@@ -114,8 +136,11 @@ class OptimizerConfig(Settings):
         momentum: Of ``sgd``.
         nesterov: Of ``sgd``.
         weight_decay: On weight tensors only; never on biases, batch-norm, boundaries or bits.
+        boundary_decay: Weight decay of the boundaries; PACT regularises its boundaries so.
         boundary_lr: Peak learning rate of the boundaries (``None``: ``lr``).
         bits_lr: Peak learning rate of the bit parameters (``None``: ``lr``).
+        boundary_momentum: Momentum of the boundaries, of Adam its first beta (``None``: as their optimizer has it).
+        bits_momentum: Momentum of the bit parameters, likewise.
         quantizer_optimizer: ``same`` as the model, or ``adam`` of their own for boundaries and bits.
         warmup_epochs: Length of the linear warm-up of the float and the search stage.
         warmup_start: Factor on the learning rate at the first step of the warm-up.
@@ -130,14 +155,30 @@ class OptimizerConfig(Settings):
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     nesterov: bool = True
     weight_decay: float = Field(default=0.0, ge=0.0)
+    boundary_decay: float = Field(default=0.0, ge=0.0)
     boundary_lr: float | None = Field(default=None, gt=0)
     bits_lr: float | None = Field(default=None, gt=0)
+    boundary_momentum: float | None = Field(default=None, ge=0.0, lt=1.0)
+    bits_momentum: float | None = Field(default=None, ge=0.0, lt=1.0)
     quantizer_optimizer: Literal["same", "adam"] = "same"
     warmup_epochs: float = Field(default=0.0, ge=0.0)
     warmup_start: float = Field(default=0.1, gt=0.0, le=1.0)
     final: float = Field(default=0.01, ge=0.0, le=1.0)
     schedule: Literal["per_stage", "spanning"] = "per_stage"
     step: Literal["batch", "epoch"] = "batch"
+
+
+class OscillationConfig(Settings):
+    """What calms weights that swing between two levels, see :class:`nipq.oscillation.Oscillations`.
+
+    Attributes:
+        dampen: Final weight of the pull to the middle of the bin; ``None`` for none.
+        freeze: Final frequency above which a weight is fixed; ``None`` to fix none. With neither, oscillations are
+            only counted.
+    """
+
+    dampen: float | None = Field(default=None, ge=0.0)
+    freeze: float | None = Field(default=None, gt=0.0)
 
 
 class TeacherConfig(ModelConfig):
@@ -157,13 +198,20 @@ class TrainConfig(Settings):
     """Everything a run depends on; the same config and seed give the same numbers on the same machine.
 
     Attributes:
+        method: A word of :data:`nipq.train.methods.METHODS`; its settings apply where this config gives none.
+        task: ``classification``, or ``package.module:callable``, called with this config for a
+            :class:`~nipq.train.task.Task`.
         model: The network.
-        data: The images.
+        data: The inputs and targets.
         budget: The limits on the finished model; ``None`` only when every bit-width is fixed by ``quantization``.
         quantization: Settings of :func:`nipq.prepare_`.
+        allocation: Who chooses bit-widths: ``learned`` in the search; ``uniform``, the largest that keeps the budget,
+            one for all tensors; ``hawq``, by curvature and rounding error before training.
         stages: Lengths of the stages.
         optimizer: Optimizer and schedule.
         penalty: How the search pulls bits to the budget: ``controller`` (size-normalised) or ``paper``.
+        tempering: How the share of the true rounding error in the noise rises from 0 to 1 over the search.
+        oscillation: Calming of weights that swing between two levels, in search and fine-tuning; ``None``: left alone.
         teacher: Distillation, or ``None``.
         ema_decay: Decay of the weight average that replaces the weights at the end of a stage, or ``None``.
         batchnorm_batches: Batches for re-estimating batch-norm statistics after freezing; 0 leaves them alone.
@@ -179,13 +227,18 @@ class TrainConfig(Settings):
         checkpoint_every: Also checkpoint after every so many steps (``None``: after each epoch only).
     """
 
+    method: str = "nipq"
+    task: str = "classification"
     model: ModelConfig
     data: DataConfig
     budget: BudgetConfig | None
     quantization: Config = Config()
+    allocation: Literal["learned", "uniform", "hawq"] = "learned"
     stages: StagesConfig = StagesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     penalty: Literal["controller", "paper"] = "controller"
+    tempering: Literal["none", "linear", "cosine"] = "none"
+    oscillation: OscillationConfig | None = None
     teacher: TeacherConfig | None = None
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
     batchnorm_batches: int = Field(default=32, ge=0)
@@ -198,3 +251,9 @@ class TrainConfig(Settings):
     threads: int | None = Field(default=None, ge=1)
     seed: int = Field(default=0, ge=0)
     checkpoint_every: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method(cls, fields: Any) -> Any:  # noqa: ANN401 - whatever is to become a config
+        """Put the settings of the method under the given ones."""
+        return with_method(fields) if isinstance(fields, Mapping) else fields

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from nipq.train.config import OptimizerConfig
 
 QUANTIZER_GROUPS = ("boundaries", "bits")
+ADAM_BETAS = (0.9, 0.999)
+"""Of torch."""
 
 
 class Optimizers:
@@ -40,6 +42,9 @@ class Optimizers:
             groups = weight_groups(model, peak, config.weight_decay)
         for group in groups:
             group["peak"] = group["lr"]
+            group |= _momentum(config, group["name"])
+            if group["name"] == "boundaries":
+                group["weight_decay"] = config.boundary_decay
         own = QUANTIZER_GROUPS if config.quantizer_optimizer == "adam" else ()
         apart = [group for group in groups if group["name"] in own]
         self.all: list[Optimizer] = [_build(config, [group for group in groups if group["name"] not in own])]
@@ -79,6 +84,16 @@ class Optimizers:
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.all for group in optimizer.param_groups]
+
+
+def _momentum(config: OptimizerConfig, group: str) -> dict[str, Any]:
+    """Settings of a group with a momentum of its own, for each kind of optimizer."""
+    momentum = {"boundaries": config.boundary_momentum, "bits": config.bits_momentum}.get(group)
+    if momentum is None:
+        return {}
+    if config.name == "sgd" and config.quantizer_optimizer == "same":
+        return {"momentum": momentum, "nesterov": config.nesterov and momentum > 0}
+    return {"betas": (momentum, ADAM_BETAS[1])}
 
 
 def _build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:

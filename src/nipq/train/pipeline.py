@@ -95,12 +95,13 @@ def _threads(count: int | None) -> Iterator[None]:
 def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     """One training epoch, or the rest of one, then its row and its checkpoint."""
     progress, started = trainer.progress, time.perf_counter()
-    total, schedule, every = len(trainer.data.train), trainer.schedule(), trainer.config.checkpoint_every
+    assert trainer.stage is not None
+    total, stage, every = len(trainer.data.train), trainer.stage, trainer.config.checkpoint_every
     reporter.begin_epoch(f"{TITLES[progress.stage]} {progress.epoch + 1}/{trainer.epochs}", total, progress.step)
     bits: dict[str, float | None] = {}
     for images, labels in trainer.batches():
-        trainer.step(images, labels, schedule)
-        if trainer.search is not None and progress.step % BITS_EVERY == 1:
+        trainer.step(images, labels)
+        if stage.search is not None and progress.step % BITS_EVERY == 1:
             bits = bits_now(trainer)
         reporter.step({"loss": _mean(progress.sums, 0), "accuracy": _mean(progress.sums, 1), **bits})
         if every and progress.step % every == 0 and progress.step < total:
@@ -110,7 +111,7 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
         "stage": progress.stage,
         "epoch": progress.epoch + 1,
         "step": progress.steps_total,
-        "lr": trainer.config.optimizer.lr * schedule.factor(progress.epoch, (total - 1) / total),
+        "lr": trainer.config.optimizer.lr * stage.schedule.factor(progress.epoch, (total - 1) / total),
         "train_loss": _mean(progress.sums, 0),
         "train_accuracy": _mean(progress.sums, 1),
     }
@@ -135,8 +136,9 @@ def bits_now(trainer: Trainer) -> dict[str, float | None]:
     """Average bits, whole as evaluation uses them, and how far above the budget they are (0.1: a tenth)."""
     table = summary(trainer.model)
     now: dict[str, float | None] = {"weight_bits": table.weight_bits, "activation_bits": table.activation_bits}
-    if trainer.search is not None:
-        now["distance"] = max(limit["relative"] for limit in trainer.search.distance().values())
+    search = None if trainer.stage is None else trainer.stage.search
+    if search is not None:
+        now["distance"] = max(limit["relative"] for limit in search.distance().values())
     return now
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
 from nipq.errors import ConfigError
+from nipq.layer_table import quantizers
 from nipq.limit import FeasibleRange
 from nipq.prepare import prepare_
 
@@ -58,7 +59,8 @@ def preflight(
         The range within reach of each limit.
 
     Raises:
-        ConfigError: If the model does not take the images or gives too few answers.
+        ConfigError: If the model does not take the images or gives too few answers, or bits are to be allocated
+            without a budget.
         BudgetError: If the budget is out of reach, naming the range.
         NotQuantizableError: If the model cannot be prepared.
     """
@@ -79,4 +81,9 @@ def preflight(
             "correct model.kwargs"
         )
     prepare_(trial, example, config.quantization)
+    if config.allocation != "learned" and budget is None and any(not found.is_frozen for found in quantizers(trial)):
+        raise ConfigError(
+            f"expected a budget for allocation {config.allocation!r}, found none while bit-widths are open; "
+            "give a budget, or fix weight_bits and activation_bits in quantization"
+        )
     return [] if budget is None else check_feasible(trial, budget)

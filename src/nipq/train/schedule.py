@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from nipq.train.config import TrainConfig
@@ -55,6 +55,29 @@ class Schedule:
             return self.warmup_start + (1.0 - self.warmup_start) * time / self.warmup
         progress = min(1.0, (time - self.warmup) / max(self.epochs - self.warmup, 1e-9))
         return self.final + (1.0 - self.final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def tempering_share(kind: Literal["none", "linear", "cosine"], step: int, steps: int) -> float:
+    """Share of the true rounding error in the noise at a step of the search.
+
+    ``p`` or ``(1 - cos(pi p)) / 2`` with ``p = step / (steps - 1)``: 0 at the first step, 1 at the last.
+
+    Args:
+        kind: Shape of the rise; ``none`` stays at 0.
+        step: Steps of the stage that have passed.
+        steps: Steps of the stage.
+
+    Returns:
+        The share, in [0, 1].
+
+    Example:
+        >>> [tempering_share("cosine", step, 5) for step in (0, 2, 4)]
+        [0.0, 0.5, 1.0]
+    """
+    if kind == "none":
+        return 0.0
+    progress = min(1.0, step / (steps - 1)) if steps > 1 else 1.0
+    return progress if kind == "linear" else 0.5 * (1.0 - math.cos(math.pi * progress))
 
 
 def schedule_of(config: TrainConfig, stage: str) -> Schedule:

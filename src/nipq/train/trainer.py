@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nipq.averaging import WeightAverage
 from nipq.batchnorm import reestimate_bn_
 from nipq.calibrate import calibrate_
 from nipq.control import set_phase_
 from nipq.errors import ConfigError
 from nipq.phases import Phase
 from nipq.prepare import prepare_
-from nipq.search import Search
 from nipq.snap import freeze_bits_
 from nipq.train.batches import Few, Split
 from nipq.train.checkpoint import Checkpoint, Progress
@@ -29,10 +27,10 @@ from nipq.train.evaluate import evaluate
 from nipq.train.factory import build_model
 from nipq.train.guard import check_state, non_finite_loss
 from nipq.train.objective import Objective
-from nipq.train.optimizers import Optimizers
 from nipq.train.preflight import make_budget, preflight
-from nipq.train.schedule import Schedule, schedule_of
 from nipq.train.seeds import seed_of
+from nipq.train.stage import Stage, enter_phase_, stage_config
+from nipq.train.uniform import uniform_bits_
 
 if TYPE_CHECKING:
     from nipq.train.config import TrainConfig
@@ -67,52 +65,46 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)
         self.objective = self._objective()
         self.progress = Progress() if checkpoint is None else checkpoint.progress
-        self.optimizers: Optimizers | None = None
-        self.search: Search | None = None
-        self.average: WeightAverage | None = None
+        self.stage: Stage | None = None
         if checkpoint is not None:
             self._load_model(checkpoint.model)
         self._enter()
-        if checkpoint is not None:
-            self._load_stage(checkpoint)
+        if checkpoint is not None and self.stage is not None:
+            self.stage.load(checkpoint)
 
     # ------------------------------------------------------------------ training
 
     @property
     def epochs(self) -> int:
         """Epochs of the present stage."""
-        return 0 if self.progress.stage == "done" else self._stage().epochs
+        stage = self.progress.stage
+        return 0 if stage == "done" else stage_config(self.config, stage).epochs
 
-    def step(self, images: Tensor, labels: Tensor, schedule: Schedule) -> None:
+    def step(self, images: Tensor, labels: Tensor) -> None:
         """One training step; the sums of :class:`Progress` grow by its loss and hits.
 
         Args:
             images: [N, C, H, W].
             labels: [N].
-            schedule: Of the present stage.
 
         Raises:
             NonFiniteError: If the loss is not finite, naming the layer.
         """
-        assert self.optimizers is not None
+        assert self.stage is not None
         progress = self.progress
         self._seed(progress.stage, progress.epoch, progress.step)
-        self.optimizers.scale(schedule.factor(progress.epoch, progress.step / len(self.data.train)))
+        self.stage.begin(progress.epoch, progress.step)
         memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
         images = images.to(self.device, memory_format=memory_format, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"):
             logits = self.model(images)
             loss = self.objective(logits, images, labels)
-        total = loss if self.search is None else loss + self.search.penalty()
+        total = self.stage.penalty(loss)
         if not bool(total.isfinite()):
             raise non_finite_loss(self.model, images, self._place())
         total.backward()  # type: ignore[no-untyped-call]
-        self.optimizers.step()
-        if self.search is not None:
-            self.search.step()
-        if self.average is not None:
-            self.average.update(self.model)
+        self.stage.end()
         hits = int((logits.detach().argmax(-1) == labels).sum())
         added = (float(loss.detach()) * len(labels), hits, len(labels))
         progress.sums = [a + b for a, b in zip(progress.sums, added, strict=True)]
@@ -123,9 +115,9 @@ class Trainer:
         """Score the model, or its weight average, on the held-out images."""
         if self.data.validation is None:
             return None
-        if self.average is None:
+        if self.stage is None or self.stage.average is None:
             return evaluate(self.model, self.data.validation)
-        with self.average.swapped(self.model):
+        with self.stage.average.swapped(self.model):
             return evaluate(self.model, self.data.validation)
 
     def batches(self) -> Any:  # noqa: ANN401 - an iterator of batches
@@ -138,9 +130,8 @@ class Trainer:
 
     def settle(self) -> None:
         """At the end of a stage the weight average, where there is one, becomes the model."""
-        if self.average is not None:
-            self.average.copy_to_(self.model)
-            self.average = None
+        if self.stage is not None:
+            self.stage.settle()
 
     def advance(self) -> None:
         """Close the present, settled stage, score what it left, and open the next."""
@@ -153,6 +144,8 @@ class Trainer:
     def _leave_float(self) -> None:
         self._record("float")
         self._prepare()
+        if self.config.allocation == "uniform" and self.budget is not None:
+            uniform_bits_(self.model, self.budget)
         count, key = self.config.calibration_batches, seed_of(self.config.seed, "calibration")
         calibrate_(self.model, Few(self.data.train, count, key), count)
 
@@ -170,21 +163,13 @@ class Trainer:
 
     def _enter(self) -> None:
         """Build what the present stage trains with."""
-        previous, stage = self.optimizers, self.progress.stage
-        self.optimizers = self.search = self.average = None
-        if stage in ("search", "finetune", "done"):
-            set_phase_(self.model, Phase.NOISE if stage == "search" else Phase.ROUND)
-        if not self.epochs:
-            return
-        self.model.train()
-        self.optimizers = Optimizers(self.model, self.config.optimizer, prepared=stage != "float", lr=self._stage().lr)
-        if stage == "finetune" and previous is not None and self.config.optimizer.schedule == "spanning":
-            self.optimizers.adopt(previous)
-        if stage == "search" and self.budget is not None:
-            steps = self.epochs * len(self.data.train)
-            self.search = Search(self.model, self.budget, total_steps=steps, penalty=self.config.penalty)
-        if self.config.ema_decay is not None:
-            self.average = WeightAverage(self.model, self.config.ema_decay)
+        previous, self.stage = self.stage, None
+        name = self.progress.stage
+        if name != "float":
+            enter_phase_(self.model, self.config, name)
+        if self.epochs:
+            self.model.train()
+            self.stage = Stage(name, self.model, self.config, self.budget, len(self.data.train), previous)
 
     def _reestimate(self) -> bool:
         count = self.config.batchnorm_batches
@@ -213,13 +198,10 @@ class Trainer:
             NonFiniteError: If the model holds a number that is not finite; such a state must not replace a good one.
         """
         check_state(self.model, self._place())
-        return Checkpoint(
-            self.progress,
-            self.model.state_dict(),
-            optimizers=None if self.optimizers is None else self.optimizers.state_dict(),
-            search=None if self.search is None else self.search.state_dict(),
-            average=None if self.average is None else self.average.state_dict(),
-        )
+        checkpoint = Checkpoint(self.progress, self.model.state_dict())
+        if self.stage is not None:
+            self.stage.save(checkpoint)
+        return checkpoint
 
     def _load_model(self, state: dict[str, Tensor]) -> None:
         if self.progress.stage != "float":
@@ -230,14 +212,6 @@ class Trainer:
             raise ConfigError(
                 f"the checkpoint does not fit the model of this config: {error}; use the run's own"
             ) from error
-
-    def _load_stage(self, checkpoint: Checkpoint) -> None:
-        if self.optimizers is not None and checkpoint.optimizers is not None:
-            self.optimizers.load_state_dict(checkpoint.optimizers)
-        if self.search is not None and checkpoint.search is not None:
-            self.search.load_state_dict(checkpoint.search)
-        if self.average is not None and checkpoint.average is not None:
-            self.average.load_state_dict(checkpoint.average)
 
     # ------------------------------------------------------------------ small parts
 
@@ -250,13 +224,6 @@ class Trainer:
             return Objective(self.config.label_smoothing)
         network: nn.Module = build_model(teacher).to(self.device).eval().requires_grad_(False)
         return Objective(self.config.label_smoothing, network, teacher.weight, teacher.temperature)
-
-    def _stage(self) -> Any:  # noqa: ANN401 - a StageConfig
-        return getattr(self.config.stages, self.progress.stage)
-
-    def schedule(self) -> Schedule:
-        """The schedule of the present stage."""
-        return schedule_of(self.config, self.progress.stage)
 
     def _seed(self, *what: int | str) -> None:
         torch.manual_seed(seed_of(self.config.seed, *what))
