@@ -111,13 +111,13 @@ class Oscillations:
         self._calls += 1
         threshold = self._threshold()
         for quantizer, weight in self._tensors():
-            history = {name: tensor.to(weight.device) for name, tensor in self._history[quantizer.name].items()}
-            now = _new_history(quantizer, weight)
-            same = history["span"] == now["span"]
-            past = {name: torch.where(same, history[name], now[name]) for name in now}
-            self._history[quantizer.name] = self._advance(past, now["codes"], threshold)
-            if self.freeze is not None:
-                weight.copy_(_with_frozen(quantizer, weight, self._history[quantizer.name]))
+            past = {name: tensor.to(weight.device) for name, tensor in self._history[quantizer.name].items()}
+            if not torch.equal(past["span"], _span(quantizer)):
+                past = _new_history(quantizer, weight)
+            history = self._advance(past, quantizer.codes(weight), threshold)
+            self._history[quantizer.name] = history
+            if threshold < math.inf:
+                weight.copy_(_with_frozen(quantizer, weight, history))
 
     def frequency(self) -> dict[str, float]:
         """Share of each tensor's weights that oscillate, that is with f above 0.005 (reads values).
@@ -188,28 +188,37 @@ class Oscillations:
 
     def _advance(self, past: dict[str, Tensor], codes: Tensor, threshold: float) -> dict[str, Tensor]:
         """The history after one more step, in which the optimizer left the weights at ``codes``."""
-        codes = torch.where(past["frozen"], past["codes"], codes)
+        if threshold < math.inf:
+            codes = torch.where(past["frozen"], past["codes"], codes)
         change = (codes - past["codes"]).sign()
         back = change * past["direction"] < 0
         frequency = past["frequency"].lerp(back.to(past["frequency"]), self.momentum)
         mean = past["mean"].lerp(codes, self.momentum)
-        newly = (frequency > threshold) & ~past["frozen"]
+        frozen = past["frozen"]
+        if threshold < math.inf:
+            newly = (frequency > threshold) & ~frozen
+            codes, frozen = torch.where(newly, mean.round(), codes), frozen | newly
         return {
             "span": past["span"],
-            "codes": torch.where(newly, mean.round(), codes),
+            "codes": codes,
             "direction": torch.where(change == 0, past["direction"], change),
             "frequency": frequency,
             "mean": mean,
-            "frozen": past["frozen"] | newly,
+            "frozen": frozen,
         }
 
 
-def _new_history(quantizer: WeightQuantizer, weight: Tensor) -> dict[str, Tensor]:
-    """History of a weight that has not moved: ``span`` tells grids apart, ``direction`` is of the last change."""
-    codes = quantizer.codes(weight.detach())
+def _span(quantizer: WeightQuantizer) -> Tensor:
+    """Highest minus lowest code: tells the grid of one bit-width from that of another."""
     low, high = quantizer.code_range()
+    return (high - low).max().detach()
+
+
+def _new_history(quantizer: WeightQuantizer, weight: Tensor) -> dict[str, Tensor]:
+    """History of a weight that has not moved; ``direction`` is that of the last change."""
+    codes = quantizer.codes(weight.detach())
     return {
-        "span": (high - low).max(),
+        "span": _span(quantizer),
         "codes": codes,
         "direction": torch.zeros_like(codes),
         "frequency": torch.zeros_like(codes),
