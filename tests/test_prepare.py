@@ -15,6 +15,7 @@ from nipq.config import BitRange, Config, Rule
 from nipq.control import set_bits_, set_phase_
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.layer_table import layer_table, quantizers
+from nipq.nn.estimator import Estimator
 from nipq.prepare import prepare_, restore_
 from nipq.validate import validate
 
@@ -323,7 +324,7 @@ def test_rules_reach_the_quantizers(x: Tensor) -> None:
 def test_settings_of_the_proxy_reach_every_quantizer(x: Tensor) -> None:
     settings = {"noise": "empirical", "stochastic_bits": False, "clip_after_noise": True, "boundary_correction": True}
     for quantizer in quantizers(prepare_(small_net(), x, Config(**settings, init="max"))):
-        assert {name: getattr(quantizer, name) for name in settings} == settings
+        assert quantizer.estimator == Estimator(**settings)
         assert quantizer.init == "max"
 
 

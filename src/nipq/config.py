@@ -22,6 +22,9 @@ from nipq.errors import ConfigError
 Bits = Annotated[int, Field(ge=2, le=16)]
 Granularity = Literal["tensor", "channel"]
 GridChoice = Literal["auto", "signed", "unsigned", "shifted"]
+Method = Literal["nipq", "lsq", "lsq+", "pact", "diffq", "ste"]
+NoiseKind = Literal["uniform", "empirical", "histogram", "gaussian", "stochastic"]
+Init = Literal["mse", "max", "lsq", "release"]
 
 
 class Settings(BaseModel):
@@ -200,14 +203,18 @@ class Config(Settings):
         activation_bits: bit-widths of layer inputs.
         input_bits: fixed bit-width of the model's own input (an image has 8); ``None`` leaves it float.
         granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``.
+        method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
+            ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through, fixed range); see
+            ``nipq.functional.rivals``.
         noise: ``"uniform"`` (fast; about equal accuracy) or ``"empirical"``, drawn from the tensor's own rounding
-            errors (what the theory is about); paper section 6.3.
+            errors (what the theory is about; ``"histogram"`` by the published sampler); paper section 6.3. Not in the
+            paper: ``"gaussian"`` (DiffQ's default) and ``"stochastic"`` (randomised rounding).
         stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
         clip_after_noise: keep noisy values inside the range (not in the paper).
         boundary_correction: add the T4b term, which makes the boundary's gradient that of the actual quantization
             error (not in the paper).
-        init: first boundary: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"release"`` the constants of
-            the published code.
+        init: first boundary: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"lsq"`` LSQ's start,
+            ``"release"`` the constants of the published code.
         quantize_inputs: ``False`` quantizes weights only.
         rules: exceptions by layer name.
 
@@ -224,11 +231,12 @@ class Config(Settings):
     activation_bits: BitRange = BitRange()
     input_bits: Bits | None = 8
     granularity: Granularity = "tensor"
-    noise: Literal["uniform", "empirical"] = "uniform"
+    method: Method = "nipq"
+    noise: NoiseKind = "uniform"
     stochastic_bits: bool = True
     clip_after_noise: bool = False
     boundary_correction: bool = False
-    init: Literal["mse", "max", "release"] = "mse"
+    init: Init = "mse"
     quantize_inputs: bool = True
     rules: tuple[Rule, ...] = ()
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from nipq.errors import ConfigError
-from nipq.layer_table import LayerRow, layer_table
+from nipq.layer_table import LayerRow, layer_table, quantizers
 from nipq.nn.layers import enter_integer_domain, leave_integer_domain
 from nipq.phases import Phase
 
@@ -73,6 +74,33 @@ def phase_of(model: nn.Module) -> Phase:
     rows = layer_table(model)
     # A layer whose input stays float evaluates as in phase "round" while the others are in phase "int".
     return next((row.input.phase for row in rows if row.input is not None), rows[0].weight.phase)
+
+
+def temper_(model: nn.Module, share: float) -> None:
+    """Set the share of the true rounding error in the noise: 0 is the noise proxy, 1 the true quantizer.
+
+    eps_t = (1 - share) eps + share e in every quantizer, for methods with noise. Raised from 0 to 1 in the course of
+    training it leads from pseudo-quantization to quantization without a jump.
+
+    Paper: not in it; noise tempering (arXiv 2212.05603).
+
+    Args:
+        model: a prepared model.
+        share: 0 to 1.
+
+    Raises:
+        ConfigError: if the share is out of range.
+        OrderError: if the model is not prepared.
+    """
+    if not 0 <= share <= 1:
+        raise ConfigError(f"temper_: expected a share from 0 to 1, found {share}. Give the share of the true error.")
+    for quantizer in quantizers(model):
+        if quantizer.error_share is None:
+            quantizer.register_buffer(
+                "error_share", torch.zeros(1, device=quantizer.alpha_raw.device), persistent=False
+            )
+        assert quantizer.error_share is not None
+        quantizer.error_share.fill_(share)
 
 
 def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:

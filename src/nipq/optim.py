@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nipq.errors import OrderError
 from nipq.layer_table import quantizers
+from nipq.nn.quantizer import TensorQuantizer
 
 #: Default learning rates of boundaries and bits, in units of the weights'. Boundaries: the release uses one rate for
 #: all. Bits: their range is a few units wide, so at the rate of the weights they would hardly move in a short run.
@@ -30,7 +31,7 @@ def weight_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> lis
     Returns:
         Groups named ``"weights"`` and ``"no_decay"``; empty ones left out.
     """
-    own = {id(parameter) for parameter in _quantizer_parameters(model).values()}
+    own = {id(p) for module in model.modules() if isinstance(module, TensorQuantizer) for p in module.parameters()}
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
     return _non_empty(
         {"name": "weights", "params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
@@ -44,11 +45,13 @@ def param_groups(
     weight_decay: float = 0.0,
     boundary_lr: float | None = None,
     bits_lr: float | None = None,
+    boundary_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
     """Groups for an optimizer: weights, what is not decayed, boundaries, bit-widths.
 
-    Quantizer parameters never get weight decay: it would pull every boundary to softplus(0) and every bit-width to the
-    middle of its range.
+    Quantizer parameters get no weight decay: it would pull every boundary to softplus(0) and every bit-width to the
+    middle of its range. Only PACT asks for one, on the boundaries, which are its penalty on alpha where alpha is large
+    enough to equal alpha_raw.
 
     Paper: Q16 and Q17 in docs/paper_map.md.
 
@@ -58,6 +61,7 @@ def param_groups(
         weight_decay: decay of weights with two axes or more.
         boundary_lr: learning rate of boundaries; ``lr`` if left out, as in the release.
         bits_lr: learning rate of bit-widths; ``lr`` if left out, as in the release.
+        boundary_decay: decay of boundaries, for PACT.
 
     Returns:
         Up to four groups, named ``"weights"``, ``"no_decay"``, ``"boundaries"`` and ``"bits"``; empty ones left out.
@@ -66,12 +70,13 @@ def param_groups(
         OrderError: if the model is not prepared, so that its quantizers' parameters would be missed.
     """
     found = quantizers(model)
-    boundaries = [q.alpha_raw for q in found if q.alpha_raw.requires_grad]
-    bits = [q.bit_raw for q in found if not q.is_frozen and q.bit_raw.requires_grad]
+    learned = [(name, p) for q in found for name, p in q.named_parameters() if p.requires_grad]
+    bits = [parameter for name, parameter in learned if name == "bit_raw"]
+    boundaries = [parameter for name, parameter in learned if name != "bit_raw"]  # alpha_raw, and LSQ+'s offset
     boundary_lr = BOUNDARY_RATE * lr if boundary_lr is None else boundary_lr
     bits_lr = BITS_RATE * lr if bits_lr is None else bits_lr
     return weight_groups(model, lr, weight_decay) + _non_empty(
-        {"name": "boundaries", "params": boundaries, "lr": boundary_lr, "weight_decay": 0.0},
+        {"name": "boundaries", "params": boundaries, "lr": boundary_lr, "weight_decay": boundary_decay},
         {"name": "bits", "params": bits, "lr": bits_lr, "weight_decay": 0.0},
     )
 
@@ -130,14 +135,6 @@ def drop_frozen_(optimizer: Optimizer, model: nn.Module) -> Optimizer:
 def _held(*optimizers: Optimizer) -> list[nn.Parameter]:
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     return [parameter for group in groups for parameter in group["params"]]
-
-
-def _quantizer_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {
-        name: parameter
-        for name, parameter in model.named_parameters()
-        if name.rpartition(".")[2] in ("alpha_raw", "bit_raw")
-    }
 
 
 def _non_empty(*groups: dict[str, Any]) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import fields
 
 from torch import Tensor, nn
 
@@ -11,8 +11,10 @@ from nipq.control import set_phase_
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.layer_table import layer_table
+from nipq.nn.estimator import Estimator
 from nipq.nn.initial import SHIFTS, start_weight_boundary_
 from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared, output_channel_axis
+from nipq.nn.offset import OffsetInputQuantizer
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
 from nipq.phases import Phase
 from nipq.plan import LayerPlan, plan_layers
@@ -92,9 +94,8 @@ def restore_(model: nn.Module) -> nn.Module:
     return model
 
 
-def _proxy_settings(config: Config) -> dict[str, Any]:
-    names = ("noise", "stochastic_bits", "clip_after_noise", "boundary_correction", "init")
-    return {name: getattr(config, name) for name in names}
+def _estimator(config: Config) -> Estimator:
+    return Estimator(**{field.name: getattr(config, field.name) for field in fields(Estimator)})
 
 
 def _weight_quantizers(
@@ -125,7 +126,8 @@ def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config
         channels=1 if axis is None else weight.shape[axis],
         channel_axis=axis or 0,
         grid=SIGNED,
-        **_proxy_settings(config),
+        estimator=_estimator(config),
+        init=config.init,
     ).to(weight.device)
     start_weight_boundary_(quantizer, weight)
     return quantizer
@@ -135,10 +137,13 @@ def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config:
     if plan.activation_bits is None:
         return None
     assert isinstance(layer.weight, Tensor)
-    return InputQuantizer(
+    estimator = _estimator(config)
+    kind = OffsetInputQuantizer if estimator.learns_offset else InputQuantizer
+    return kind(
         f"{spec.name}.input",
         plan.activation_bits,
         grid=_FIRST_GRIDS[plan.grid],
         grid_choice=plan.grid,
-        **_proxy_settings(config),
+        estimator=estimator,
+        init=config.init,
     ).to(layer.weight.device)

@@ -40,7 +40,7 @@ def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | f
     return torch.clamp((wide / step).round_(), low, high)  # type: ignore[arg-type]
 
 
-class _StraightThrough(torch.autograd.Function):
+class StraightThrough(torch.autograd.Function):
     """codes * step, with the gradient of a truncation; see ``quantize``.
 
     Written out because no sum of plain operations has both this gradient and *exactly* the value code * step. Keeps x
@@ -105,5 +105,5 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tens
     step = step_size(alpha, bits, grid)
     lower, upper = value_range(alpha, bits, grid)
     low, high = code_range(alpha, bits, grid)
-    out: Tensor = _StraightThrough.apply(x, step, lower, upper, low.detach(), high.detach())
+    out: Tensor = StraightThrough.apply(x, step, lower, upper, low.detach(), high.detach())
     return out

@@ -8,6 +8,7 @@ from torch import Tensor
 from nipq.errors import NonFiniteError
 from nipq.functional.boundary import max_boundary, noise_optimal_boundary
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.rivals import lsq_boundary
 from nipq.functional.uniform import quantize
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 
@@ -19,8 +20,8 @@ def start_weight_boundary_(quantizer: WeightQuantizer, weight: Tensor) -> None:
     """Set a weight's first boundary, in the way that ``quantizer.init`` says.
 
     ``"max"``: the largest absolute weight. ``"mse"``: the boundary that minimises the proxy's error at the present
-    bit-width (T6 in ``docs/paper_map.md``). ``"release"``: ``alpha_raw = max w`` as published, softplus not inverted
-    (Q5 there).
+    bit-width (T6 in ``docs/paper_map.md``). ``"lsq"``: 2 E|w| sqrt(n). ``"release"``: ``alpha_raw = max w`` as
+    published, softplus not inverted (Q5 there).
 
     Args:
         quantizer: quantizer of the weight.
@@ -39,8 +40,9 @@ def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
 
     The grid is unsigned when the sample has no negative value. Otherwise it is the better, by squared error at the
     present bit-width, of the signed grid and the shifted grid whose shift is the smallest known one that covers the
-    sample's minimum (h-swish, SiLU, GELU). The boundary minimises the squared error (``init="mse"``), covers the sample
-    (``"max"``), or is the published constant (``"release"``: raw 6, and raw 3 when signed).
+    sample's minimum (h-swish, SiLU, GELU). A learned offset starts at the sample's minimum. The boundary minimises the
+    squared error (``init="mse"``), covers the sample (``"max"``), is LSQ's start (``"lsq"``), or is the published
+    constant (``"release"``: raw 6, and raw 3 when signed).
 
     Args:
         quantizer: quantizer of the input.
@@ -56,7 +58,7 @@ def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
         )
     sample = sample.flatten().float()
     bits = float(quantizer.bits_rounded)
-    starts = [(grid, _boundary(quantizer, sample, grid)) for grid in _candidate_grids(sample, quantizer.grid_choice)]
+    starts = [(grid, _boundary(quantizer, sample, grid)) for grid in _candidate_grids(quantizer, sample)]
     errors = [float((quantize(sample, alpha, bits, grid) - sample).square().mean()) for grid, alpha in starts]
     quantizer.grid, alpha = starts[errors.index(min(errors))]
     if quantizer.init == "release":
@@ -74,11 +76,15 @@ def _set_raw_(quantizer: TensorQuantizer, raw: float) -> None:
 def _boundary(quantizer: TensorQuantizer, x: Tensor, grid: Grid, channel_axis: int | None = None) -> Tensor:
     if quantizer.init == "max":
         return max_boundary(x, grid, channel_axis=channel_axis)
+    if quantizer.init == "lsq":
+        return lsq_boundary(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
     return noise_optimal_boundary(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
 
 
-def _candidate_grids(sample: Tensor, choice: str) -> list[Grid]:
-    lowest = max(0.0, -float(sample.min()))
+def _candidate_grids(quantizer: InputQuantizer, sample: Tensor) -> list[Grid]:
+    lowest, choice = max(0.0, -float(sample.min())), quantizer.grid_choice
+    if quantizer.estimator.learns_offset:
+        return [Grid("shifted", lowest)]
     # 2 % of slack: half-precision activations and approximate GELUs dip a little below the exact minimum.
     covering = [shift for shift in sorted(SHIFTS.values()) if lowest <= 1.02 * shift]
     if choice == "shifted":

@@ -7,7 +7,8 @@ A quantizer holds what the noise proxy and the true quantizer share (paper: the 
 phase        ``model.train()``          ``model.eval()``
 ===========  =========================  ==================================
 ``float``    x                          x
-``noise``    the noise proxy            the true quantizer
+``noise``    the noise proxy, or a      the true quantizer
+             rival's estimator
 ``round``    the true quantizer         the true quantizer
 ``int``      whole codes                whole codes
 ===========  =========================  ==================================
@@ -15,19 +16,18 @@ phase        ``model.train()``          ``model.eval()``
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nipq.config import BitRange, GridChoice
+from nipq.config import BitRange, GridChoice, Init
 from nipq.errors import ConfigError, OrderError
 from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits, stochastic_round_bits
 from nipq.functional.boundary import alpha_from_raw, raw_from_alpha
 from nipq.functional.grid import SIGNED, Grid, code_range, step_size, zero_point
-from nipq.functional.noise import empirical_noise, uniform_noise
-from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import integer_codes, quantize
+from nipq.nn.estimator import Estimator, Role
 from nipq.nn.state import QuantizerState
 from nipq.phases import Phase
 
@@ -53,10 +53,7 @@ class TensorQuantizer(nn.Module):
         channels: number of boundaries; 1 for one per tensor.
         channel_axis: axis of the tensor along which the boundaries run; ignored when ``channels`` is 1.
         grid: where the levels lie.
-        noise: what the pseudo-quantization noise is drawn from.
-        stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
-        clip_after_noise: keep the proxy inside the range (not in the paper).
-        boundary_correction: add the T4b term to the boundary's gradient (not in the paper).
+        estimator: what training does.
         init: how the first boundary is set from data, see ``nipq.nn.initial``.
 
     Raises:
@@ -65,6 +62,9 @@ class TensorQuantizer(nn.Module):
 
     bit_raw: nn.Parameter
     bits_frozen: Tensor
+    #: Share of the true error in the noise, 0 to 1, shape (1,); None stands for 0 at no cost. See ``temper_``.
+    error_share: Tensor | None
+    role: ClassVar[Role] = "input"
 
     def __init__(
         self,
@@ -74,11 +74,8 @@ class TensorQuantizer(nn.Module):
         channels: int = 1,
         channel_axis: int = 0,
         grid: Grid = SIGNED,
-        noise: Literal["uniform", "empirical"] = "uniform",
-        stochastic_bits: bool = True,
-        clip_after_noise: bool = False,
-        boundary_correction: bool = False,
-        init: Literal["mse", "max", "release"] = "mse",
+        estimator: Estimator = Estimator(),  # noqa: B008 -- frozen
+        init: Init = "mse",
     ) -> None:
         super().__init__()
         if channels < 1:
@@ -87,14 +84,12 @@ class TensorQuantizer(nn.Module):
         self.bit_range = bit_range
         self.channel_axis = channel_axis
         self.grid = grid
-        self.noise = noise
-        self.stochastic_bits = stochastic_bits
-        self.clip_after_noise = clip_after_noise
-        self.boundary_correction = boundary_correction
+        self.estimator = estimator
         self.init = init
         self.phase = Phase.NOISE
         self.calibrated = False
-        self.alpha_raw = nn.Parameter(torch.zeros(channels))
+        self.alpha_raw = nn.Parameter(torch.zeros(channels), requires_grad=estimator.learns_boundary(self.role))
+        self.register_buffer("error_share", None, persistent=False)
         if bit_range.fixed is not None:
             self.register_buffer("bits_frozen", torch.tensor([bit_range.fixed]))
         else:
@@ -216,24 +211,45 @@ class TensorQuantizer(nn.Module):
         wide = _widened(x)
         if self.phase is Phase.INT:
             return self.codes(wide)
+        self._follow(wide)
         alpha = self._spread(self.alpha, x.ndim)
-        if self.phase is Phase.NOISE and self.training:
-            return self._noise_proxy(wide, alpha).to(x.dtype)
-        return quantize(wide, alpha, self._whole_bits(), self.grid).to(x.dtype)
+        if not self.training:
+            return quantize(wide, alpha, self._whole_bits(), self.grid).to(x.dtype)
+        return self._estimate(wide, alpha).to(x.dtype)
 
-    def _noise_proxy(self, x: Tensor, alpha: Tensor) -> Tensor:
+    def _estimate(self, x: Tensor, alpha: Tensor, offset: Tensor | None = None) -> Tensor:
+        """What training sees of ``x``."""
+        count = x.numel() // (len(x) if self.role == "input" and x.ndim else alpha.numel())
+        if self.phase is Phase.ROUND:
+            return self.estimator.round(x, alpha, self._whole_bits(), self.grid, count=count, offset=offset)
+        bits, share = self._training_bits(), self.error_share
+        return self.estimator.learn(x, alpha, bits, self.grid, count=count, offset=offset, error_share=share)
+
+    def _training_bits(self) -> Tensor:
         if self.is_frozen:
-            bits = self.bits
-        elif self.stochastic_bits:
-            bits = stochastic_round_bits(self.bits, self.bit_range.choices)
-        else:
-            bits = self._whole_bits()
-        if self.noise == "uniform":
-            noise = uniform_noise(x)
-        else:
-            noise = empirical_noise(x.detach(), alpha.detach(), bits.detach(), self.grid)
-        clip, correct = self.clip_after_noise, self.boundary_correction
-        return noise_proxy(x, alpha, bits, noise, self.grid, clip_after_noise=clip, correct_boundary=correct)
+            return self.bits
+        if not self.estimator.learns_bits:
+            raise OrderError(
+                f"{self.name}: expected a fixed bit-width, as {self.estimator.method} gives it no gradient; found one "
+                "that is to be learned. Fix it in the config, or by nipq.set_bits_(model, bits), before training."
+            )
+        if self.estimator.real_bits:
+            return self.bits
+        if self.estimator.stochastic_bits:
+            return stochastic_round_bits(self.bits, self.bit_range.choices)
+        return self._whole_bits()
+
+    @torch.no_grad()
+    def _follow(self, x: Tensor) -> None:
+        """Take the boundary from the tensor itself, where the method does so."""
+        if self.alpha_raw.requires_grad:
+            return
+        axis = self.channel_axis if self.alpha_raw.numel() > 1 else None
+        alpha = self.estimator.follow(
+            self.role, x, self.alpha, self.bits_rounded, self.grid, axis, training=self.training
+        )
+        if alpha is not None:
+            self.set_alpha_(alpha)
 
     def get_extra_state(self) -> Tensor:
         """Grid, bit range and calibration mark, see :class:`~nipq.nn.state.QuantizerState`."""
@@ -267,6 +283,8 @@ class TensorQuantizer(nn.Module):
 
 class WeightQuantizer(TensorQuantizer):
     """The quantizer of a weight, registered as its parametrization: ``layer.weight`` is the quantized tensor."""
+
+    role = "weight"
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """Store an assigned weight as it is (``layer.weight = w`` replaces the float weight)."""
