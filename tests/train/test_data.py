@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from nipq.errors import ConfigError
-from nipq.train.batches import Split, TensorSplit
+from nipq.train.batches import Sources, Split, TensorSplit, tensor_splits
 from nipq.train.config import DataConfig
 from nipq.train.data import load_data
 
@@ -159,3 +160,69 @@ def test_folder_without_images(folder: Path) -> None:
         path.unlink()
     with pytest.raises(ConfigError, match="expected images in class folders"):
         load_data(DataConfig(kind="image_folder", path=str(folder)), seed=0)
+
+
+def made(config: DataConfig, seed: int) -> Sources:
+    """A custom data set: token ids with a mask, and whole numbers to tell."""
+    count = config.kwargs.get("count", 50)
+    ids = torch.arange(count)[:, None].expand(count, 3)
+    train = ({"ids": ids, "mask": torch.ones(count, 3)}, torch.arange(count) % 2)
+    return tensor_splits(train, train, config, seed, classes=2, augment=masked)
+
+
+def masked(inputs: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+    return inputs | {"mask": torch.rand(inputs["mask"].shape, generator=generator)}
+
+
+def custom(**settings: Any) -> DataConfig:
+    return DataConfig(**{"kind": "custom", "factory": f"{__name__}:made", "batch_size": 8, **settings})
+
+
+def test_custom_factory_gets_the_section_and_the_seed() -> None:
+    data = load_data(custom(kwargs={"count": 40}, validation=0.25, train_limit=17), seed=3)
+    assert data.validation is not None
+    held_out = torch.cat([x["ids"][:, 0] for x, _ in data.validation])
+    kept = torch.cat([x["ids"][:, 0] for x, _ in data.train])
+    assert (len(held_out), len(kept), data.classes) == (10, 17, 2)
+    assert not set(held_out.tolist()) & set(kept.tolist())
+    assert int((held_out % 2).sum()) == 5  # as many of each class
+
+
+def test_mappings_are_cut_together_and_augmented_by_the_key() -> None:
+    train = load_data(custom(), seed=0).train
+    first, again, other = (next(train.epoch(key)) for key in (1, 1, 2))
+    assert all(torch.equal(first[0][name], again[0][name]) for name in ("ids", "mask"))
+    assert not torch.equal(first[0]["mask"], other[0]["mask"])
+    assert torch.equal(first[0]["ids"][:, 0] % 2, first[1])
+    assert all(bool((x["mask"] == 1).all()) for x, _ in train)  # evaluation sees it as it is
+    plain = load_data(custom(augment=False), seed=0).train
+    assert torch.equal(next(plain.epoch(1))[0]["mask"], torch.ones(8, 3))
+
+
+@pytest.mark.parametrize("targets", [None, torch.randn(20, 2)])
+def test_targets_that_are_no_classes_are_held_out_at_random(targets: torch.Tensor | None) -> None:
+    inputs = torch.arange(20.0)[:, None]
+    data = tensor_splits((inputs, targets), (inputs, targets), custom(validation=0.3), seed=1)
+    assert data.validation is not None
+    sizes = [sum(len(x) for x, _ in split) for split in (data.train, data.validation, data.test)]
+    assert sizes == [14, 6, 20]
+    x, y = next(data.train.epoch(0))
+    assert y is None if targets is None else torch.equal(y, targets[x[:, 0].long()])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"factory": "no_such_package:data"}, r"no data\.factory 'no_such_package:data'"),
+        ({"factory": "nipq.train.seeds:seed_of"}, "must return Sources, it gave int"),
+    ],
+)
+def test_custom_factory_that_is_none(settings: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_data(custom(**settings), seed=0)
+
+
+@pytest.mark.parametrize("settings", [{"kind": "custom"}, {"kind": "digits", "factory": "a:b"}])
+def test_factory_belongs_to_custom(settings: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="expected a factory with kind custom and only there"):
+        DataConfig.model_validate(settings)

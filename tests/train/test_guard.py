@@ -57,7 +57,7 @@ def test_first_layer_with_a_bad_output_is_named() -> None:
 def test_bad_images_are_said_to_be_bad(model: nn.Module) -> None:
     images = copy.deepcopy(EXAMPLE)
     images[0, 0, 0, 0] = float("nan")
-    assert "already in the input images" in str(non_finite_loss(model, images, "now"))
+    assert "already in the inputs" in str(non_finite_loss(model, images, "now"))
 
 
 def test_loss_alone(model: nn.Module) -> None:

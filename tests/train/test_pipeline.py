@@ -15,7 +15,6 @@ from nipq.errors import BudgetError, ConfigError, FileFormatError, NonFiniteErro
 from nipq.train import pipeline
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
-from nipq.train.evaluate import evaluate
 from nipq.train.finish import verify_run
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
@@ -78,7 +77,7 @@ def test_float_weights_start_another_run(finished: Path, make_config: Make, tmp_
     model = {"factory": "nipq.train.models:digits_net", "kwargs": {"width": 8}, "weights": str(finished / "float.pt")}
     trainer = Trainer(make_config(model=model))
     old = json.loads((finished / "results.json").read_text(encoding="utf-8"))["states"]["float"]["test"]
-    assert evaluate(trainer.model, trainer.data.test) == old
+    assert trainer.task.scores(trainer.model, trainer.data.test) == old
 
 
 def test_finished_run_is_given_again_and_not_overwritten(
@@ -117,7 +116,7 @@ def test_damaged_checkpoint_stops_a_resume(make_config: Make, tmp_path: Path) ->
         ({"budget": {"average_bits": {"weights": 1.5}}}, BudgetError, "average weight bits within 2 to 8"),
         ({"budget": {"model_size": 10}}, BudgetError, "model size within"),
         ({"budget": {"model_size": "a lot"}}, ConfigError, "a lot"),
-        ({"model": {"factory": "resnet18"}}, ConfigError, r"cannot take images of shape \(1, 1, 8, 8\)"),
+        ({"model": {"factory": "resnet18"}}, ConfigError, r"cannot take inputs of shape \(1, 1, 8, 8\)"),
         (
             {"model": {"factory": "nipq.train.models:digits_net", "kwargs": {"classes": 4}}},
             ConfigError,

@@ -16,7 +16,7 @@ NAMES = {
 
 
 def results_table(results: Mapping[str, Any], title: str) -> Table:
-    """Accuracies, bits, bytes and the outcome of verify.
+    """Scores, bits, bytes and the outcome of verify.
 
     Args:
         results: As in ``results.json``.
@@ -26,9 +26,10 @@ def results_table(results: Mapping[str, Any], title: str) -> Table:
         A table for a rich console.
     """
     table = Table(title=title, title_justify="left", show_header=False)
+    metric = results.get("metric", {"name": "accuracy", "unit": "%"})  # older files know of no other
     for name, scores in results["states"].items():
-        held_out = f" (validation {scores['validation']['accuracy']:.2f} %)" if "validation" in scores else ""
-        table.add_row(f"test accuracy, {NAMES.get(name, name)}", f"{scores['test']['accuracy']:.2f} %{held_out}")
+        held_out = f" (validation {_score(scores['validation'], metric)})" if "validation" in scores else ""
+        table.add_row(f"test {metric['name']}, {NAMES.get(name, name)}", f"{_score(scores['test'], metric)}{held_out}")
     table.add_row("average bits, weights / activations", _pair(results["average_bits"]))
     for limit in results["limits"]:
         table.add_row(f"limit: {limit['name']}", f"{limit['rounded']:,.6g} of {limit['target']:,.6g} {limit['unit']}")
@@ -37,6 +38,10 @@ def results_table(results: Mapping[str, Any], title: str) -> Table:
     table.add_row("deployed equals trained", "yes, every rung" if results["verified"] else "NO, see verify.json")
     table.add_row("training time", f"{results['seconds']:.1f} s, {results['steps']:,} steps")
     return table
+
+
+def _score(scores: Mapping[str, float], metric: Mapping[str, Any]) -> str:
+    return f"{scores[metric['name']]:.2f} {metric['unit']}".rstrip()
 
 
 def _pair(bits: Mapping[str, float | None]) -> str:

@@ -1,30 +1,39 @@
-"""Batches of images, in a fixed order for evaluation or in a seeded order for training."""
+"""Batches of inputs and targets, in a fixed order for evaluation or in a seeded order for training."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nipq.train.nested import Nested, count_of, pick
 from nipq.train.seeds import seed_of
 
-Batch = tuple[Tensor, Tensor]
+if TYPE_CHECKING:
+    from nipq.train.config import DataConfig
+
+Batch = tuple[Any, Any]
+"""Inputs and targets: a tensor or a dict of tensors each; targets may be ``None``."""
+Augment = Callable[[Any, torch.Generator], Any]
+"""Inputs of a training batch and a generator -> inputs to train with."""
 
 
 class Split(ABC):
     """One split of a data set.
 
-    Iterating gives every image once, in order, unaugmented: for evaluation. :meth:`epoch` gives shuffled and augmented
+    Iterating gives every sample once, in order, unaugmented: for evaluation. :meth:`epoch` gives shuffled and augmented
     training batches that depend on their key only.
     """
 
     @abstractmethod
     def __iter__(self) -> Iterator[Batch]:
-        """Evaluation batches: images [N, C, H, W] float32 and labels [N] int64."""
+        """Evaluation batches: inputs and targets, e.g. images [N, C, H, W] float32 and labels [N] int64."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -39,7 +48,7 @@ class Split(ABC):
             start: First batch to give; the batches from there on are the same as in a whole epoch.
 
         Returns:
-            An iterator over images and labels.
+            An iterator over inputs and targets.
         """
 
 
@@ -58,70 +67,150 @@ class Few:
 
 @dataclass(frozen=True)
 class Sources:
-    """The splits of a data set: ``train`` and ``validation`` are cut from the training images, ``test`` is apart."""
+    """The splits of a data set: ``train`` and ``validation`` are cut from the training data, ``test`` is apart.
+
+    ``classes`` is their number where the data have classes, else ``None``.
+    """
 
     train: Split
     validation: Split | None
     test: Split
-    classes: int
+    classes: int | None = None
 
 
 class TensorSplit(Split):
     """A split held in memory.
 
     Args:
-        images: [N, C, H, W] float32, standardised.
-        labels: [N] int64.
+        inputs: First axis N; images are [N, C, H, W] float32, standardised.
+        targets: First axis N, e.g. labels [N] int64; ``None`` for data without any.
         batch_size: Of training batches; a last smaller batch is dropped unless it is the only one.
         eval_batch_size: Of evaluation batches.
         shift: Augmentation: shift each training image by up to this many pixels, filling with the image minimum.
         flip: Augmentation: mirror half of the training images.
+        augment: Augmentation of any other kind, after these: called with the inputs of a training batch and a generator
+            for all that is random, it returns the inputs to train with.
     """
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
+        inputs: Nested,
+        targets: Nested | None,
         *,
         batch_size: int,
         eval_batch_size: int,
         shift: int = 0,
         flip: bool = False,
+        augment: Augment | None = None,
     ) -> None:
         """Keep the tensors; nothing is copied."""
-        self.images = images
-        self.labels = labels
-        self.batch_size = min(batch_size, len(labels))
+        self.inputs = inputs
+        self.targets = targets
+        self.count = count_of(inputs)
+        self.batch_size = min(batch_size, self.count)
         self.eval_batch_size = eval_batch_size
         self.shift = shift
         self.flip = flip
+        self.augment = augment
 
     def __iter__(self) -> Iterator[Batch]:
         """Evaluation batches in the stored order."""
-        return zip(
-            torch.split(self.images, self.eval_batch_size), torch.split(self.labels, self.eval_batch_size), strict=True
-        )
+        for start in range(0, self.count, self.eval_batch_size):
+            samples = slice(start, start + self.eval_batch_size)
+            yield pick(self.inputs, samples), pick(self.targets, samples)
 
     def __len__(self) -> int:
         """Number of training batches in an epoch."""
-        return len(self.labels) // self.batch_size
+        return self.count // self.batch_size
 
     def epoch(self, key: int, start: int = 0) -> Iterator[Batch]:
         """Shuffled and augmented batches."""
-        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(key))
+        order = torch.randperm(self.count, generator=torch.Generator().manual_seed(key))
         for index in range(start, len(self)):
             chosen = order[index * self.batch_size : (index + 1) * self.batch_size]
             generator = torch.Generator().manual_seed(seed_of(key, index))
-            yield self._augment(self.images[chosen], generator), self.labels[chosen]
+            yield self._augmented(pick(self.inputs, chosen), generator), pick(self.targets, chosen)
 
-    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        count = len(images)
+    def _augmented(self, inputs: Any, generator: torch.Generator) -> Any:  # noqa: ANN401 - images for shift and flip
         if self.flip:
-            mirrored = torch.rand(count, generator=generator) < 0.5
-            images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+            mirrored = torch.rand(len(inputs), generator=generator) < 0.5
+            inputs = torch.where(mirrored[:, None, None, None], inputs.flip(-1), inputs)
         if self.shift:
-            images = _shifted(images, self.shift, generator)
-        return images
+            inputs = _shifted(inputs, self.shift, generator)
+        return inputs if self.augment is None else self.augment(inputs, generator)
+
+
+def tensor_splits(
+    train: tuple[Nested, Nested | None],
+    test: tuple[Nested, Nested | None],
+    config: DataConfig,
+    seed: int,
+    *,
+    shift: int = 0,
+    flip: bool = False,
+    augment: Augment | None = None,
+    classes: int | None = None,
+) -> Sources:
+    """Splits held in memory, cut and batched as the ``data`` section says.
+
+    Args:
+        train: Inputs and targets; a part becomes the validation split, stratified if the targets are whole numbers.
+        test: Inputs and targets of the test split.
+        config: The ``data`` section; with ``augment: false`` there is none.
+        seed: Decides which training samples are held out, and which are kept under ``train_limit``.
+        shift: See :class:`TensorSplit`.
+        flip: See there.
+        augment: See there.
+        classes: Number of classes, where there are classes.
+
+    Returns:
+        The splits.
+    """
+    inputs, targets = train
+    if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
+        held_out = stratified(targets, config.validation, seed)
+    else:
+        count = count_of(inputs)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        held_out = torch.zeros(count, dtype=torch.bool)
+        held_out[order[: math.ceil(config.validation * count)]] = True
+    kept = (~held_out).nonzero()[:, 0]
+    if config.train_limit is not None:
+        kept = kept[torch.randperm(len(kept), generator=torch.Generator().manual_seed(seed))[: config.train_limit]]
+
+    def split(x: Nested, y: Nested | None) -> TensorSplit:
+        return TensorSplit(
+            x, y, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size,
+            shift=shift if config.augment else 0, flip=flip and config.augment,
+            augment=augment if config.augment else None,
+        )  # fmt: skip
+
+    return Sources(
+        train=split(pick(inputs, kept), pick(targets, kept)),
+        validation=split(pick(inputs, held_out), pick(targets, held_out)) if held_out.any() else None,
+        test=split(*test),
+        classes=classes,
+    )
+
+
+def stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """A mask that takes the given fraction of every class, rounded up.
+
+    Args:
+        labels: [N] int64.
+        fraction: In [0, 1].
+        seed: Decides which.
+
+    Returns:
+        [N] bool.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(int(labels.max()) + 1):
+        members = (labels == label).nonzero()[:, 0]
+        count = math.ceil(fraction * len(members))
+        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return mask
 
 
 def _shifted(images: Tensor, most: int, generator: torch.Generator) -> Tensor:

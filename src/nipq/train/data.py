@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError, require
-from nipq.train.batches import Sources, TensorSplit
+from nipq.train.batches import Sources, stratified, tensor_splits
+from nipq.train.factory import import_callable
 from nipq.train.image_folder import image_folder
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def load_data(config: DataConfig, seed: int) -> Sources:
         return digits(config, seed)
     if config.kind == "fashion_mnist":
         return fashion_mnist(config, seed)
-    return image_folder(config, seed)
+    if config.kind == "image_folder":
+        return image_folder(config, seed)
+    return custom(config, seed)
 
 
 def digits(config: DataConfig, seed: int) -> Sources:
@@ -60,8 +63,8 @@ def digits(config: DataConfig, seed: int) -> Sources:
     data = datasets.load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None]
     labels = torch.tensor(data.target, dtype=torch.int64)
-    test = _stratified(labels, 0.2, seed=0)
-    return _in_memory(images[~test], labels[~test], images[test], labels[test], config, seed, shift=1, flip=False)
+    test = stratified(labels, 0.2, seed=0)
+    return _standardised(images[~test], labels[~test], images[test], labels[test], config, seed, shift=1, flip=False)
 
 
 def fashion_mnist(config: DataConfig, seed: int) -> Sources:
@@ -84,10 +87,30 @@ def fashion_mnist(config: DataConfig, seed: int) -> Sources:
         raise ConfigError(f"expected a folder at data.path, found nothing at {root}; {FASHION_HELP}")
     parts = [_idx(root, f"{stem}-{kind}") for stem in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     images, labels, test_images, test_labels = parts
-    return _in_memory(
+    return _standardised(
         images.float()[:, None], labels.long(), test_images.float()[:, None], test_labels.long(), config, seed,
         shift=2, flip=True,
     )  # fmt: skip
+
+
+def custom(config: DataConfig, seed: int) -> Sources:
+    """Whatever the callable at ``config.factory`` returns.
+
+    Args:
+        config: The ``data`` section, given to the callable with the seed.
+        seed: Decides which training samples are held out for validation.
+
+    Returns:
+        The splits.
+
+    Raises:
+        ConfigError: If there is no such callable, or it returns something else.
+    """
+    assert config.factory is not None
+    found = import_callable(config.factory, "data.factory")(config, seed)
+    if not isinstance(found, Sources):
+        raise ConfigError(f"data.factory {config.factory!r} must return Sources, it gave {type(found).__name__}")
+    return found
 
 
 def _idx(root: Path, stem: str) -> Tensor:
@@ -108,37 +131,10 @@ def _idx(root: Path, stem: str) -> Tensor:
     return torch.from_numpy(values.reshape(shape).copy())
 
 
-def _stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """A mask that takes the given fraction of every class, rounded up."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    for label in range(int(labels.max()) + 1):
-        members = (labels == label).nonzero()[:, 0]
-        count = math.ceil(fraction * len(members))
-        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return mask
-
-
-def _in_memory(
+def _standardised(
     images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, config: DataConfig, seed: int,
     *, shift: int, flip: bool,
 ) -> Sources:  # fmt: skip
     mean, deviation = images.mean(), images.std()
-    images, test_images = (images - mean) / deviation, (test_images - mean) / deviation
-    held_out = _stratified(labels, config.validation, seed)
-    train = (~held_out).nonzero()[:, 0]
-    if config.train_limit is not None:
-        train = train[torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: config.train_limit]]
-
-    def split(x: Tensor, y: Tensor) -> TensorSplit:
-        return TensorSplit(
-            x, y, batch_size=config.batch_size, eval_batch_size=config.eval_batch_size,
-            shift=shift if config.augment else 0, flip=flip and config.augment,
-        )  # fmt: skip
-
-    return Sources(
-        train=split(images[train], labels[train]),
-        validation=split(images[held_out], labels[held_out]) if held_out.any() else None,
-        test=split(test_images, test_labels),
-        classes=int(labels.max()) + 1,
-    )
+    train, test = ((images - mean) / deviation, labels), ((test_images - mean) / deviation, test_labels)
+    return tensor_splits(train, test, config, seed, shift=shift, flip=flip, classes=int(labels.max()) + 1)

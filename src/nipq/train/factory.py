@@ -1,4 +1,4 @@
-"""From the name of a network to the network, with its weights."""
+"""From the name of a network or a task to the thing itself, a network with its weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError, require
+from nipq.train.classification import Classification
+from nipq.train.task import Task
 
 if TYPE_CHECKING:
-    from nipq.train.config import ModelConfig
+    from nipq.train.config import ModelConfig, TrainConfig
 
 PUBLISHED = "DEFAULT"
 
@@ -62,12 +64,7 @@ def find_factory(name: str) -> Callable[..., Any]:
         ConfigError: If there is no such model, module or callable.
     """
     if ":" in name:
-        module_name, _, attribute = name.partition(":")
-        try:
-            found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise ConfigError(f"no model factory {name!r}: {error}; give package.module:callable") from error
-        return found
+        return import_callable(name, "model factory")
     models = require("torchvision.models", extra="vision", purpose="torchvision's networks")
     try:
         builder: Callable[..., Any] = models.get_model_builder(name)
@@ -78,6 +75,48 @@ def find_factory(name: str) -> Callable[..., Any]:
             "give a torchvision name or package.module:callable"
         ) from error
     return builder
+
+
+def import_callable(path: str, what: str) -> Callable[..., Any]:
+    """The callable at an import path.
+
+    Args:
+        path: ``package.module:callable``.
+        what: What it is to be, for the message.
+
+    Returns:
+        The callable.
+
+    Raises:
+        ConfigError: If there is no such module or callable.
+    """
+    module_name, _, attribute = path.partition(":")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"no {what} {path!r}: {error}; give package.module:callable") from error
+    return found
+
+
+def build_task(config: TrainConfig) -> Task:
+    """The task that a config names.
+
+    Args:
+        config: The run's config, which a task's callable is called with.
+
+    Returns:
+        The task.
+
+    Raises:
+        ConfigError: If there is no such task, or the callable returns something else.
+    """
+    if config.task == "classification":
+        temperature = 1.0 if config.teacher is None else config.teacher.temperature
+        return Classification(config.label_smoothing, temperature)
+    task = import_callable(config.task, "task")(config)
+    if not isinstance(task, Task):
+        raise ConfigError(f"task {config.task!r} must return a Task, it gave {type(task).__name__}")
+    return task
 
 
 def read_state(path: Path) -> dict[str, Tensor]:

@@ -20,19 +20,21 @@ from nipq.nn.quantizer import TensorQuantizer
 from nipq.phases import Phase
 from nipq.prepare import prepare_
 from nipq.summary import summary
+from nipq.trace import call_model
 from nipq.train.batches import Batch, Few
 from nipq.train.data import load_data
-from nipq.train.evaluate import evaluate
-from nipq.train.factory import build_model, read_state
+from nipq.train.factory import build_model, build_task, read_state
+from nipq.train.nested import Nested, moved, pick
 from nipq.train.plots import Histogram, plot_bits, plot_boundaries, plot_history
 from nipq.train.run_folder import RunFolder, write_state, write_table, write_text
 from nipq.verify import VerifyResult, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from nipq.train.config import ModelConfig
     from nipq.train.reporter import Reporter
+    from nipq.train.task import Task
     from nipq.train.trainer import Trainer
 
 PANELS = 4
@@ -62,7 +64,7 @@ def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, 
     save(deployed, place.model, overwrite=True)
     reporter.say(f"saved {place.model.name}, {file_bytes(deployed):,} bytes; verifying")
     batches = Few(trainer.data.test, trainer.config.verify_batches)
-    outcome = verify(model, deployed, batches, file=place.model, metric=accuracy)
+    outcome = verify(model, deployed, batches, file=place.model, metric=metric_of(trainer.task))
     write_text(place.verify, json.dumps(outcome.to_dict(), indent=1) + "\n")
     skipped = _plots(trainer, place, layers)
     if skipped:
@@ -70,6 +72,7 @@ def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, 
     results = {
         "model": trainer.config.model.factory,
         "seed": trainer.config.seed,
+        "metric": trainer.task.to_dict(),
         "states": trainer.progress.states,
         "average_bits": {"weights": table.weight_bits, "activations": table.activation_bits},
         "limits": [] if trainer.budget is None else [value.to_dict() for value in costs(model, trainer.budget)],
@@ -103,7 +106,7 @@ def verify_run(place: RunFolder) -> VerifyResult:
             )
     data = load_data(config.data, config.seed)
     model = build_model(config.model, with_weights=False)
-    prepare_(model, next(iter(data.test))[0][:1], config.quantization)
+    prepare_(model, pick(next(iter(data.test))[0], slice(1)), config.quantization)
     state = read_state(place.trained)
     try:
         model.load_state_dict(state)
@@ -113,12 +116,13 @@ def verify_run(place: RunFolder) -> VerifyResult:
         ) from error
     set_phase_(model, Phase.ROUND)
     deployed = load(place.model, build_model(config.model, with_weights=False))
-    return verify(model.eval(), deployed, Few(data.test, config.verify_batches), file=place.model, metric=accuracy)
+    batches, metric = Few(data.test, config.verify_batches), metric_of(build_task(config))
+    return verify(model.eval(), deployed, batches, file=place.model, metric=metric)
 
 
-def accuracy(model: nn.Module, batches: Iterable[Batch]) -> float:
-    """Accuracy in per cent: the metric that verify compares."""
-    return evaluate(model, batches)["accuracy"]
+def metric_of(task: Task) -> Callable[[nn.Module, Iterable[Batch]], float]:
+    """The task's metric as verify calls it."""
+    return lambda model, batches: task.scores(model, batches)[task.metric]
 
 
 def float_bytes(config: ModelConfig) -> int:
@@ -132,44 +136,44 @@ def _plots(trainer: Trainer, place: RunFolder, layers: list[dict[str, Any]]) -> 
     try:
         plot_bits(layers, place.plots / "bits_per_layer.png")
         if rows := place.rows():
-            plot_history(rows, place.plots / "history.png")
-        images = next(iter(trainer.data.test))[0][:64].to(trainer.device)
-        plot_boundaries(histograms(trainer.model, images), place.plots / "boundaries.png")
+            plot_history(rows, place.plots / "history.png", trainer.task.metric, trainer.task.unit)
+        inputs = moved(pick(next(iter(trainer.data.test))[0], slice(64)), trainer.device)
+        plot_boundaries(histograms(trainer.model, inputs), place.plots / "boundaries.png")
     except MissingDependencyError as error:
         return str(error)
     return None
 
 
 @torch.no_grad()
-def histograms(model: nn.Module, images: Tensor) -> list[Histogram]:
+def histograms(model: nn.Module, inputs: Nested) -> list[Histogram]:
     """Weights and inputs of some layers, spread evenly over the depth, with their quantizers.
 
     Args:
         model: A prepared model whose bits are frozen.
-        images: What the inputs are recorded from.
+        inputs: Of the model; what the layers' inputs are recorded from.
 
     Returns:
         First the weights, then the inputs of the same layers.
     """
     rows = [row for row in layer_table(model) if row.input is not None]
     chosen = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, PANELS)})]
-    inputs: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def keep(row: LayerRow) -> Any:  # noqa: ANN401 - a hook
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[row.name] = args[0].detach()
+            seen[row.name] = args[0].detach()
 
         return hook
 
     handles = [row.input.register_forward_pre_hook(keep(row)) for row in chosen if row.input is not None]
     try:
-        model.eval()(images)
+        call_model(model.eval(), inputs)
     finally:
         for handle in handles:
             handle.remove()
     weights = [_histogram(f"{row.name} weight", _original(row.layer), row.weight, is_weight=True) for row in chosen]
     return weights + [
-        _histogram(f"{row.name} input", inputs[row.name], row.input, is_weight=False)
+        _histogram(f"{row.name} input", seen[row.name], row.input, is_weight=False)
         for row in chosen
         if row.input is not None
     ]

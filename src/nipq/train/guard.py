@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from nipq.errors import NonFiniteError
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.trace import call_model
+from nipq.train.nested import Nested, all_finite
 
 ADVICE = "lower optimizer.lr or boundary_lr, check the input data, then continue from the last checkpoint with --resume"
 
@@ -39,28 +41,28 @@ def check_state(model: nn.Module, when: str) -> None:
         raise NonFiniteError(f"expected finite numbers {when}, found NaN or infinity in {found}; {ADVICE}")
 
 
-def non_finite_loss(model: nn.Module, images: Tensor, when: str) -> NonFiniteError:
+def non_finite_loss(model: nn.Module, inputs: Nested, when: str) -> NonFiniteError:
     """The error for a loss that is not finite, with its origin.
 
-    Looks at the boundaries and parameters first, then runs the images once more and takes the first module whose
+    Looks at the boundaries and parameters first, then runs the inputs once more and takes the first module whose
     output is not finite while its inputs are.
 
     Args:
         model: The model that gave the loss, in training mode.
-        images: The images it gave it for.
+        inputs: The inputs it gave it for.
         when: Where in the run, for the message.
 
     Returns:
         The error to raise.
     """
     found = non_finite_state(model)
-    origin = f"in {found}" if found is not None else _first_output(model, images)
+    origin = f"in {found}" if found is not None else _first_output(model, inputs)
     return NonFiniteError(f"expected a finite loss {when}, found NaN or infinity {origin}; {ADVICE}")
 
 
-def _first_output(model: nn.Module, images: Tensor) -> str:
-    if not bool(images.isfinite().all()):
-        return "already in the input images"
+def _first_output(model: nn.Module, inputs: Nested) -> str:
+    if not all_finite(inputs):
+        return "already in the inputs"
     names: list[str] = []
 
     def watch(name: str) -> Any:  # noqa: ANN401 - a hook
@@ -77,8 +79,8 @@ def _first_output(model: nn.Module, images: Tensor) -> str:
     ]
     try:
         with torch.no_grad():
-            model(images)
+            call_model(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-    return f"first in the output of {names[0]}" if names else "in the loss itself (labels, teacher or budget penalty)"
+    return f"first in the output of {names[0]}" if names else "in the loss itself (targets, teacher or budget penalty)"

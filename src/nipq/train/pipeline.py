@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
         quiet: Show nothing on the terminal.
 
     Returns:
-        The results, as in ``results.json``: accuracies of each named state (``float``, ``frozen``, ``bn``,
+        The results, as in ``results.json``: scores of each named state (``float``, ``frozen``, ``bn``,
         ``finetuned``), bits, bytes, budget and the outcome of ``verify``.
 
     Raises:
@@ -94,16 +95,16 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     """One training epoch, or the rest of one, then its row and its checkpoint."""
-    progress, started = trainer.progress, time.perf_counter()
+    progress, metric, started = trainer.progress, trainer.task.metric, time.perf_counter()
     assert trainer.stage is not None
     total, stage, every = len(trainer.data.train), trainer.stage, trainer.config.checkpoint_every
     reporter.begin_epoch(f"{TITLES[progress.stage]} {progress.epoch + 1}/{trainer.epochs}", total, progress.step)
     bits: dict[str, float | None] = {}
-    for images, labels in trainer.batches():
-        trainer.step(images, labels)
+    for inputs, targets in trainer.batches():
+        trainer.step(inputs, targets)
         if stage.search is not None and progress.step % BITS_EVERY == 1:
             bits = bits_now(trainer)
-        reporter.step({"loss": _mean(progress.sums, 0), "accuracy": _mean(progress.sums, 1), **bits})
+        reporter.step(_means(progress.sums, metric) | bits)
         if every and progress.step % every == 0 and progress.step < total:
             progress.seconds, started = progress.seconds + time.perf_counter() - started, time.perf_counter()
             trainer.checkpoint().save(place.checkpoint)
@@ -112,12 +113,11 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
         "epoch": progress.epoch + 1,
         "step": progress.steps_total,
         "lr": trainer.config.optimizer.lr * stage.schedule.factor(progress.epoch, (total - 1) / total),
-        "train_loss": _mean(progress.sums, 0),
-        "train_accuracy": _mean(progress.sums, 1),
     }
+    row |= {f"train_{name}": value for name, value in _means(progress.sums, metric).items()}
     scores = trainer.validate()
     if scores is not None:
-        row |= {"val_loss": scores["loss"], "val_accuracy": scores["accuracy"]}
+        row |= {f"val_{name}": scores[name] for name in ("loss", metric)}
     if progress.stage != "float":
         row |= bits_now(trainer) | per_layer_bits(trainer)
     progress.seconds += time.perf_counter() - started
@@ -129,7 +129,7 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     checkpoint.save(place.checkpoint)
     scalars = {f"{progress.stage}/{key}": value for key, value in row.items() if isinstance(value, float)}
     reporter.scalars(scalars, progress.steps_total)
-    reporter.say(_line(row, trainer.epochs))
+    reporter.say(_line(row, trainer.epochs, metric))
 
 
 def bits_now(trainer: Trainer) -> dict[str, float | None]:
@@ -149,12 +149,15 @@ def per_layer_bits(trainer: Trainer) -> dict[str, Any]:
     return {"layer_bits": layers, "limits": limits}
 
 
-def _mean(sums: list[float], which: int) -> float:
-    return (100.0 if which == 1 else 1.0) * sums[which] / sums[2]
+def _means(sums: list[float], metric: str) -> dict[str, float | None]:
+    """Mean loss and metric of an epoch's steps so far; without the metric where the task has none of single batches."""
+    loss, score, count = sums
+    means: dict[str, float | None] = {"loss": loss / count}
+    return means if math.isnan(score) else means | {metric: score / count}
 
 
-def _line(row: dict[str, Any], epochs: int) -> str:
-    shown = ("train_loss", "train_accuracy", "val_accuracy", "weight_bits", "activation_bits", "distance")
+def _line(row: dict[str, Any], epochs: int, metric: str) -> str:
+    shown = ("train_loss", f"train_{metric}", f"val_{metric}", "weight_bits", "activation_bits", "distance")
     numbers = {key: row[key] for key in shown if row.get(key) is not None}
     text = "  ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
     return f"{TITLES[row['stage']]} {row['epoch']}/{epochs}  {text}"

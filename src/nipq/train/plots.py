@@ -78,20 +78,22 @@ def plot_bits(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 0.995), ncols=2)
 
 
-def plot_history(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy, bit-widths and the cost relative to each limit, over the epochs of all stages.
+def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "accuracy", unit: str = "%") -> None:
+    """The task's metric, bit-widths and the cost relative to each limit, over the epochs of all stages.
 
     Args:
         rows: Rows of the metrics file.
         path: PNG to write.
+        metric: Name of the metric.
+        unit: Its unit.
     """
     time = np.arange(1, len(rows) + 1)
     with _figure(path, width=8.0, height=7.5) as figure:
         top, middle, bottom = figure.subplots(3, 1, sharex=True)
-        _curve(top, time, rows, "train_accuracy", ACTIVATION, "training (with noise while searching)")
-        _curve(top, time, rows, "val_accuracy", WEIGHT, "validation (true quantizer)")
-        top.set(ylabel="accuracy [%]")
-        top.set_title("Accuracy", pad=30)  # room for the names of the stages
+        _curve(top, time, rows, f"train_{metric}", ACTIVATION, "training (with noise while searching)")
+        _curve(top, time, rows, f"val_{metric}", WEIGHT, "validation (true quantizer)")
+        top.set(ylabel=f"{metric} [{unit}]" if unit else metric)
+        top.set_title(metric[:1].upper() + metric[1:], pad=30)  # room for the names of the stages
         _layer_curves(middle, time, rows)
         _curve(middle, time, rows, "weight_bits", WEIGHT, "weights")
         _curve(middle, time, rows, "activation_bits", ACTIVATION, "activations")

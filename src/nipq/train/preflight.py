@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import reduce
 from operator import and_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
 from nipq.errors import ConfigError
 from nipq.layer_table import quantizers
 from nipq.limit import FeasibleRange
 from nipq.prepare import prepare_
+from nipq.trace import call_model
+from nipq.train.nested import Nested, shape_of
 
 if TYPE_CHECKING:
     from nipq.train.config import BudgetConfig, TrainConfig
@@ -44,42 +47,36 @@ def make_budget(config: BudgetConfig) -> Budget:
 
 
 def preflight(
-    model: nn.Module, example: Tensor, config: TrainConfig, budget: Budget | None, classes: int
+    model: nn.Module, example: Nested, config: TrainConfig, budget: Budget | None, check: Callable[[Any], None]
 ) -> list[FeasibleRange]:
     """Run the model once, prepare a copy of it, and look whether the budget can be met.
 
     Args:
         model: The float model on the CPU.
-        example: One image, [1, C, H, W].
+        example: Inputs of one sample.
         config: The run's config.
         budget: The budget, or ``None``.
-        classes: Classes in the data.
+        check: Refuses outputs that do not fit the data.
 
     Returns:
         The range within reach of each limit.
 
     Raises:
-        ConfigError: If the model does not take the images or gives too few answers, or bits are to be allocated
+        ConfigError: If the model does not take the inputs, its outputs are refused, or bits are to be allocated
             without a budget.
         BudgetError: If the budget is out of reach, naming the range.
         NotQuantizableError: If the model cannot be prepared.
     """
     trial = copy.deepcopy(model).eval()
-    name, shape = config.model.factory, tuple(example.shape)
     try:
         with torch.no_grad():
-            logits = trial(example)
-    except (RuntimeError, ValueError) as error:
+            outputs = call_model(trial, example)
+    except (RuntimeError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"model {name!r} cannot take images of shape {shape}: {error}; "
-            "correct model.factory, model.kwargs or data.image_size"
+            f"model {config.model.factory!r} cannot take inputs of shape {shape_of(example)}: {error}; "
+            "correct model.factory, model.kwargs or the data section"
         ) from error
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or logits.shape[1] < classes:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ConfigError(
-            f"expected model {name!r} to answer with (1, {classes}) logits for {classes} classes, found {found}; "
-            "correct model.kwargs"
-        )
+    check(outputs)
     prepare_(trial, example, config.quantization)
     if config.allocation != "learned" and budget is None and any(not found.is_frozen for found in quantizers(trial)):
         raise ConfigError(

@@ -7,7 +7,9 @@ place in the run, so a run that continues from a checkpoint draws the same numbe
 
 from __future__ import annotations
 
+import math
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,12 +22,13 @@ from nipq.errors import ConfigError
 from nipq.phases import Phase
 from nipq.prepare import prepare_
 from nipq.snap import freeze_bits_
+from nipq.trace import call_model
 from nipq.train.batches import Few, Split
 from nipq.train.checkpoint import Checkpoint, Progress
 from nipq.train.data import load_data
-from nipq.train.evaluate import evaluate
-from nipq.train.factory import build_model
+from nipq.train.factory import build_model, build_task
 from nipq.train.guard import check_state, non_finite_loss
+from nipq.train.nested import Nested, count_of, moved, pick
 from nipq.train.objective import Objective
 from nipq.train.preflight import make_budget, preflight
 from nipq.train.seeds import seed_of
@@ -54,11 +57,14 @@ class Trainer:
         torch.backends.cudnn.benchmark = False
         self.data = load_data(config.data, config.seed)
         self.budget = None if config.budget is None else make_budget(config.budget)
-        self.example = next(iter(self.data.test))[0][:1]
+        self.task = build_task(config)
+        self.example = pick(next(iter(self.data.test))[0], slice(1))
         self._seed("model")
         self.model = build_model(config.model, with_weights=checkpoint is None)
         self.feasible = (
-            preflight(self.model, self.example, config, self.budget, self.data.classes) if checkpoint is None else []
+            preflight(self.model, self.example, config, self.budget, partial(self.task.check, data=self.data))
+            if checkpoint is None
+            else []
         )
         self.model.to(self.device)
         if config.channels_last:
@@ -80,12 +86,12 @@ class Trainer:
         stage = self.progress.stage
         return 0 if stage == "done" else stage_config(self.config, stage).epochs
 
-    def step(self, images: Tensor, labels: Tensor) -> None:
-        """One training step; the sums of :class:`Progress` grow by its loss and hits.
+    def step(self, inputs: Nested, targets: Nested | None) -> None:
+        """One training step; the sums of :class:`Progress` grow by its loss and metric.
 
         Args:
-            images: [N, C, H, W].
-            labels: [N].
+            inputs: Of the model.
+            targets: What the task compares its outputs with.
 
         Raises:
             NonFiniteError: If the loss is not finite, naming the layer.
@@ -94,31 +100,32 @@ class Trainer:
         progress = self.progress
         self._seed(progress.stage, progress.epoch, progress.step)
         self.stage.begin(progress.epoch, progress.step)
-        memory_format = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        images = images.to(self.device, memory_format=memory_format, non_blocking=True)
-        labels = labels.to(self.device, non_blocking=True)
+        inputs = moved(inputs, self.device, channels_last=self.config.channels_last)
+        targets = moved(targets, self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"):
-            logits = self.model(images)
-            loss = self.objective(logits, images, labels)
+            outputs = call_model(self.model, inputs)
+            loss = self.objective(outputs, inputs, targets)
         total = self.stage.penalty(loss)
         if not bool(total.isfinite()):
-            raise non_finite_loss(self.model, images, self._place())
+            raise non_finite_loss(self.model, inputs, self._place())
         total.backward()  # type: ignore[no-untyped-call]
         self.stage.end()
-        hits = int((logits.detach().argmax(-1) == labels).sum())
-        added = (float(loss.detach()) * len(labels), hits, len(labels))
+        with torch.no_grad():
+            score = self.task.batch_total(outputs, targets)
+        count = count_of(inputs)
+        added = (float(loss.detach()) * count, math.nan if score is None else score, count)
         progress.sums = [a + b for a, b in zip(progress.sums, added, strict=True)]
         progress.step += 1
         progress.steps_total += 1
 
     def validate(self) -> dict[str, float] | None:
-        """Score the model, or its weight average, on the held-out images."""
+        """Score the model, or its weight average, on the held-out samples."""
         if self.data.validation is None:
             return None
         if self.stage is None or self.stage.average is None:
-            return evaluate(self.model, self.data.validation)
+            return self.task.scores(self.model, self.data.validation)
         with self.stage.average.swapped(self.model):
-            return evaluate(self.model, self.data.validation)
+            return self.task.scores(self.model, self.data.validation)
 
     def batches(self) -> Any:  # noqa: ANN401 - an iterator of batches
         """The rest of the present epoch's training batches."""
@@ -181,11 +188,11 @@ class Trainer:
         return False
 
     def _record(self, name: str) -> None:
-        """Score a finished state on held-out and test images. The only place that reads the test labels."""
+        """Score a finished state on held-out and test samples. The only place that reads the test targets."""
         check_state(self.model, f"in the {name} model")
         started = time.perf_counter()
         splits: dict[str, Split | None] = {"validation": self.data.validation, "test": self.data.test}
-        scores = {key: evaluate(self.model, split) for key, split in splits.items() if split is not None}
+        scores = {key: self.task.scores(self.model, split) for key, split in splits.items() if split is not None}
         self.progress.states[name] = scores
         self.progress.seconds += time.perf_counter() - started
 
@@ -216,14 +223,14 @@ class Trainer:
     # ------------------------------------------------------------------ small parts
 
     def _prepare(self) -> None:
-        prepare_(self.model, self.example.to(self.device), self.config.quantization)
+        prepare_(self.model, moved(self.example, self.device), self.config.quantization)
 
     def _objective(self) -> Objective:
         teacher = self.config.teacher
         if teacher is None:
-            return Objective(self.config.label_smoothing)
+            return Objective(self.task)
         network: nn.Module = build_model(teacher).to(self.device).eval().requires_grad_(False)
-        return Objective(self.config.label_smoothing, network, teacher.weight, teacher.temperature)
+        return Objective(self.task, network, teacher.weight)
 
     def _seed(self, *what: int | str) -> None:
         torch.manual_seed(seed_of(self.config.seed, *what))
