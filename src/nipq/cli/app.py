@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from nipq.cli.compare import run_compare
 from nipq.cli.demo import run_demo
 from nipq.cli.doctor import examine, show_examination
 from nipq.cli.inspection import show_inspection
@@ -81,6 +82,31 @@ def train(
             data=data,
             assignments=assignments or [],
             quiet=quiet or as_json,
+            as_json=as_json,
+        )
+        if not ok:
+            raise typer.Exit(FAILURE)
+
+
+@app.command()
+def compare(
+    grid: Annotated[Path, typer.Argument(help="YAML grid of methods, budgets and seeds; see docs/compare.md.")],
+    folder: Annotated[Path, typer.Option("--run", help="Folder of the comparison; what is done in it stays.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of the data (overrides data.path).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells side by side; one on each GPU, or one.")] = None,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Train nothing; table of what is done.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard cells whose settings changed.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train methods at equal budgets over several seeds, and put them side by side with intervals."""
+    with reporting(as_json):
+        ok = run_compare(
+            grid,
+            folder,
+            data=data,
+            workers=workers,
+            table_only=table_only,
+            overwrite=overwrite,
             as_json=as_json,
         )
         if not ok:

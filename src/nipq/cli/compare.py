@@ -1,0 +1,80 @@
+"""``nipq compare``: a grid file and a folder in, a table and pictures out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from nipq.cli.output import answer
+from nipq.compare.cells import expand
+from nipq.compare.grid import load_grid
+from nipq.compare.plots import plot_comparison
+from nipq.compare.record import CompareFolder
+from nipq.compare.runner import run_cells
+from nipq.compare.show import print_comparison, save_table
+from nipq.compare.table import compare
+from nipq.errors import MissingDependencyError
+
+
+def run_compare(
+    path: Path,
+    folder: Path,
+    *,
+    data: Path | None,
+    workers: int | None,
+    table_only: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> bool:
+    """Run the cells of a grid that are not done, then write, draw and print the table of those that are.
+
+    Args:
+        path: Grid file.
+        folder: Where everything goes.
+        data: Folder of the data.
+        workers: Cells side by side.
+        table_only: Train nothing.
+        overwrite: Discard results of another config.
+        as_json: Print JSON; progress goes to standard error.
+
+    Returns:
+        Whether every cell of the grid that should have run has its result.
+    """
+    grid = load_grid(path)
+    cells = expand(grid)
+    console, progress = Console(), Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True)
+    failed: list[str] = []
+    if not table_only:
+        outcomes = run_cells(
+            cells,
+            folder,
+            grid=grid.name,
+            data=None if data is None else str(data.resolve()),
+            workers=workers,
+            overwrite=overwrite,
+            say=lambda line: progress.print(escape(line), highlight=False),
+        )
+        failed = [outcome.name for outcome in outcomes if not outcome.ok]
+        if len(failed) == len(cells):
+            if as_json:
+                answer({"folder": str(folder), "failed": failed, "table": None, "plots": []}, ok=False)
+            return False
+    place, comparison = CompareFolder(folder), compare(grid, cells, folder)
+    save_table(comparison, place)
+    try:
+        pictures = plot_comparison(comparison, place.plots)
+    except MissingDependencyError as error:
+        pictures = []
+        progress.print(f"[yellow]no plots: {escape(str(error))}")
+    if as_json:
+        shown = {"plots": [str(picture) for picture in pictures], "table": comparison.to_dict()}
+        answer({"folder": str(folder), "failed": failed, **shown}, ok=not failed)
+        return not failed
+    print_comparison(comparison, console)
+    console.print(f"table and plots are in {folder}", soft_wrap=True, highlight=False)
+    if failed:
+        console.print(f"[bold red]{len(failed)} cells have no result:[/] {escape(', '.join(failed))}", soft_wrap=True)
+    return not failed

@@ -1,0 +1,153 @@
+"""Pictures of a comparison: the metric against what a model costs, and what a method costs in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nipq.compare.table import Comparison, Row
+from nipq.errors import require
+from nipq.train.plots import LINE, STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = (
+    "#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#4d4d4d", "#5a6fbf", "#6b8e23",
+)  # fmt: skip
+MARKERS = "osD^vP*Xh<"
+PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+
+APART = 0.006
+"""Share of the axis by which neighbouring rows are drawn apart, so that intervals at equal cost are all seen."""
+
+Place = Callable[[Row], float | None]
+
+
+def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
+    """Draw all pictures of a comparison.
+
+    Args:
+        comparison: The table.
+        folder: Where the PNG files go.
+
+    Returns:
+        The files.
+
+    Raises:
+        MissingDependencyError: Without matplotlib.
+    """
+    metric, found = comparison.metric.name, []
+    sides: list[tuple[str, Place]] = [
+        ("average weight bits [bit]", lambda row: row.weight_bits),
+        ("average activation bits [bit]", lambda row: row.activation_bits),
+    ]
+    for name, panels in (
+        ("bits", sides),
+        ("bops", [_scaled(comparison, "bit-operations per sample", "BOP", lambda row: row.bops)]),
+        ("bytes", [_scaled(comparison, "bytes on disk", "B", lambda row: row.file_bytes)]),
+    ):
+        drawn = [panel for panel in panels if any(panel[1](row) is not None for row in _rows(comparison))]
+        if drawn:
+            found.append(folder / f"{metric}_against_{name}.png")
+            _plot_curves(comparison, drawn, found[-1])
+    if any(row.cost is not None for row in _rows(comparison)):
+        found.append(folder / "training_cost.png")
+        _plot_cost(comparison, found[-1])
+    return found
+
+
+def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], path: Path) -> None:
+    """One line per row with the 95 % interval of its mean; float as a dashed line."""
+    metric, labels = comparison.metric, _labels(comparison)
+    arrow = "higher" if metric.higher_is_better else "lower"
+    with _figure(path, width=2.2 + 4.4 * len(panels), height=4.2) as figure:
+        grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+        grid[0].set_ylabel(f"test {metric.name} [{metric.unit}], {arrow} is better")
+        for axes, (heading, place) in zip(grid, panels, strict=True):
+            places = [x for row in _rows(comparison) if (x := place(row)) is not None]
+            apart = APART * (max(places) - min(places))
+            for number, label in enumerate(labels):
+                _curve(axes, comparison, label, number, place, apart * (number - (len(labels) - 1) / 2))
+            if comparison.float_row:
+                level = comparison.float_row.score.mean
+                axes.axhline(level, color=LINE, linestyle="--", linewidth=1.2, label=f"float, {level:.4g}", zorder=1)
+            axes.set_xlabel(heading)
+        handles, names = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center")
+        figure.suptitle(f"{comparison.name}: mean and 95 % interval over seeds", fontsize=10)
+
+
+def _curve(axes: Axes, comparison: Comparison, label: str, number: int, place: Place, shift: float) -> None:
+    found = [(x, row.score) for row in _rows(comparison) if row.label == label and (x := place(row)) is not None]
+    found.sort(key=lambda point: point[0])
+    strong = label == comparison.baseline
+    axes.errorbar(
+        [x + shift for x, _ in found],
+        [score.mean for _, score in found],
+        yerr=[score.half or 0.0 for _, score in found],
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number % len(MARKERS)],
+        markersize=6 if strong else 4.5,
+        linewidth=2.0 if strong else 1.1,
+        elinewidth=1.0,
+        capsize=3,
+        label=label,
+        zorder=3 if strong else 2,
+    )
+
+
+def _plot_cost(comparison: Comparison, path: Path) -> None:
+    """Bars of the seconds of a training step over those of float training, the mean over budgets."""
+    labels = _labels(comparison)
+    costs = []
+    for label in labels:
+        known = [row.cost for row in _rows(comparison) if row.label == label and row.cost is not None]
+        costs.append(sum(known) / len(known) if known else 0.0)
+    with _figure(path, width=6.4, height=1.4 + 0.32 * len(labels)) as figure:
+        axes = figure.subplots()
+        bars = axes.barh(labels, costs, color=[COLOURS[i % len(COLOURS)] for i in range(len(labels))], height=0.7)
+        axes.bar_label(bars, labels=[f"{cost:.2f}" if cost else "not measured" for cost in costs], padding=3)
+        axes.axvline(1.0, color=LINE, linestyle="--", linewidth=1.2)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set(xlabel="seconds of a training step, as a multiple of float training (dashed)")
+        axes.set_xlim(0, 1.12 * max([1.0, *costs]))
+        axes.set_title(f"{comparison.name}: training cost", fontsize=10)
+
+
+def _rows(comparison: Comparison) -> list[Row]:
+    return [row for block in comparison.blocks for row in block.rows]
+
+
+def _labels(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys(row.label for row in _rows(comparison)))
+
+
+def _scaled(comparison: Comparison, heading: str, unit: str, place: Place) -> tuple[str, Place]:
+    """The heading with a prefix that suits the largest number, and the numbers in that unit."""
+    most = max((value for row in _rows(comparison) if (value := place(row)) is not None), default=0.0)
+    factor, letter = next((pair for pair in PREFIXES if most >= pair[0]), PREFIXES[-1])
+
+    def scaled(row: Row) -> float | None:
+        value = place(row)
+        return None if value is None else value / factor
+
+    return f"{heading} [{letter}{unit}]", scaled
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure in our style, saved at the end; drawn without a screen and without touching global state."""
+    matplotlib = require("matplotlib", extra="report", purpose="plots")
+    figures = require("matplotlib.figure", extra="report", purpose="plots")
+    agg = require("matplotlib.backends.backend_agg", extra="report", purpose="plots")
+    with matplotlib.rc_context(STYLE):
+        figure = figures.Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        agg.FigureCanvasAgg(figure)
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
