@@ -1,13 +1,26 @@
-"""The two kinds of noise: range, distribution, layout, and what happens with nothing in range."""
+"""The kinds of noise: range, distribution, layout, and what happens with nothing in range."""
 
 from __future__ import annotations
+
+from typing import get_args
 
 import pytest
 import torch
 
+from nipq.config import NoiseKind
 from nipq.errors import ConfigError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid, step_size, value_range
-from nipq.functional.noise import EmpiricalMethod, empirical_noise, uniform_noise
+from nipq.functional.noise import (
+    EmpiricalMethod,
+    draw_noise,
+    empirical_noise,
+    gaussian_noise,
+    stochastic_noise,
+    tempered,
+    true_error,
+    uniform_noise,
+)
+from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import quantize
 
 METHODS: list[EmpiricalMethod] = ["resample", "histogram"]
@@ -139,3 +152,41 @@ def test_empirical_noise_keeps_shape_and_type_with_a_boundary_for_each_channel(
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(ConfigError, match="method out of resample, histogram; found 'gaussian'"):
         empirical_noise(torch.ones(2), torch.ones(1), torch.tensor([4.0]), SIGNED, method="gaussian")  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- beyond the paper
+
+
+def test_gaussian_noise_has_half_a_step_of_deviation() -> None:
+    noise = gaussian_noise(torch.zeros(100_000), torch.Generator().manual_seed(0))
+    assert abs(float(noise.mean())) < 5 * 0.5 / 100_000**0.5
+    assert float(noise.std()) == pytest.approx(0.5, abs=5 * 0.5 / 200_000**0.5)
+
+
+def test_stochastic_noise_lands_on_a_level_and_keeps_the_mean() -> None:
+    alpha, bits = torch.tensor([3.0]), torch.tensor([3.0])  # step 1
+    x = torch.full((100_000,), 1.3)
+    landed = x + stochastic_noise(x, alpha, bits, SIGNED, generator=torch.Generator().manual_seed(0))
+    assert sorted(set(landed.round(decimals=5).tolist())) == [1.0, 2.0]
+    assert float(landed.mean()) == pytest.approx(1.3, abs=5 * (0.3 * 0.7 / 100_000) ** 0.5)
+    assert float(stochastic_noise(torch.tensor([2.0, -1.0, 0.0]), alpha, bits, SIGNED).abs().max()) == 0
+
+
+def test_tempering_leads_from_the_noise_to_the_true_quantizer() -> None:
+    x, alpha, bits = torch.linspace(-4, 4, 101), torch.tensor([3.0]), torch.tensor([3.0])
+    noise, error = uniform_noise(x), true_error(x, alpha, bits, SIGNED)
+    assert torch.equal(tempered(noise, error, 0.0), noise)
+    at_the_end = noise_proxy(x, alpha, bits, tempered(noise, error, 1.0), SIGNED)
+    assert torch.allclose(at_the_end, quantize(x, alpha, bits, SIGNED), atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", get_args(NoiseKind))
+def test_every_kind_of_noise_has_the_shape_and_type_of_the_tensor(kind: NoiseKind) -> None:
+    x = torch.randn(4, 5, dtype=torch.float64)
+    noise = draw_noise(kind, x, torch.tensor([1.0]), torch.tensor([3.0]), SIGNED)
+    assert (noise.shape, noise.dtype, noise.requires_grad) == (x.shape, x.dtype, False)
+
+
+def test_an_unknown_kind_of_noise_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"expected a kind of noise out of uniform, .*found 'pink'"):
+        draw_noise("pink", torch.zeros(1), torch.ones(1), 3, SIGNED)  # type: ignore[arg-type]
