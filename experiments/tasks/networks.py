@@ -91,7 +91,7 @@ class Edsr(nn.Module):
         blocks: How many.
     """
 
-    def __init__(self, channels: int = 24, blocks: int = 4) -> None:
+    def __init__(self, channels: int = 16, blocks: int = 4) -> None:
         """Build the layers."""
         super().__init__()
         self.head = nn.Conv2d(3, channels, 3, 1, 1)
@@ -108,7 +108,7 @@ class Edsr(nn.Module):
         return interpolate(x, scale_factor=2, mode="bicubic", align_corners=False) + detail
 
 
-def edsr(channels: int = 24, blocks: int = 4) -> Edsr:
+def edsr(channels: int = 16, blocks: int = 4) -> Edsr:
     """A small EDSR for x2 super-resolution; the published one has 16 or 32 blocks of 64 or 256 channels.
 
     Args:

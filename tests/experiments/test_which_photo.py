@@ -27,7 +27,7 @@ def load(folder: Path, **fields: object) -> Sources:
 
 def tensors(split: object) -> tuple[Tensor, Tensor]:
     assert isinstance(split, TensorSplit)
-    return split.images, split.labels
+    return split.inputs, split.targets
 
 
 def colours(images: Tensor) -> set[tuple[float, ...]]:
