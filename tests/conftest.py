@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 # No test may depend on a display or on how many cores there are; the kernels of one thread add in one order.
 os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 torch.set_num_threads(1)
 
@@ -17,3 +20,41 @@ torch.set_num_threads(1)
 def _seeded() -> None:
     """Each test draws the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+class SmallNet(nn.Module):
+    """Convolution and batch norm, residual add, SE product, shifted activation, pool and classifier, on 3x8x8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.stem_norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.depthwise_norm = nn.BatchNorm2d(8)
+        self.squeeze = nn.Conv2d(8, 2, 1)
+        self.excite = nn.Conv2d(2, 8, 1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.hardswish(self.stem_norm(self.stem(x)))
+        y = torch.relu(self.depthwise_norm(self.depthwise(x)))
+        gate = torch.sigmoid(self.excite(functional.leaky_relu(self.squeeze(y.mean(dim=(2, 3), keepdim=True)))))
+        x = x + y * gate
+        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+@pytest.fixture
+def small_net() -> Callable[[], nn.Module]:
+    """Builds a ``SmallNet`` for evaluation, its batch norms with scales of both signs and statistics of their own."""
+
+    def build() -> nn.Module:
+        model = SmallNet()
+        with torch.no_grad():
+            for norm in (model.stem_norm, model.depthwise_norm):
+                norm.running_mean.normal_()
+                norm.running_var.uniform_(0.5, 2)
+                norm.weight.normal_()
+                norm.bias.normal_()
+        return model.eval()
+
+    return build
