@@ -66,3 +66,9 @@ def test_close_method_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(merging, "METHODS", {"nipq": {}, "straight": {}})
     with pytest.raises(ConfigError, match="did you mean 'straight'"):
         check_config({**BASE, "method": "strait"})
+
+
+def test_a_range_of_bits_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(METHODS, "planted", {"quantization": {"weight_bits": {"min": 2, "max": 14, "start": 8}}})
+    config = check_config({**BASE, "method": "planted", "quantization": {"weight_bits": {"allowed": [2, 4]}}})
+    assert config.quantization.weight_bits.choices == (2, 4)

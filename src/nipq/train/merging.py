@@ -10,6 +10,9 @@ from nipq.config import Settings
 from nipq.errors import ConfigError
 from nipq.train.methods import METHODS
 
+WHOLE = ("weight_bits", "activation_bits")
+"""Sections that mean something only as one: a range is not made of two."""
+
 
 def with_method(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a run's config, completed by those of the method that they name.
@@ -48,6 +51,6 @@ def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = {**under, **over}
     for key in under.keys() & over.keys():
         value = over[key].model_dump(exclude_unset=True) if isinstance(over[key], Settings) else over[key]
-        if isinstance(under[key], Mapping) and isinstance(value, Mapping):
+        if key not in WHOLE and isinstance(under[key], Mapping) and isinstance(value, Mapping):
             result[key] = merged(under[key], value)
     return result

@@ -37,14 +37,12 @@ class Optimizers:
             boundary_lr, bits_lr = (
                 None if rate is None else rate * peak / config.lr for rate in (config.boundary_lr, config.bits_lr)
             )
-            groups = param_groups(model, peak, config.weight_decay, boundary_lr, bits_lr)
+            groups = param_groups(model, peak, config.weight_decay, boundary_lr, bits_lr, config.boundary_decay)
         else:
             groups = weight_groups(model, peak, config.weight_decay)
         for group in groups:
             group["peak"] = group["lr"]
             group |= _momentum(config, group["name"])
-            if group["name"] == "boundaries":
-                group["weight_decay"] = config.boundary_decay
         own = QUANTIZER_GROUPS if config.quantizer_optimizer == "adam" else ()
         apart = [group for group in groups if group["name"] in own]
         self.all: list[Optimizer] = [_build(config, [group for group in groups if group["name"] not in own])]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -133,12 +134,16 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
 
 
 def bits_now(trainer: Trainer) -> dict[str, float | None]:
-    """Average bits, whole as evaluation uses them, and how far above the budget they are (0.1: a tenth)."""
-    table = summary(trainer.model)
+    """Average bits, whole as evaluation uses them, and how far above the budget they are (0.1: a tenth).
+
+    Where oscillations are watched, also the mean share of weights that oscillate.
+    """
+    table, stage = summary(trainer.model), trainer.stage
     now: dict[str, float | None] = {"weight_bits": table.weight_bits, "activation_bits": table.activation_bits}
-    search = None if trainer.stage is None else trainer.stage.search
-    if search is not None:
-        now["distance"] = max(limit["relative"] for limit in search.distance().values())
+    if stage is not None and stage.search is not None:
+        now["distance"] = max(limit["relative"] for limit in stage.search.distance().values())
+    if stage is not None and stage.oscillations is not None:
+        now["oscillating"] = fmean(stage.oscillations.frequency().values())
     return now
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, require
 from nipq.layer_table import quantizers
 from nipq.limit import FeasibleRange
 from nipq.prepare import prepare_
@@ -66,6 +66,7 @@ def preflight(
             without a budget.
         BudgetError: If the budget is out of reach, naming the range.
         NotQuantizableError: If the model cannot be prepared.
+        MissingDependencyError: If the allocation needs a package that is not there.
     """
     trial = copy.deepcopy(model).eval()
     try:
@@ -83,4 +84,6 @@ def preflight(
             f"expected a budget for allocation {config.allocation!r}, found none while bit-widths are open; "
             "give a budget, or fix weight_bits and activation_bits in quantization"
         )
+    if config.allocation == "hawq":
+        require("curvlinops", extra="analysis", purpose="allocation 'hawq'")
     return [] if budget is None else check_feasible(trial, budget)

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from nipq.averaging import WeightAverage
 from nipq.budget import Budget
-from nipq.control import set_phase_
+from nipq.control import set_phase_, temper_
 from nipq.layer_table import quantizers
+from nipq.oscillation import Oscillations
 from nipq.phases import Phase
 from nipq.search import Search
 from nipq.train.optimizers import Optimizers
-from nipq.train.schedule import schedule_of
+from nipq.train.schedule import schedule_of, tempering_share
 
 if TYPE_CHECKING:
     from nipq.train.checkpoint import Checkpoint
@@ -59,6 +60,7 @@ class Stage:
         self.search: Search | None = None
         if name == "search" and budget is not None and any(not q.is_frozen for q in quantizers(model)):
             self.search = Search(model, budget, total_steps=self.epochs * steps, penalty=config.penalty)
+        self.oscillations = None if name == "float" else self._oscillations(previous)
         self.average = None if config.ema_decay is None else WeightAverage(model, config.ema_decay)
 
     def begin(self, epoch: int, step: int) -> None:
@@ -69,11 +71,16 @@ class Stage:
             step: Steps of the present epoch that have passed.
         """
         self.optimizers.scale(self.schedule.factor(epoch, step / self.steps))
+        if self.name == "search" and self.config.tempering != "none":
+            place = epoch * self.steps + step
+            temper_(self.model, tempering_share(self.config.tempering, place, self.epochs * self.steps))
 
     def penalty(self, loss: Tensor) -> Tensor:
         """The loss with all that is added to the task's: the price of bits, and the dampening of oscillations."""
         if self.search is not None:
             loss = loss + self.search.penalty()
+        if self.oscillations is not None:
+            loss = loss + self.oscillations.penalty()
         return loss
 
     def end(self) -> None:
@@ -81,6 +88,8 @@ class Stage:
         self.optimizers.step()
         if self.search is not None:
             self.search.step()
+        if self.oscillations is not None:
+            self.oscillations.step()
         if self.average is not None:
             self.average.update(self.model)
 
@@ -95,6 +104,7 @@ class Stage:
         checkpoint.optimizers = self.optimizers.state_dict()
         checkpoint.search = None if self.search is None else self.search.state_dict()
         checkpoint.average = None if self.average is None else self.average.state_dict()
+        checkpoint.oscillation = None if self.oscillations is None else self.oscillations.state_dict()
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Go on where the stage of a checkpoint was."""
@@ -104,6 +114,18 @@ class Stage:
             self.search.load_state_dict(checkpoint.search)
         if self.average is not None and checkpoint.average is not None:
             self.average.load_state_dict(checkpoint.average)
+        if self.oscillations is not None and checkpoint.oscillation is not None:
+            self.oscillations.load_state_dict(checkpoint.oscillation)
+
+    def _oscillations(self, previous: Stage | None) -> Oscillations | None:
+        """One watch over search and fine-tuning: what was frozen in the one stays so in the other."""
+        settings, stages = self.config.oscillation, self.config.stages
+        if settings is None:
+            return None
+        if previous is not None and previous.oscillations is not None:
+            return previous.oscillations
+        total = (stages.search.epochs + stages.finetune.epochs) * self.steps
+        return Oscillations(self.model, total, dampen=settings.dampen, freeze=settings.freeze)
 
 
 def stage_config(config: TrainConfig, name: str) -> StageConfig:
@@ -122,3 +144,5 @@ def enter_phase_(model: nn.Module, config: TrainConfig, stage: str) -> None:
     """
     noisy = stage == "search" or (stage == "finetune" and config.stages.finetune.phase == "noise")
     set_phase_(model, Phase.NOISE if noisy else Phase.ROUND)
+    if config.tempering != "none":
+        temper_(model, 0.0 if stage == "search" else 1.0)

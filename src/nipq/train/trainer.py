@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nipq.allocation import allocate_
 from nipq.batchnorm import reestimate_bn_
 from nipq.calibrate import calibrate_
 from nipq.control import set_phase_
@@ -151,10 +152,14 @@ class Trainer:
     def _leave_float(self) -> None:
         self._record("float")
         self._prepare()
-        if self.config.allocation == "uniform" and self.budget is not None:
+        if self.budget is not None and self.config.allocation == "uniform":
             uniform_bits_(self.model, self.budget)
-        count, key = self.config.calibration_batches, seed_of(self.config.seed, "calibration")
-        calibrate_(self.model, Few(self.data.train, count, key), count)
+        self._calibrate()
+        if self.budget is not None and self.config.allocation == "hawq":
+            key = seed_of(self.config.seed, "allocation")
+            batches = Few(self.data.train, len(self.data.train), key)
+            allocate_(self.model, batches, self.task.loss, self.budget, seed=key)
+            self._calibrate()  # boundaries belong to bit-widths
 
     def _leave_search(self) -> None:
         freeze_bits_(self.model, self.budget)
@@ -224,6 +229,10 @@ class Trainer:
 
     def _prepare(self) -> None:
         prepare_(self.model, moved(self.example, self.device), self.config.quantization)
+
+    def _calibrate(self) -> None:
+        count, key = self.config.calibration_batches, seed_of(self.config.seed, "calibration")
+        calibrate_(self.model, Few(self.data.train, count, key), count)
 
     def _objective(self) -> Objective:
         teacher = self.config.teacher
