@@ -23,7 +23,7 @@ MakeGrid = Callable[..., Grid]
 #: Writes what a finished cell leaves; PRETEND says which cells fail, sleep, or wait for each other.
 PROCESS = """
 import json, os, pathlib, sys, time
-job = json.load(sys.stdin)
+job = json.loads(sys.stdin.readline())
 name, folder = job["cell"]["name"], pathlib.Path(job["folder"])
 with open(folder / "started.txt", "a") as file:
     file.write(name + "\\n")
@@ -44,7 +44,6 @@ if job["cell"]["budget"] is None:
     json.dumps({"cell": job["cell"], "config": job["config"], "data": job["data"], "results": {}})
 )
 """
-Run = Callable[..., list[str]]
 
 
 class Pretence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from nipq.compare.plots import plot_comparison
 from nipq.compare.record import CompareFolder, seconds_per_step
 from nipq.compare.runner import run_cells
 from nipq.compare.table import compare
-from nipq.compare.worker import run_job
+from nipq.compare.worker import end_with, run_job
 from nipq.errors import ConfigError
 
 # The history of a float cell has no bits to draw, so that its legend is empty.
@@ -111,6 +112,19 @@ def test_two_processes_cannot_train_one_cell(grid: Grid, tmp_path: Path) -> None
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="expected to be the only process that trains float-seed0"):
             run_job(job(start, tmp_path))
+
+
+def test_a_cell_ends_when_its_runner_does() -> None:
+    reading, writing = os.pipe()
+    ended: list[int] = []
+    thread = end_with(reading, ended.append)
+    os.write(writing, b"still here")
+    thread.join(0.05)
+    assert (thread.is_alive(), ended) == (True, [])
+    os.close(writing)
+    thread.join(30)
+    os.close(reading)
+    assert (thread.is_alive(), ended) == (False, [1])
 
 
 def test_seconds_of_a_step() -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,6 +53,12 @@ class _Running:
     slot: int
     started: float = field(default_factory=time.monotonic)
 
+    def close(self) -> None:
+        """Let go of the process's input, which tells it that its runner is there."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
 
 def run_cells(
     cells: Sequence[Cell],
@@ -76,7 +83,8 @@ def run_cells(
         overwrite: Discard results and runs whose config has changed, and everything that started from a changed float
             cell, instead of refusing.
         say: Takes one line of progress.
-        command: Program of a cell's process; the job comes on its standard input.
+        command: Program of a cell's process; the job comes as a line on its standard input, which stays open as long
+            as the runner lives.
 
     Returns:
         One outcome for each cell, in their order.
@@ -96,6 +104,7 @@ def run_cells(
         while waiting or running:
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
+                item.close()
                 ok = item.process.returncode == 0 and place.record(item.cell.name).is_file()
                 states[item.cell.name] = "done" if ok else "failed"
                 say(_report(item, place, ok=ok, left=len(waiting) + len(running)))
@@ -114,6 +123,7 @@ def run_cells(
             item.process.terminate()
         for item in running:
             item.process.wait()
+            item.close()
     return [Outcome(cell.name, states[cell.name], place.log(cell.name)) for cell in cells]
 
 
@@ -192,11 +202,9 @@ def _start(
             command, stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **variables}
         )
     assert process.stdin is not None
-    try:
-        process.stdin.write(json.dumps(job).encode())
-        process.stdin.close()
-    except BrokenPipeError:  # it ended at once; its exit status and log say why
-        pass
+    with suppress(BrokenPipeError):  # it ended at once; its exit status and log say why
+        process.stdin.write(json.dumps(job).encode() + b"\n")
+        process.stdin.flush()
     return process
 
 

@@ -1,10 +1,16 @@
-"""One cell in a process of its own: ``python -m nipq.compare.worker`` with the job as JSON on standard input."""
+"""One cell in a process of its own: ``python -m nipq.compare.worker`` with the job as a line of JSON on its input.
+
+The process ends when its input does: whoever started it holds the other end, and nobody trains on for a runner that is
+gone. The next run continues from the checkpoint.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,10 +69,33 @@ def _alone(path: Path) -> Iterator[None]:
         yield
 
 
+def end_with(input_file: int, end: Callable[[int], object]) -> threading.Thread:
+    """Call ``end(1)`` from another thread once nobody holds the other end of a pipe.
+
+    Args:
+        input_file: File descriptor of the pipe's reading end.
+        end: Ends the process.
+
+    Returns:
+        The thread; it does not keep the process alive.
+    """
+
+    def watch() -> None:
+        while os.read(input_file, 1024):
+            pass
+        end(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
 def main() -> int:
     """Do the job on standard input; what nipq refuses is one line, anything else keeps its traceback."""
+    job = json.loads(sys.stdin.readline())
+    end_with(sys.stdin.fileno(), os._exit)
     try:
-        run_job(json.load(sys.stdin))
+        run_job(job)
     except NipqError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
