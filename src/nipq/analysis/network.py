@@ -42,6 +42,13 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if chosen(module)}
 
 
+def stored_weight(layer: nn.Module) -> nn.Parameter:
+    """The float weight of a layer, prepared or not."""
+    weight = layer.parametrizations.weight.original if is_prepared(layer) else layer.weight  # type: ignore[union-attr]
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def stored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The float weight of each layer, as the optimizer sees it; a shared one once.
 
@@ -53,8 +60,7 @@ def stored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, layer in layers(model).items():
-        weight = layer.parametrizations.weight.original if is_prepared(layer) else layer.weight  # type: ignore[union-attr]
-        assert isinstance(weight, nn.Parameter)
+        weight = stored_weight(layer)
         found.setdefault(id(weight), (f"{name}.weight".lstrip("."), weight))
     return dict(found.values())
 
@@ -83,9 +89,9 @@ def float_twin(model: nn.Module, *, quantized: bool = True) -> nn.Module:
 
 
 @contextmanager
-def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Whatever happens to the tensors' values inside, they are bitwise what they were afterwards."""
-    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+def intact(model: nn.Module) -> Iterator[None]:
+    """Whatever happens to the values of parameters and buffers inside, they are bitwise what they were afterwards."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in (*model.parameters(), *model.buffers())]
     try:
         yield
     finally:

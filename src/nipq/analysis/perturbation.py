@@ -1,0 +1,111 @@
+"""Gaussian noise on the weights, or on the activations, that a network computes with.
+
+With z of independent normal numbers, a tensor x becomes ``x + strength * rms(x) * z``, rms(x) = sqrt(E[x^2]): a
+strength of 0.1 has a hundredth of the tensor's power, whatever its scale. Of a quantized network it is the quantized
+tensors that are perturbed, after rounding; noise before it would mostly be rounded away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.analysis.network import Scores, intact, is_quantized, layers, on_input, stored_weights
+from nipq.analysis.sweep import Point, Sweep
+from nipq.control import phase_of
+from nipq.errors import OrderError
+from nipq.layer_table import layer_table
+from nipq.phases import Phase
+
+
+@contextmanager
+def perturbed(model: nn.Module, *, weights: float = 0.0, activations: float = 0.0, seed: int = 0) -> Iterator[None]:
+    """Perturb a network inside; afterwards it is what it was, to the bit.
+
+    Args:
+        model: prepared, in any phase but ``int``, or float. Its convolutions and linear layers are perturbed: the
+            quantized ones if there are any, else all.
+        weights: strength of the noise on each weight, units of its RMS; drawn once.
+        activations: strength of the noise on the input of each layer, units of the RMS over the batch; drawn anew at
+            every forward. The model's own input, as the first layer reads it, counts among them.
+        seed: of the noise; models of one architecture get the same normal numbers.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        OrderError: in phase ``int``.
+    """
+    quantized = is_quantized(model)
+    if quantized and phase_of(model) is Phase.INT:
+        raise OrderError(
+            f'{type(model).__name__}: expected phase "round" to perturb, found "int", where weights are whole codes. '
+            'Call set_phase_(model, "round") first.'
+        )
+    generator = torch.Generator().manual_seed(seed)
+    with ExitStack() as stack:
+        if weights:
+            stack.enter_context(intact(model))
+            for name, weight in stored_weights(model).items():
+                normal = torch.randn(weight.shape, generator=generator).to(weight)
+                if quantized:
+                    _perturb_quantized(stack, model, name, weights * normal)
+                else:
+                    with torch.no_grad():
+                        weight.copy_(_moved(weight, weights * normal))
+        if activations:
+
+            def change(x: Tensor) -> Tensor:
+                return _moved(x, activations * torch.randn(x.shape, generator=generator).to(x))
+
+            for layer in layers(model).values():
+                stack.callback(on_input(layer, change).remove)
+        yield
+
+
+def _moved(x: Tensor, direction: Tensor) -> Tensor:
+    return x + x.detach().square().mean().sqrt() * direction
+
+
+def _perturb_quantized(stack: ExitStack, model: nn.Module, name: str, direction: Tensor) -> None:
+    owner = model.get_submodule(name.removesuffix("weight").removesuffix("."))
+    quantizer = next(row.weight for row in layer_table(model) if row.layer is owner)
+    handle = quantizer.register_forward_hook(lambda _module, _args, out: _moved(out, direction))
+    stack.callback(handle.remove)
+
+
+def perturbation_sweep(
+    model: nn.Module,
+    batches: Iterable[Any],
+    scores: Scores,
+    *,
+    weights: Sequence[float] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+    activations: Sequence[float] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+    seeds: Sequence[int] = (0, 1, 2),
+) -> Sweep:
+    """Score a network under growing noise on its weights, and apart from that on its activations.
+
+    Args:
+        model: as for :func:`perturbed`; not changed.
+        batches: what it is scored on, read many times.
+        scores: of the model on batches.
+        weights: strengths on weights.
+        activations: strengths on activations.
+        seeds: one measurement of each strength for each seed.
+
+    Returns:
+        Points with ``kind`` (``none``, ``weights`` or ``activations``), ``strength`` and ``seed``; the first is the
+        unperturbed network.
+    """
+    points = [Point({"kind": "none", "strength": 0.0, "seed": seeds[0]}, scores(model, batches))]
+    for kind, strengths in (("weights", weights), ("activations", activations)):
+        for strength in strengths:
+            for seed in seeds:
+                with perturbed(model, **{kind: strength}, seed=seed):
+                    found = scores(model, batches)
+                points.append(Point({"kind": kind, "strength": strength, "seed": seed}, found))
+    return Sweep("perturbation", tuple(points))
