@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 without labels: it learns its own float answers on tiles of photographs.
 
-    python -m experiments.tasks.efficientnet_lite0 FOLDER runs/efficientnet_lite0.safetensors
+    python -m experiments.tasks.efficientnet_lite0 FOLDER runs/efficientnet_lite0/runs/published.safetensors
 
 writes the published weights, which FOLDER holds in another naming, for ``model.weights``. The test images are 150 photo
 cut-outs with ImageNet labels made by hand; nobody trains on them. Reported are the agreement with the float network's
@@ -240,7 +240,7 @@ def renamed(published: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
         model: timm's network.
 
     Returns:
-        A state dict of the network.
+        A state dict of the network, contiguous.
 
     Raises:
         ConfigError: If the two lists do not go together.
@@ -257,7 +257,7 @@ def renamed(published: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
         raise ConfigError(
             f"expected the {len(own)} tensors of EfficientNet-Lite0 in order, found {found}. {WEIGHTS_HELP}"
         )
-    return {mine: tensor for (_, tensor), (mine, _) in pairs}
+    return {mine: tensor.contiguous() for (_, tensor), (mine, _) in pairs}
 
 
 def main() -> None:

