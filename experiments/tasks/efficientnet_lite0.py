@@ -45,7 +45,35 @@ DEVIATION = 12.0
 EVERY = 6
 
 
-def network(name: str = "tf_efficientnet_lite0") -> nn.Module:
+class FixedStatistics(nn.Module):
+    """A pretrained network whose batch norms keep their statistics while it trains.
+
+    Those of small batches of tiles are not those of the images that it was trained on.
+
+    Args:
+        net: The network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        """Keep the network."""
+        super().__init__()
+        self.net = net
+
+    def train(self, mode: bool = True) -> FixedStatistics:
+        """Set the mode of all but the batch norms, which stay in evaluation mode."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images [N, 3, S, S] in [-1, 1] to logits [N, 1000]."""
+        out: Tensor = self.net(x)
+        return out
+
+
+def network(name: str = "tf_efficientnet_lite0") -> FixedStatistics:
     """EfficientNet-Lite0 of timm: squeeze-and-excite and swish taken out, ReLU6 instead.
 
     Args:
@@ -57,8 +85,7 @@ def network(name: str = "tf_efficientnet_lite0") -> nn.Module:
     Raises:
         MissingDependencyError: If timm is not installed.
     """
-    model: nn.Module = require("timm", extra="tasks", purpose="EfficientNet-Lite0").create_model(name)
-    return model
+    return FixedStatistics(require("timm", extra="tasks", purpose="EfficientNet-Lite0").create_model(name))
 
 
 def data(config: DataConfig, seed: int) -> Sources:

@@ -13,7 +13,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from experiments.tasks import efficientnet_lite0
-from experiments.tasks.efficientnet_lite0 import Agreement, cutouts, data, divergence, main, network, renamed, task
+from experiments.tasks.efficientnet_lite0 import (
+    Agreement,
+    FixedStatistics,
+    cutouts,
+    data,
+    divergence,
+    main,
+    network,
+    renamed,
+    task,
+)
 from nipq.config import Config
 from nipq.errors import ConfigError, MissingDependencyError
 from nipq.layer_table import layer_table
@@ -181,6 +191,16 @@ def test_without_timm_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependencyError, match=r"nipq\[tasks\]"):
         network()
+
+
+def test_training_leaves_the_statistics_of_batch_norms_alone() -> None:
+    model, x = FixedStatistics(small()), 5 * torch.randn(8, 3, 6, 6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    expected = model.eval()(x)
+    assert torch.equal(model.train()(x), expected)
+    assert model.training
+    assert model.net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_the_network_can_be_prepared_whole() -> None:
