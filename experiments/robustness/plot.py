@@ -1,0 +1,183 @@
+"""One picture for each property and budget, all methods in it: mean over seeds, and the band between the extreme seeds.
+
+python experiments/robustness/plot.py          # writes results/<property>-<budget>.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from robustness import (
+    RESULTS,
+    Curve,
+    Record,
+    budgets,
+    corruption_curve,
+    landscape_curve,
+    lowered_curve,
+    mean_curve,
+    metric_of,
+    perturbation_curve,
+    read_records,
+    rows_of,
+)
+
+from nipq.analysis.corruption import CORRUPTIONS
+
+COLOURS = ("#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#5a6fbf", "#6b8e23", "#4d4d4d")
+MARKERS = "osD^vP*Xh<"
+LEVELS = 16
+
+Rows = dict[str, list[Record]]
+
+
+def styles(rows: Rows) -> dict[str, dict[str, Any]]:
+    """Colour and marker of each method, the same in all panels; float is a dashed grey line."""
+    found: dict[str, dict[str, Any]] = {"float": {"color": "#808080", "linestyle": "--", "marker": ""}}
+    for place, row in enumerate(row for row in rows if row != "float"):
+        found[row] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+    return found
+
+
+def draw(axis: Any, rows: Rows, curve_of: Callable[[Record], Curve], title: str, xlabel: str, ylabel: str) -> bool:  # noqa: ANN401
+    """Curves of all methods in one panel; says whether there were any."""
+    style, drawn = styles(rows), False
+    for row, cells in rows.items():
+        curves = [curve for cell in cells if len(curve := curve_of(cell)) > 1]
+        if not curves:
+            continue
+        mean = mean_curve(curves)
+        xs = list(mean)
+        axis.plot(xs, list(mean.values()), label=row, linewidth=1.5, **style[row])
+        if len(curves) > 1:
+            low, high = ([pick(curve[x] for curve in curves) for x in xs] for pick in (min, max))
+            axis.fill_between(xs, low, high, color=style[row]["color"], alpha=0.15, linewidth=0)
+        drawn = True
+    axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axis.grid(alpha=0.3)
+    return drawn
+
+
+def grid(panels: int, columns: int) -> tuple[Any, list[Any]]:
+    """A figure with so many panels."""
+    lines = -(-panels // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.5 * lines), squeeze=False, layout="constrained"
+    )
+    flat = list(axes.flat)
+    for axis in flat[panels:]:
+        axis.set_visible(False)
+    return figure, flat[:panels]
+
+
+def save(figure: Any, axes: list[Any], path: Path) -> None:  # noqa: ANN401
+    """Legend below all panels, then the file."""
+    handles, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[1]))
+    if labels:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(path.name)
+
+
+def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
+    """Perturbation, corruption, fewer bits, and the loss along a line."""
+    figure, axes = grid(2, 2)
+    for axis, kind in zip(axes, ("weights", "activations"), strict=True):
+        draw(axis, rows, perturbation_curve(kind), f"Gaussian noise on {kind}", "strength [RMS of the tensor]", metric)
+    save(figure, axes, name("perturbation"))
+    figure, axes = grid(len(CORRUPTIONS) + 1, 4)
+    panels = [None, *CORRUPTIONS]
+    drawn = [
+        draw(axis, rows, corruption_curve(one), one.replace("_", " ") if one else "mean of all", "severity", metric)
+        for axis, one in zip(axes, panels, strict=True)
+    ]
+    if any(drawn):
+        save(figure, axes, name("corruption"))
+    figure, axes = grid(2, 2)
+    drawn = [
+        draw(axis, rows, lowered_curve(way), f"boundaries {way}", "bits taken from every tensor [bit]", metric)
+        for axis, way in zip(axes, ("kept", "refit"), strict=True)
+    ]
+    for axis in axes:
+        axis.set_xticks([0, 1, 2])
+    if any(drawn):
+        save(figure, axes, name("lowered"))
+    figure, axes = grid(1, 1)
+    draw(axes[0], rows, landscape_curve, "loss along random directions", "step [length of the filter]", "training loss")
+    axes[0].set_yscale("log")
+    save(figure, axes, name("landscape_1d"))
+
+
+def curvatures(rows: Rows, path: Path) -> None:
+    """Trace and top eigenvalue: a dot for each seed, a bar for the mean."""
+    figure, axes = grid(2, 2)
+    style = styles(rows)
+    for axis, title, value in (
+        (axes[0], "trace of the Hessian", lambda found: found["total"]["trace"]),
+        (axes[1], "top eigenvalue of the Hessian", lambda found: found["eigenvalue"]),
+    ):
+        for place, (row, cells) in enumerate(rows.items()):
+            values = [value(cell["curvature"]) for cell in cells if "curvature" in cell]
+            if not values:
+                continue
+            axis.barh(place, sum(values) / len(values), color=style[row]["color"], alpha=0.35)
+            axis.plot(values, [place] * len(values), "o", color=style[row]["color"], markersize=5)
+        axis.set_yticks(range(len(rows)), list(rows))
+        axis.invert_yaxis()
+        axis.set(title=title, xlabel="of the training loss in the weights")
+        axis.grid(alpha=0.3, axis="x")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(path.name)
+
+
+def planes(rows: Rows, path: Path) -> None:
+    """Contours of the loss in a plane, the first seed of each method, one colour scale for all."""
+    shown = {row: cells[0]["landscape_2d"]["points"] for row, cells in rows.items() if "landscape_2d" in cells[0]}
+    if not shown:
+        return
+    every = [math.log10(point["scores"]["loss"]) for points in shown.values() for point in points]
+    low, high = min(every), max(every)
+    levels = [low + (high - low) * k / LEVELS for k in range(LEVELS + 1)]
+    figure, axes = grid(len(shown), min(4, len(shown)))
+    contours = None
+    for axis, (row, points) in zip(axes, shown.items(), strict=True):
+        steps = sorted({point["setting"]["x"] for point in points})
+        heights = [math.log10(point["scores"]["loss"]) for point in points]
+        # x varies slowest in the points, and contourf wants a line of the picture for each y.
+        lines = [heights[place :: len(steps)] for place in range(len(steps))]
+        contours = axis.contourf(steps, steps, lines, levels=levels, cmap="viridis")
+        axis.contour(steps, steps, lines, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+        axis.plot(0, 0, "+", color="#c55a11", markersize=9)
+        axis.set(title=row, aspect="equal", xlabel="step along d1", ylabel="step along d2")
+    figure.colorbar(contours, ax=axes, label="log10 of the training loss", shrink=0.8)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    print(path.name)
+
+
+def main() -> None:
+    """Draw everything that was measured."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    records = read_records(arguments.results / "cells")
+    for budget in budgets(records):
+        rows, label = rows_of(records, budget), re.sub(r"[^\w.]+", "_", budget)
+        curves(rows, metric_of(records), lambda property_, label=label: arguments.results / f"{property_}-{label}.png")
+        curvatures(rows, arguments.results / f"curvature-{label}.png")
+        planes(rows, arguments.results / f"landscape_2d-{label}.png")
+
+
+if __name__ == "__main__":
+    main()
