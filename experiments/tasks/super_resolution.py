@@ -111,7 +111,7 @@ class PatchSplit(Split):
     def __iter__(self) -> Iterator[Batch]:
         """Whole patches in the stored order."""
         for small, large in zip(
-            self.small.split(self.eval_batch_size), self.large.split(self.eval_batch_size), strict=True
+            torch.split(self.small, self.eval_batch_size), torch.split(self.large, self.eval_batch_size), strict=True
         ):
             yield centred(small), centred(large)
 
