@@ -22,7 +22,7 @@ MARKERS = "osD^vP*Xh<"
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 APART = 0.006
-"""Share of the axis by which neighbouring rows are drawn apart, so that intervals at equal cost are all seen."""
+"""Share of the axis by which neighbouring rows are drawn apart where all have the same bits, so that all are seen."""
 
 Place = Callable[[Row], float | None]
 
@@ -42,8 +42,8 @@ def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """
     metric, found = comparison.metric.name, []
     sides: list[tuple[str, Place]] = [
-        ("average weight bits [bit]", lambda row: row.weight_bits),
-        ("average activation bits [bit]", lambda row: row.activation_bits),
+        ("average weight bits [bit], rows side by side", lambda row: row.weight_bits),
+        ("average activation bits [bit], rows side by side", lambda row: row.activation_bits),
     ]
     for name, panels in (
         ("bits", sides),
@@ -53,14 +53,14 @@ def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         drawn = [panel for panel in panels if any(panel[1](row) is not None for row in _rows(comparison))]
         if drawn:
             found.append(folder / f"{metric}_against_{name}.png")
-            _plot_curves(comparison, drawn, found[-1])
+            _plot_curves(comparison, drawn, found[-1], apart=APART if name == "bits" else 0.0)
     if any(row.cost is not None for row in _rows(comparison)):
         found.append(folder / "training_cost.png")
         _plot_cost(comparison, found[-1])
     return found
 
 
-def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], path: Path) -> None:
+def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], path: Path, *, apart: float) -> None:
     """One line per row with the 95 % interval of its mean; float as a dashed line."""
     metric, labels = comparison.metric, _labels(comparison)
     arrow = "higher" if metric.higher_is_better else "lower"
@@ -69,9 +69,9 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
         grid[0].set_ylabel(f"test {metric.name} [{metric.unit}], {arrow} is better")
         for axes, (heading, place) in zip(grid, panels, strict=True):
             places = [x for row in _rows(comparison) if (x := place(row)) is not None]
-            apart = APART * (max(places) - min(places))
+            step = apart * (max(places) - min(places))
             for number, label in enumerate(labels):
-                _curve(axes, comparison, label, number, place, apart * (number - (len(labels) - 1) / 2))
+                _curve(axes, comparison, label, number, place, step * (number - (len(labels) - 1) / 2))
             if comparison.float_row:
                 level = comparison.float_row.score.mean
                 axes.axhline(level, color=LINE, linestyle="--", linewidth=1.2, label=f"float, {level:.4g}", zorder=1)
