@@ -1,6 +1,6 @@
-"""Write the results into README.md and docs/results.md from the committed result files; no table is typed by hand.
+"""Write the results into README.md, docs/results.md and docs/rivals.md from the committed result files; no table is typed by hand.
 
-python experiments/write_results.py            # rewrites both
+python experiments/write_results.py            # rewrites them
 python experiments/write_results.py --check    # fails if they do not match the result files
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path.insert(0, str(HERE / "fashion_mnist"))
+sys.path[:0] = [str(HERE / "fashion_mnist"), str(HERE / "rivals")]
 
-import table as fashion  # noqa: E402  (scripts beside their results, not a package)
+import page as rivals  # noqa: E402  (scripts beside their results, not a package)
+import table as fashion  # noqa: E402
 from grid import EPOCHS  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -139,8 +140,12 @@ def documents() -> dict[Path, str]:
     head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     tail = rest.split(END)[1]
     short = "\n".join(part for part in (demo_section(), fashion_section()) if part).replace("ROOT/", "")
+    frame = ROOT / "docs" / "rivals.md"
+    before, rest = frame.read_text(encoding="utf-8").split(BEGIN)
+    compared = f"{before}{BEGIN}\n{rivals.page().replace('ROOT/', '../')}{END}{rest.split(END)[1]}"
     page = "# Results\n\nWritten by `python experiments/write_results.py` from the committed result files.\n\n"
     return {
+        frame: compared,
         readme: f"{head}{BEGIN}\n{short}\nAll results: [docs/results.md](docs/results.md).\n{END}{tail}",
         ROOT / "docs" / "results.md": page + sections().replace("ROOT/", "../"),
     }

@@ -5,12 +5,13 @@ A trailing underscore changes the model in place; a plain verb returns something
 
 from __future__ import annotations
 
+from nipq.allocation import allocate_
 from nipq.averaging import WeightAverage
 from nipq.batchnorm import reestimate_bn_
 from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
 from nipq.calibrate import calibrate_
 from nipq.config import BitRange, Config, Rule
-from nipq.control import set_bits_, set_phase_
+from nipq.control import set_bits_, set_phase_, temper_
 from nipq.deploy.convert import convert
 from nipq.deploy.file import file_bytes, save
 from nipq.deploy.load import load
@@ -64,7 +65,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "costs",
     "Search",
     "WeightAverage",
+    "temper_",
     "Oscillations",
+    "allocate_",
     # Finishing
     "freeze_bits_",
     "reestimate_bn_",

@@ -1,0 +1,64 @@
+"""The results part of docs/rivals.md, from the committed cells; ``experiments/write_results.py`` calls it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nipq.compare import compare, expand, load_grid
+from nipq.compare.show import markdown
+
+HERE = Path(__file__).parent
+#: Grids with committed cells: name of the YAML file and of the folder in ``results``.
+GRIDS = ("fashion_mobilenet_v2", "fashion_ablations")
+
+
+def page() -> str:
+    """Tables, pictures and how they were made; ``ROOT`` stands for the way to the repository's root."""
+    parts = [section(name) for name in GRIDS if (HERE / "results" / name / "cells").is_dir()]
+    return "\n".join([*parts, tuning()])
+
+
+def section(name: str) -> str:
+    """One grid: its table, its plots, its machine."""
+    grid = load_grid(HERE / f"{name}.yaml")
+    folder = HERE / "results" / name
+    text = markdown(compare(grid, expand(grid), folder))
+    text = "\n".join("##" + line if line.startswith("#") else line for line in text.splitlines())
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
+    pictures = "\n\n".join(
+        f"![{path.stem}](ROOT/{path.relative_to(HERE.parents[1]).as_posix()})"
+        for path in sorted((folder / "plots").glob("*.png"))
+    )
+    hours = sum(record["results"]["seconds"] for record in records) / 3600
+    return (
+        f"{text}\n\n{len(records)} cells, {hours:.1f} hours on one thread each, two side by side on a busy machine (so seconds "
+        f"are rough): `nipq compare experiments/rivals/{name}.yaml --run experiments/rivals/results/{name} --data "
+        f"FOLDER --workers 2`; {where(records[0])}.\n\n{pictures}\n"
+    )
+
+
+def tuning() -> str:
+    """The candidates of ``tune.py``: what the validation images said."""
+    records = [
+        json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results/tuning").glob("*.json"))
+    ]
+    lines = ["| method | fields | validation accuracy [%] | validation loss |", "|---|---|---|---|"]
+    for record in records:
+        last = record["validation"].get("finetuned", record["validation"]["float"])
+        fields = f"`{json.dumps(record['fields'])}`" if record["fields"] else ""
+        lines.append(f"| {record['method']} | {fields} | {last['accuracy']:.2f} | {last['loss']:.4f} |")
+    return (
+        "### Learning rate and cut of the epochs\n\n"
+        + "\n".join(lines)
+        + "\n\nSeed 0, budget 3/3, 5,000 validation images (standard error about 0.45 points, so most candidates are "
+        "level). Chosen for all rows: learning rate 0.05, four epochs and one. "
+        "`python experiments/rivals/tune.py --data FOLDER --runs RUNS`.\n"
+    )
+
+
+def where(record: dict[str, Any]) -> str:
+    """Machine and versions on one line."""
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
+    return f"{record['machine']['processor'] or 'CPU'}, {record['machine']['cores']} cores; {versions}"
