@@ -1,4 +1,4 @@
-"""Write the results into README.md, docs/results.md and docs/rivals.md from the committed result files; no table is typed by hand.
+"""Write the results into README.md and docs/ from the committed result files; no table is typed by hand.
 
 python experiments/write_results.py            # rewrites them
 python experiments/write_results.py --check    # fails if they do not match the result files

@@ -1,4 +1,6 @@
-"""The learning rate and the cut of the epochs, for the noise proxy and for LSQ, chosen on the validation images of seed 0; the test images are not looked at.
+"""The learning rate and the cut of the epochs, for the noise proxy and for LSQ, on the validation images of seed 0.
+
+No test score is kept.
 
     python experiments/rivals/tune.py --data FOLDER --runs RUNS            # everything that is not done yet
 
