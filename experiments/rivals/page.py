@@ -34,8 +34,8 @@ def section(name: str) -> str:
     hours = sum(record["results"]["seconds"] for record in records) / 3600
     return (
         f"{text}\n\n{len(records)} cells, {hours:.1f} hours on one thread each, two side by side on a busy machine (so "
-        f"seconds are rough): `nipq compare experiments/rivals/{name}.yaml --run experiments/rivals/results/{name} --data "
-        f"FOLDER --workers 2`; {where(records[0])}.\n\n{pictures}\n"
+        f"seconds are rough): `nipq compare experiments/rivals/{name}.yaml --run experiments/rivals/results/{name} "
+        f"--data FOLDER --workers 2`; {where(records[0])}.\n\n{pictures}\n"
     )
 
 
