@@ -36,6 +36,7 @@ from nipq.analysis.corruption import CORRUPTIONS
 COLOURS = ("#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#5a6fbf", "#6b8e23", "#4d4d4d")
 MARKERS = "osD^vP*Xh<"
 LEVELS = 16
+NOISES = {"weights": "weights", "activations": "activations", "channels": "activations, by channel"}
 
 Rows = dict[str, list[Record]]
 
@@ -91,9 +92,12 @@ def save(figure: Any, axes: list[Any], path: Path) -> None:  # noqa: ANN401
 
 def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
     """Perturbation, corruption, fewer bits, and the loss along a line."""
-    figure, axes = grid(2, 2)
-    for axis, kind in zip(axes, ("weights", "activations"), strict=True):
-        draw(axis, rows, perturbation_curve(kind), f"Gaussian noise on {kind}", "strength [RMS of the tensor]", metric)
+    figure, axes = grid(3, 3)
+    for axis, (kind, title) in zip(axes, NOISES.items(), strict=True):
+        unit = "channel" if kind == "channels" else "tensor"
+        draw(
+            axis, rows, perturbation_curve(kind), f"Gaussian noise on {title}", f"strength [RMS of the {unit}]", metric
+        )
     save(figure, axes, name("perturbation"))
     figure, axes = grid(len(CORRUPTIONS) + 1, 4)
     panels = [None, *CORRUPTIONS]

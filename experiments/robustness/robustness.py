@@ -54,10 +54,10 @@ def _means(pairs: Sequence[tuple[float, float]]) -> Curve:
 
 
 def perturbation_curve(kind: str) -> Callable[[Record], Curve]:
-    """Metric by strength of the noise, mean over the noise's seeds; 0 is the clean network."""
+    """Metric by strength of one kind of noise, mean over the noise's seeds; 0 is the clean network."""
 
     def curve(record: Record) -> Curve:
-        points = record["perturbation"]["points"]
+        points = record.get("perturbation", {"points": []})["points"]
         chosen = [point for point in points if point["setting"]["kind"] in ("none", kind)]
         return _means([(point["setting"]["strength"], _score(record, point)) for point in chosen])
 
@@ -88,7 +88,7 @@ def lowered_curve(boundaries: str) -> Callable[[Record], Curve]:
 
 def landscape_curve(record: Record) -> Curve:
     """Loss by step along a direction, mean over the directions."""
-    lines = record["landscape_1d"]
+    lines = record.get("landscape_1d", [])
     return _means([(p["setting"]["x"], p["scores"]["loss"]) for line in lines for p in line["points"]])
 
 

@@ -44,7 +44,11 @@ from nipq.train.task import Task
 RESULTS = Path(__file__).parent / "results"
 BATCH = 500
 SEEDS = (0, 1, 2)
-STRENGTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3)
+STRENGTHS = {
+    "weights": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+    "activations": (0.005, 0.01, 0.02, 0.05, 0.1, 0.2),
+    "channels": (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+}
 
 
 @dataclass
@@ -99,9 +103,7 @@ def measures(subject: Subject) -> dict[str, Callable[[], Any]]:
 
     found: dict[str, Callable[[], Any]] = {
         "clean": lambda: scores(model, subject.test),
-        "perturbation": lambda: perturbation_sweep(
-            model, subject.test, scores, weights=STRENGTHS, activations=STRENGTHS, seeds=SEEDS
-        ).to_dict(),
+        "perturbation": lambda: perturbation_sweep(model, subject.test, scores, **STRENGTHS, seeds=SEEDS).to_dict(),
         "curvature": lambda: curvature(model, subject.train, task.loss, probes=32, tolerance=1e-2).to_dict(),
         "landscape_1d": lines,
         "landscape_2d": plane,

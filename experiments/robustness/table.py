@@ -30,6 +30,7 @@ from robustness import (
 COLUMNS = {
     "noise on weights": perturbation_curve("weights"),
     "noise on activations": perturbation_curve("activations"),
+    "noise on activations, by channel": perturbation_curve("channels"),
     "corrupted images": corruption_curve(),
 }
 

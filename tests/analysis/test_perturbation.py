@@ -64,6 +64,27 @@ def test_a_perturbed_network_differs_and_comes_back_to_the_bit(network, batches,
         assert torch.equal(network(images), clean)
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "axis"),
+    [
+        (nn.Linear(3, 2), (500, 40, 3), 2),
+        (nn.Conv2d(3, 2, 1), (50, 3, 20, 20), 1),
+        (nn.ConvTranspose1d(3, 2, 1), (50, 3, 400), 1),
+    ],
+)
+def test_noise_relative_to_channels_leaves_silent_ones_alone(layer, shape, axis) -> None:
+    scales = torch.tensor([0.0, 1.0, 10.0]).reshape([3 if place == axis else 1 for place in range(len(shape))])
+    x, seen = scales * torch.randn(shape), []
+    with perturbed(layer, activations=0.1, relative_to="channel"):
+        handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0] - x))
+        layer(x)
+        handle.remove()
+    silent, quiet, loud = (rms(part) for part in seen[0].unbind(axis))
+    assert silent == 0
+    assert quiet == pytest.approx(0.1, rel=0.03)
+    assert loud == pytest.approx(1.0, rel=0.03)
+
+
 def test_strength_zero_changes_nothing(quantized, batches) -> None:
     clean = quantized(batches[0][0])
     with perturbed(quantized):
@@ -95,7 +116,7 @@ def test_whole_codes_are_refused(quantized) -> None:
 def test_a_sweep_has_every_strength_and_seed_and_is_plain_data(quantized, batches, score, unchanged) -> None:
     with unchanged(quantized):
         found = perturbation_sweep(
-            quantized, batches, score, weights=(0.01, 1.0), activations=(1.0,), seeds=(0, 1)
+            quantized, batches, score, weights=(0.01, 1.0), activations=(1.0,), channels=(0.5,), seeds=(0, 1)
         ).to_dict()
     assert json.loads(json.dumps(found))["measured"] == "perturbation"
     settings = [tuple(point["setting"].values()) for point in found["points"]]
@@ -103,6 +124,7 @@ def test_a_sweep_has_every_strength_and_seed_and_is_plain_data(quantized, batche
         ("none", 0.0, 0),
         *[("weights", strength, seed) for strength in (0.01, 1.0) for seed in (0, 1)],
         *[("activations", 1.0, seed) for seed in (0, 1)],
+        *[("channels", 0.5, seed) for seed in (0, 1)],
     ]
     losses = [point["scores"]["loss"] for point in found["points"]]
     assert losses[0] == score(quantized, batches)["loss"]

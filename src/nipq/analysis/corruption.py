@@ -84,8 +84,8 @@ CORRUPTIONS: dict[str, tuple[Function, tuple[float, ...]]] = {
     "gaussian_noise": (_gaussian_noise, (0.04, 0.08, 0.12, 0.18, 0.26)),
     "impulse_noise": (_impulse_noise, (0.01, 0.03, 0.06, 0.11, 0.18)),
     "blur": (_blur, (0.5, 0.75, 1.0, 1.5, 2.0)),
-    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.2)),
-    "brightness": (_brightness, (0.1, 0.2, 0.3, 0.4, 0.5)),
+    "contrast": (_contrast, (0.9, 0.8, 0.65, 0.5, 0.35)),
+    "brightness": (_brightness, (0.03, 0.06, 0.1, 0.15, 0.25)),
     "pixelate": (_pixelate, (1 / 16, 3 / 32, 1 / 8, 3 / 16, 1 / 4)),
     "occlusion": (_occlusion, (0.15, 0.25, 0.35, 0.45, 0.55)),
 }
@@ -110,7 +110,7 @@ def corrupt(images: Tensor, name: str, severity: int, *, black: float, white: fl
 
     Example:
         >>> corrupt(torch.zeros(1, 1, 2, 2), "brightness", 3, black=0.0, white=1.0).unique()
-        tensor([0.3000])
+        tensor([0.1000])
     """
     if name not in CORRUPTIONS:
         raise ConfigError(f"corrupt: expected one of {', '.join(CORRUPTIONS)}, found {name!r}. Choose one.")

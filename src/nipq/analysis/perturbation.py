@@ -3,18 +3,22 @@
 With z of independent normal numbers, a tensor x becomes ``x + strength * rms(x) * z``, rms(x) = sqrt(E[x^2]): a
 strength of 0.1 has a hundredth of the tensor's power, whatever its scale. Of a quantized network it is the quantized
 tensors that are perturbed, after rounding; noise before it would mostly be rounded away.
+
+An activation's RMS may also be taken channel by channel. That is the fairer measure where some channels are always
+zero: the batch norm behind such a channel divides by next to nothing, so noise on it of the other channels' strength
+drowns everything, and one layer decides what the whole network seems to bear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.network import Scores, intact, is_quantized, layers, on_input, stored_weights
+from nipq.analysis.network import Scores, intact, is_quantized, layers, on_input, stored_weight, stored_weights
 from nipq.analysis.sweep import Point, Sweep
 from nipq.control import phase_of
 from nipq.errors import OrderError
@@ -23,7 +27,14 @@ from nipq.phases import Phase
 
 
 @contextmanager
-def perturbed(model: nn.Module, *, weights: float = 0.0, activations: float = 0.0, seed: int = 0) -> Iterator[None]:
+def perturbed(
+    model: nn.Module,
+    *,
+    weights: float = 0.0,
+    activations: float = 0.0,
+    relative_to: Literal["tensor", "channel"] = "tensor",
+    seed: int = 0,
+) -> Iterator[None]:
     """Perturb a network inside; afterwards it is what it was, to the bit.
 
     Args:
@@ -32,6 +43,7 @@ def perturbed(model: nn.Module, *, weights: float = 0.0, activations: float = 0.
         weights: strength of the noise on each weight, units of its RMS; drawn once.
         activations: strength of the noise on the input of each layer, units of the RMS over the batch; drawn anew at
             every forward. The model's own input, as the first layer reads it, counts among them.
+        relative_to: whether an activation's RMS is that of the tensor or that of each of its channels.
         seed: of the noise; models of one architecture get the same normal numbers.
 
     Yields:
@@ -58,17 +70,27 @@ def perturbed(model: nn.Module, *, weights: float = 0.0, activations: float = 0.
                     with torch.no_grad():
                         weight.copy_(_moved(weight, weights * normal))
         if activations:
-
-            def change(x: Tensor) -> Tensor:
-                return _moved(x, activations * torch.randn(x.shape, generator=generator).to(x))
-
             for layer in layers(model).values():
-                stack.callback(on_input(layer, change).remove)
+                axis = _channel_axis(layer) if relative_to == "channel" else None
+                stack.callback(on_input(layer, _noise(activations, axis, generator)).remove)
         yield
 
 
-def _moved(x: Tensor, direction: Tensor) -> Tensor:
-    return x + x.detach().square().mean().sqrt() * direction
+def _noise(strength: float, axis: int | None, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        return _moved(x, strength * torch.randn(x.shape, generator=generator).to(x), axis)
+
+    return change
+
+
+def _channel_axis(layer: nn.Module) -> int:
+    """Axis of the input channels, counted from the end: weights of convolutions have two axes more than places."""
+    return -1 if isinstance(layer, nn.Linear) else 1 - stored_weight(layer).ndim
+
+
+def _moved(x: Tensor, direction: Tensor, axis: int | None = None) -> Tensor:
+    others = tuple(place for place in range(x.ndim) if axis is None or place != x.ndim + axis)
+    return x + x.detach().square().mean(dim=others, keepdim=True).sqrt() * direction
 
 
 def _perturb_quantized(stack: ExitStack, model: nn.Module, name: str, direction: Tensor) -> None:
@@ -84,7 +106,8 @@ def perturbation_sweep(
     scores: Scores,
     *,
     weights: Sequence[float] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
-    activations: Sequence[float] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
+    activations: Sequence[float] = (0.01, 0.02, 0.05, 0.1, 0.2),
+    channels: Sequence[float] = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3),
     seeds: Sequence[int] = (0, 1, 2),
 ) -> Sweep:
     """Score a network under growing noise on its weights, and apart from that on its activations.
@@ -94,18 +117,25 @@ def perturbation_sweep(
         batches: what it is scored on, read many times.
         scores: of the model on batches.
         weights: strengths on weights.
-        activations: strengths on activations.
+        activations: strengths on activations, relative to the tensor.
+        channels: strengths on activations, relative to each channel.
         seeds: one measurement of each strength for each seed.
 
     Returns:
-        Points with ``kind`` (``none``, ``weights`` or ``activations``), ``strength`` and ``seed``; the first is the
-        unperturbed network.
+        Points with ``kind`` (``none``, ``weights``, ``activations`` or ``channels``), ``strength`` and ``seed``; the
+        first is the unperturbed network.
     """
     points = [Point({"kind": "none", "strength": 0.0, "seed": seeds[0]}, scores(model, batches))]
-    for kind, strengths in (("weights", weights), ("activations", activations)):
+    for kind, strengths in (("weights", weights), ("activations", activations), ("channels", channels)):
         for strength in strengths:
             for seed in seeds:
-                with perturbed(model, **{kind: strength}, seed=seed):
+                with perturbed(
+                    model,
+                    weights=strength if kind == "weights" else 0.0,
+                    activations=0.0 if kind == "weights" else strength,
+                    relative_to="channel" if kind == "channels" else "tensor",
+                    seed=seed,
+                ):
                     found = scores(model, batches)
                 points.append(Point({"kind": kind, "strength": strength, "seed": seed}, found))
     return Sweep("perturbation", tuple(points))
