@@ -11,6 +11,7 @@ import pytest
 from nipq.train.config import TrainConfig
 from nipq.train.config_file import check_config
 from nipq.train.pipeline import run
+from nipq.train.trainer import Trainer
 
 SMALL: dict[str, Any] = {
     "model": {"factory": "nipq.train.models:digits_net", "kwargs": {"width": 8}},
@@ -29,6 +30,21 @@ SMALL: dict[str, Any] = {
 def make_config() -> Callable[..., TrainConfig]:
     """Build the small config with some sections replaced."""
     return lambda **changes: check_config({**SMALL, **changes})
+
+
+@pytest.fixture
+def until() -> Callable[[Trainer, str], Trainer]:
+    """Go on to a stage, with one step in each before it."""
+
+    def go(trainer: Trainer, name: str) -> Trainer:
+        while trainer.progress.stage != name:
+            if trainer.stage is not None:
+                trainer.step(*next(trainer.batches()))
+            trainer.settle()
+            trainer.advance()
+        return trainer
+
+    return go
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,10 @@ def test_config_is_frozen() -> None:
         ({"budget": {"average_bits": {}}}, "weights, activations or both"),
         ({"quantization": {"weight_bits": {"max": 40}}}, r"quantization\.weight_bits\.max"),
         ({"seed": -1}, "seed"),
+        ({"oscillation": {"freeze": 0.2}}, r"oscillation\.freeze"),
+        ({"stages": {"search": {"phase": "noise"}}}, r"stages\.search\.phase"),
+        ({"allocation": "best"}, "allocation"),
+        ({"tempering": "linear", "method": "lsq"}, "expected a method with noise beside tempering"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from nipq.budget import costs
 from nipq.config import Config
 from nipq.errors import ConfigError
+from nipq.layer_table import quantizers
 from nipq.train import merging
 from nipq.train.config_file import check_config, dump_config, load_config
 from nipq.train.merging import merged
 from nipq.train.methods import METHODS
+from nipq.train.trainer import Trainer
 
 BASE: dict[str, Any] = {"model": {"factory": "resnet18"}, "data": {"kind": "digits"}, "budget": {"model_size": "1 MB"}}
 WORD = {"allocation": "uniform", "quantization": {"init": "max", "noise": "empirical"}, "optimizer": {"lr": 0.5}}
@@ -72,3 +76,22 @@ def test_a_range_of_bits_is_taken_whole(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(METHODS, "planted", {"quantization": {"weight_bits": {"min": 2, "max": 14, "start": 8}}})
     config = check_config({**BASE, "method": "planted", "quantization": {"weight_bits": {"allowed": [2, 4]}}})
     assert config.quantization.weight_bits.choices == (2, 4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_keeps_the_budget(
+    method: str, make_config: Callable[..., Any], until: Callable[[Trainer, str], Trainer]
+) -> None:
+    if METHODS[method].get("allocation") == "hawq":
+        pytest.importorskip("curvlinops")
+    config = make_config(
+        method=method,
+        model={"factory": "nipq.train.models:digits_net", "kwargs": {"width": 4}},
+        data={"kind": "digits", "batch_size": 32, "train_limit": 64},
+        stages={"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1}},
+    )
+    trainer = until(Trainer(config), "done")
+    assert trainer.budget is not None
+    assert all(quantizer.is_frozen for quantizer in quantizers(trainer.model))
+    assert all(limit.rounded <= limit.target * (1 + 1e-12) for limit in costs(trainer.model, trainer.budget))
+    assert list(trainer.progress.states)[-1] == "finetuned"

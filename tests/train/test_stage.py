@@ -22,22 +22,13 @@ from nipq.train.schedule import tempering_share
 from nipq.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]
+Until = Callable[[Trainer, str], Trainer]
 SHORT = {"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1, "lr": 0.01}}
 DATA = {"kind": "digits", "batch_size": 32, "train_limit": 128}
 
 
-def until(trainer: Trainer, name: str) -> Trainer:
-    """Go on to a stage, one step in each before it."""
-    while trainer.progress.stage != name:
-        if trainer.stage is not None:
-            trainer.step(*next(trainer.batches()))
-        trainer.settle()
-        trainer.advance()
-    return trainer
-
-
 @pytest.mark.parametrize(("phase", "noisy"), [("noise", True), ("round", False)])
-def test_finetune_trains_in_the_phase_asked_for(phase: str, noisy: bool, make_config: Make) -> None:
+def test_finetune_trains_in_the_phase_asked_for(phase: str, noisy: bool, make_config: Make, until: Until) -> None:
     stages = {**SHORT, "finetune": {"epochs": 1, "phase": phase}}
     trainer = until(Trainer(make_config(stages=stages, data=DATA)), "finetune")
     found = quantizers(trainer.model)
@@ -53,7 +44,9 @@ def test_finetune_trains_in_the_phase_asked_for(phase: str, noisy: bool, make_co
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_tempering_ends_at_the_true_error(kind: str, make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tempering_ends_at_the_true_error(
+    kind: str, make_config: Make, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shares: list[float] = []
     temper = stage.temper_
     monkeypatch.setattr(stage, "temper_", lambda model, share: (shares.append(share), temper(model, share)))
@@ -77,7 +70,7 @@ def test_shapes_of_the_share() -> None:
     assert tempering_share("linear", 0, 1) == 1
 
 
-def test_oscillations_are_one_watch_over_search_and_finetune(make_config: Make) -> None:
+def test_oscillations_are_one_watch_over_search_and_finetune(make_config: Make, until: Until) -> None:
     config = make_config(stages=SHORT, data=DATA, oscillation={"dampen": 0.1, "freeze": 0.01})
     trainer = until(Trainer(config), "search")
     assert trainer.stage is not None
@@ -92,7 +85,7 @@ def test_oscillations_are_one_watch_over_search_and_finetune(make_config: Make) 
     assert watch.state_dict()["calls"] == 5
 
 
-def test_dampening_is_added_to_the_loss(make_config: Make) -> None:
+def test_dampening_is_added_to_the_loss(make_config: Make, until: Until) -> None:
     trainer = until(Trainer(make_config(stages=SHORT, data=DATA, oscillation={"dampen": 0.5})), "finetune")
     assert trainer.stage is not None
     assert trainer.stage.oscillations is not None
@@ -138,7 +131,7 @@ def test_resume_with_tempering_and_oscillations_is_exact(make_config: Make, tmp_
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
 
 
-def test_checkpoint_of_an_older_release_is_read(tmp_path: Path, make_config: Make) -> None:
+def test_checkpoint_of_an_older_release_is_read(tmp_path: Path, make_config: Make, until: Until) -> None:
     trainer = until(Trainer(make_config(stages=SHORT, data=DATA)), "search")
     trainer.checkpoint().save(tmp_path / "checkpoint.pt")
     content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -160,7 +153,7 @@ def test_uniform_bits_need_no_search(make_config: Make, tmp_path: Path) -> None:
     assert 0 <= row["oscillating"] <= 1
 
 
-def test_uniform_bits_are_calibrated_as_they_are(make_config: Make) -> None:
+def test_uniform_bits_are_calibrated_as_they_are(make_config: Make, until: Until) -> None:
     stages = {"float": {"epochs": 0}, "search": {"epochs": 1}, "finetune": {"epochs": 0}}
     alphas = []
     for change in ({"allocation": "uniform"}, {"quantization": {"weight_bits": 4, "activation_bits": 4}}):
@@ -169,7 +162,7 @@ def test_uniform_bits_are_calibrated_as_they_are(make_config: Make) -> None:
     assert torch.equal(*alphas)
 
 
-def test_bits_from_curvature_keep_the_budget_and_are_calibrated(make_config: Make) -> None:
+def test_bits_from_curvature_keep_the_budget_and_are_calibrated(make_config: Make, until: Until) -> None:
     pytest.importorskip("curvlinops")
     stages = {"float": {"epochs": 0}, "search": {"epochs": 1}, "finetune": {"epochs": 0}}
     model = {"factory": "nipq.train.models:digits_net", "kwargs": {"width": 4}}
@@ -209,7 +202,7 @@ OPTIMIZER = {"lr": 0.05, "weight_decay": 0.1, "boundary_decay": 0.3, "boundary_m
     ],
 )
 def test_boundaries_and_bits_have_settings_of_their_own(
-    changes: dict[str, Any], field: str, values: dict[str, Any], make_config: Make
+    changes: dict[str, Any], field: str, values: dict[str, Any], make_config: Make, until: Until
 ) -> None:
     trainer = until(Trainer(make_config(stages=SHORT, data=DATA, optimizer={**OPTIMIZER, **changes})), "search")
     assert trainer.stage is not None
@@ -218,7 +211,7 @@ def test_boundaries_and_bits_have_settings_of_their_own(
     trainer.step(*next(trainer.batches()))  # momentum 0 beside nesterov is fine
 
 
-def test_boundary_decay_pulls_boundaries_alone(make_config: Make) -> None:
+def test_boundary_decay_pulls_boundaries_alone(make_config: Make, until: Until) -> None:
     def after_a_step(decay: float) -> dict[str, torch.Tensor]:
         optimizer = {"lr": 0.05, "boundary_decay": decay}
         trainer = until(Trainer(make_config(stages=SHORT, data=DATA, optimizer=optimizer)), "search")

@@ -12,7 +12,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from nipq.config import Config, Settings
+from nipq.oscillation import FREEZE_START
 from nipq.train.merging import with_method
+
+NOISY = ("nipq", "diffq")
+"""Estimators that train with noise, see :attr:`nipq.config.Config.method`."""
 
 
 class ModelConfig(Settings):
@@ -173,12 +177,12 @@ class OscillationConfig(Settings):
 
     Attributes:
         dampen: Final weight of the pull to the middle of the bin; ``None`` for none.
-        freeze: Final frequency above which a weight is fixed; ``None`` to fix none. With neither, oscillations are
-            only counted.
+        freeze: Final frequency above which a weight is fixed, at most 0.1; ``None`` to fix none. With neither,
+            oscillations are only counted.
     """
 
     dampen: float | None = Field(default=None, ge=0.0)
-    freeze: float | None = Field(default=None, gt=0.0)
+    freeze: float | None = Field(default=None, gt=0.0, le=FREEZE_START)
 
 
 class TeacherConfig(ModelConfig):
@@ -210,7 +214,8 @@ class TrainConfig(Settings):
         stages: Lengths of the stages.
         optimizer: Optimizer and schedule.
         penalty: How the search pulls bits to the budget: ``controller`` (size-normalised) or ``paper``.
-        tempering: How the share of the true rounding error in the noise rises from 0 to 1 over the search.
+        tempering: How the share of the true rounding error in the noise rises from 0 to 1 over the search; for methods
+            that train with noise.
         oscillation: Calming of weights that swing between two levels, in search and fine-tuning; ``None``: left alone.
         teacher: Distillation, or ``None``.
         ema_decay: Decay of the weight average that replaces the weights at the end of a stage, or ``None``.
@@ -257,3 +262,12 @@ class TrainConfig(Settings):
     def _method(cls, fields: Any) -> Any:  # noqa: ANN401 - whatever is to become a config
         """Put the settings of the method under the given ones."""
         return with_method(fields) if isinstance(fields, Mapping) else fields
+
+    @model_validator(mode="after")
+    def _noise_to_temper(self) -> Self:
+        if self.tempering != "none" and self.quantization.method not in NOISY:
+            raise ValueError(
+                f"expected a method with noise beside tempering, found quantization.method "
+                f"{self.quantization.method!r}; choose one of {', '.join(NOISY)}, or leave tempering out"
+            )
+        return self

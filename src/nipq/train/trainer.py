@@ -1,8 +1,9 @@
 """One run in memory: its model, its data, and the steps from a float model to a frozen one.
 
-The stages are ``float``, ``search`` (noise proxy, bits learned), ``finetune`` (true quantizer, bits frozen) and
-``done``. :meth:`Trainer.advance` closes one and opens the next. All randomness follows from the config's seed and the
-place in the run, so a run that continues from a checkpoint draws the same numbers.
+The stages are ``float``, ``search`` (the method's estimator; bits learned, or allocated before), ``finetune`` (bits
+frozen, true quantizer or again the method's) and ``done``. :meth:`Trainer.advance` closes one and opens the next. All
+randomness follows from the config's seed and the place in the run, so a run that continues from a checkpoint draws the
+same numbers.
 """
 
 from __future__ import annotations
