@@ -21,9 +21,6 @@ from nipq.compare.table import compare
 from nipq.compare.worker import end_with, run_job
 from nipq.errors import ConfigError
 
-# The history of a float cell has no bits to draw, so that its legend is empty.
-pytestmark = pytest.mark.filterwarnings("ignore:No artists with labels found:UserWarning")
-
 SOURCE = Path(__file__).parents[2] / "src"
 
 

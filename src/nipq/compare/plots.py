@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nipq.compare.table import Comparison, Row
-from nipq.errors import require
-from nipq.train.plots import LINE, STYLE
+from nipq.train.plots import LINE, drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = (
     "#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#4d4d4d", "#5a6fbf", "#6b8e23",
@@ -64,7 +61,7 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
     """One line per row with the 95 % interval of its mean; float as a dashed line."""
     metric, labels = comparison.metric, _labels(comparison)
     arrow = "higher" if metric.higher_is_better else "lower"
-    with _figure(path, width=2.2 + 4.4 * len(panels), height=4.2) as figure:
+    with drawn(path, width=2.2 + 4.4 * len(panels), height=4.2) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         grid[0].set_ylabel(f"test {metric.name} [{metric.unit}], {arrow} is better")
         for axes, (heading, place) in zip(grid, panels, strict=True):
@@ -107,7 +104,7 @@ def _plot_cost(comparison: Comparison, path: Path) -> None:
     for label in labels:
         known = [row.cost for row in _rows(comparison) if row.label == label and row.cost is not None]
         costs.append(sum(known) / len(known) if known else 0.0)
-    with _figure(path, width=6.4, height=1.4 + 0.32 * len(labels)) as figure:
+    with drawn(path, width=6.4, height=1.4 + 0.32 * len(labels)) as figure:
         axes = figure.subplots()
         bars = axes.barh(labels, costs, color=[COLOURS[i % len(COLOURS)] for i in range(len(labels))], height=0.7)
         axes.bar_label(bars, labels=[f"{cost:.2f}" if cost else "not measured" for cost in costs], padding=3)
@@ -137,17 +134,3 @@ def _scaled(comparison: Comparison, heading: str, unit: str, place: Place) -> tu
         return None if value is None else value / factor
 
     return f"{heading} [{letter}{unit}]", scaled
-
-
-@contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in our style, saved at the end; drawn without a screen and without touching global state."""
-    matplotlib = require("matplotlib", extra="report", purpose="plots")
-    figures = require("matplotlib.figure", extra="report", purpose="plots")
-    agg = require("matplotlib.backends.backend_agg", extra="report", purpose="plots")
-    with matplotlib.rc_context(STYLE):
-        figure = figures.Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        agg.FigureCanvasAgg(figure)
-        yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)

@@ -53,6 +53,32 @@ class Histogram:
     is_weight: bool
 
 
+@contextmanager
+def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure in our style, saved at the end; drawn without a screen and without touching global state.
+
+    Args:
+        path: PNG to write.
+        width: Inches.
+        height: Inches.
+
+    Yields:
+        The empty figure.
+
+    Raises:
+        MissingDependencyError: Without matplotlib.
+    """
+    matplotlib = require("matplotlib", extra="report", purpose="plots")
+    figures = require("matplotlib.figure", extra="report", purpose="plots")
+    agg = require("matplotlib.backends.backend_agg", extra="report", purpose="plots")
+    with matplotlib.rc_context(STYLE):
+        figure = figures.Figure(figsize=(width, height), layout="constrained", facecolor="white")
+        agg.FigureCanvasAgg(figure)
+        yield figure
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+
+
 def plot_bits(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the final bits of each layer's weights and input, in model order.
 
@@ -61,7 +87,7 @@ def plot_bits(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
         path: PNG to write.
     """
     count = len(layers)
-    with _figure(path, width=min(22.0, max(6.5, 1.8 + 0.3 * count)), height=4.6) as figure:
+    with drawn(path, width=min(22.0, max(6.5, 1.8 + 0.3 * count)), height=4.6) as figure:
         axes: Axes = figure.subplots()
         places = np.arange(count)
         for offset, key, colour, label in (
@@ -88,7 +114,7 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "a
         unit: Its unit.
     """
     time = np.arange(1, len(rows) + 1)
-    with _figure(path, width=8.0, height=7.5) as figure:
+    with drawn(path, width=8.0, height=7.5) as figure:
         top, middle, bottom = figure.subplots(3, 1, sharex=True)
         _curve(top, time, rows, f"train_{metric}", ACTIVATION, "training (with noise while searching)")
         _curve(top, time, rows, f"val_{metric}", WEIGHT, "validation (true quantizer)")
@@ -107,7 +133,8 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "a
         bottom.xaxis.get_major_locator().set_params(integer=True)
         for axes in (top, middle, bottom):
             _mark_stages(axes, rows)
-            axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+            if axes.get_legend_handles_labels()[0]:  # a run without a search has no bits to draw
+                axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
         _name_stages(top, rows)
 
 
@@ -120,7 +147,7 @@ def plot_boundaries(histograms: Sequence[Histogram], path: Path) -> None:
     """
     columns = min(4, len(histograms))
     lines = -(-len(histograms) // columns)
-    with _figure(path, width=3.4 * columns, height=2.7 * lines + 0.6) as figure:
+    with drawn(path, width=3.4 * columns, height=2.7 * lines + 0.6) as figure:
         panels = figure.subplots(lines, columns, squeeze=False).flatten()
         for axes, item in zip(panels, histograms, strict=False):
             colour = WEIGHT if item.is_weight else ACTIVATION
@@ -145,20 +172,6 @@ def plot_boundaries(histograms: Sequence[Histogram], path: Path) -> None:
         figure.suptitle(
             "Tensors and their learned boundaries (black lines; ticks are the quantizer's values)", fontsize=10
         )
-
-
-@contextmanager
-def _figure(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure in our style, saved at the end; drawn without a screen and without touching global state."""
-    matplotlib = require("matplotlib", extra="report", purpose="plots")
-    figures = require("matplotlib.figure", extra="report", purpose="plots")
-    agg = require("matplotlib.backends.backend_agg", extra="report", purpose="plots")
-    with matplotlib.rc_context(STYLE):
-        figure = figures.Figure(figsize=(width, height), layout="constrained", facecolor="white")
-        agg.FigureCanvasAgg(figure)
-        yield figure
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
 
 
 def _curve(axes: Axes, time: np.ndarray, rows: Sequence[Mapping[str, Any]], key: str, colour: str, label: str) -> None:
