@@ -22,6 +22,7 @@ import yaml
 
 from nipq.train import run
 from nipq.train.config_file import check_config
+from nipq.train.merging import merged
 from nipq.train.methods import METHODS
 
 HERE = Path(__file__).parent
@@ -52,16 +53,6 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         {"optimizer": LR, "stages": split(3, 2)},
     ],
 }
-
-
-def merged(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Mappings laid over each other, later ones on top."""
-    result: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            old = result.get(key)
-            result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def configs(data: Path, runs: Path) -> dict[str, dict[str, Any]]:

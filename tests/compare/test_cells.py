@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
-from nipq.compare.cells import expand, merge
+from nipq.compare.cells import expand
 from nipq.compare.grid import Grid, load_grid
 from nipq.errors import ConfigError
 from nipq.train.config_file import check_config
+from nipq.train.merging import merged
 from nipq.train.methods import METHODS
 
 GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
@@ -178,6 +179,6 @@ def test_the_page_shows_the_example_grid() -> None:
 
 def test_merging_changes_none_of_its_arguments() -> None:
     first, second = {"a": {"b": [1]}}, {"a": {"c": 2}}
-    result = merge(first, second)
+    result = merged(first, second)
     result["a"]["b"].append(2)
     assert (first, second) == ({"a": {"b": [1]}}, {"a": {"c": 2}})

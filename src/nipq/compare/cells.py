@@ -11,12 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from nipq.compare.grid import FLOAT, Grid, Tree, unknown
 from nipq.errors import ConfigError
 from nipq.train.config import BudgetConfig
 from nipq.train.config_file import check_config
+from nipq.train.merging import merged
 from nipq.train.methods import METHODS
 
 #: What makes a float cell of the shared settings, under the grid's own ``float`` overrides: no budget, no teacher, no
@@ -27,8 +27,6 @@ FLOAT_CELL: Tree = {
     "quantization": {"weight_bits": 8, "activation_bits": 8},
     "stages": {"search": {"epochs": 0}, "finetune": {"epochs": 0}},
 }
-#: Sections that are one value in several spellings: an override replaces them whole.
-WHOLE = ("weight_bits", "activation_bits")
 
 
 @dataclass(frozen=True)
@@ -124,12 +122,12 @@ def _cells(grid: Grid, presets: Mapping[str, Tree]) -> Iterator[Cell]:
     float_stage = (shared.get("stages") or {}).pop("float", {})
     for seed in grid.seeds:
         own = {"seed": seed}
-        yield Cell(FLOAT, None, seed, merge(shared, {"stages": {"float": float_stage}}, FLOAT_CELL, grid.float, own))
+        yield Cell(FLOAT, None, seed, merged(shared, {"stages": {"float": float_stage}}, FLOAT_CELL, grid.float, own))
         for budget, section in grid.budgets.items():
             for label, row in grid.methods.items():
                 if budget in map(str, row.get("budgets", grid.budgets)):
                     fields = {key: value for key, value in row.items() if key != "budgets"}
-                    config = merge(shared, presets[row["method"]], fields, own)
+                    config = merged(shared, presets[row["method"]], fields, own)
                     config["budget"] = copy.deepcopy(section)
                     yield Cell(label, budget, seed, _started(config, f"runs/{cell_name(FLOAT, None, seed)}/float.pt"))
 
@@ -146,22 +144,6 @@ def _started(config: Tree, weights: str) -> Tree:
         same = all(teacher.get(key) == network.get(key) for key in ("factory", "kwargs"))
         config["teacher"] = {"weights": weights, **teacher} if same else teacher
     return config
-
-
-def merge(*trees: Mapping[str, Any]) -> Tree:
-    """Nested mappings, later ones over earlier ones; what is not a mapping on both sides is replaced.
-
-    Example:
-        >>> merge({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}}, {"a": {"d": None}})
-        {'a': {'b': 1, 'c': 3, 'd': None}}
-    """
-    result: Tree = {}
-    for tree in trees:
-        for key, value in tree.items():
-            old = result.get(key)
-            both = isinstance(old, Mapping) and isinstance(value, Mapping) and key not in WHOLE
-            result[key] = merge(old, value) if both else copy.deepcopy(value)  # type: ignore[arg-type]
-    return result
 
 
 def cell_name(row: str, budget: str | None, seed: int) -> str:

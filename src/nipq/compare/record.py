@@ -15,7 +15,7 @@ from nipq.compare.grid import Tree
 from nipq.errors import ConfigError, FileFormatError
 from nipq.train.config import TrainConfig
 from nipq.train.config_file import check_config
-from nipq.train.run_folder import FREE_FIELDS, RunFolder
+from nipq.train.run_folder import FREE_FIELDS, RunFolder, flat
 
 STAGES = ("float", "search", "finetune")
 
@@ -79,7 +79,7 @@ class CompareFolder:
                 return []
         except ConfigError:
             return ["the whole config (it was written under other rules)"]
-        before, now = (_flat(self.portable(config)) for config in (old, check_config(cell.config)))
+        before, now = (flat(self.portable(config)) for config in (old, check_config(cell.config)))
         keys = sorted(before.keys() | now.keys())
         return [
             f"{'.'.join(key)} (was {_short(before.get(key))}, is {_short(now.get(key))})"
@@ -198,16 +198,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
-
-
-def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat: dict[tuple[str, ...], Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, (*prefix, key)))
-        else:
-            flat[(*prefix, key)] = value
-    return flat
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -34,23 +35,24 @@ def with_method(fields: Mapping[str, Any]) -> dict[str, Any]:
     return merged(METHODS[word], fields)
 
 
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested fields laid over others: what both have is taken from ``over``, sections are joined.
+def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested fields laid over each other: what several have is taken from the last, sections are joined.
 
     Args:
-        under: Nested plain values.
-        over: Nested values; of :class:`~nipq.config.Settings` among them only the fields that were given count.
+        trees: Nested values; of :class:`~nipq.config.Settings` laid over a section only the given fields count.
 
     Returns:
-        A new tree.
+        A new tree that shares nothing with the given ones.
 
     Example:
-        >>> merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}})
-        {'a': {'b': 4, 'c': 2}, 'd': 3}
+        >>> merged({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 4}}, {"d": None})
+        {'a': {'b': 4, 'c': 2}, 'd': None}
     """
-    result = {**under, **over}
-    for key in under.keys() & over.keys():
-        value = over[key].model_dump(exclude_unset=True) if isinstance(over[key], Settings) else over[key]
-        if key not in WHOLE and isinstance(under[key], Mapping) and isinstance(value, Mapping):
-            result[key] = merged(under[key], value)
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            old = result.get(key)
+            new = value.model_dump(exclude_unset=True) if key in result and isinstance(value, Settings) else value
+            joined = key not in WHOLE and isinstance(old, Mapping) and isinstance(new, Mapping)
+            result[key] = merged(old, new) if joined else copy.deepcopy(value)  # type: ignore[arg-type]
     return result

@@ -100,7 +100,7 @@ class RunFolder:
             ConfigError: Naming the fields that differ; where the data lie, workers, device and the checkpoint interval
                 may.
         """
-        old, new = (_flat(c.model_dump(mode="json")) for c in (self.read_config(), config))
+        old, new = (flat(c.model_dump(mode="json")) for c in (self.read_config(), config))
         changed = [
             ".".join(k) for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k) and k not in FREE_FIELDS
         ]
@@ -181,11 +181,17 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def _flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    flat: dict[tuple[str, ...], Any] = {}
+def flat(tree: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested fields by their path.
+
+    Example:
+        >>> flat({"a": {"b": 1}, "c": {}})
+        {('a', 'b'): 1, ('c',): {}}
+    """
+    fields: dict[tuple[str, ...], Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            flat.update(_flat(value, (*prefix, key)))
+            fields.update(flat(value, (*prefix, key)))
         else:
-            flat[(*prefix, key)] = value
-    return flat
+            fields[(*prefix, key)] = value
+    return fields
