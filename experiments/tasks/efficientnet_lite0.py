@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from experiments.tasks.photos import Arrays, cached, pixels, textured, tiles
+from experiments.tasks.cache import Arrays
+from experiments.tasks.photos import cached, pixels, textured, tiles
 from nipq.errors import ConfigError, require
 from nipq.train.batches import Batch, Sources, TensorSplit
 from nipq.train.factory import build_model, read_state

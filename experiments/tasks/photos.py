@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from experiments.tasks.cache import Arrays, stored
 from nipq.errors import ConfigError
 
 LIST = Path(__file__).with_name("photographs.txt")
@@ -107,14 +106,8 @@ def textured(squares: np.ndarray[Any, Any], deviation: float) -> np.ndarray[Any,
     return np.flatnonzero(squares.reshape(len(squares), -1).std(1) >= deviation)
 
 
-Arrays = dict[str, np.ndarray[Any, Any]]
-
-
 def cached(folder: str | Path | None, name: str, recipe: object, make: Callable[[list[Path]], Arrays]) -> Arrays:
     """Arrays that are cut from the photographs once and then read from a file beside them.
-
-    The file's name holds a digest of the recipe, so another recipe never reads it. It is written whole or not at all;
-    two processes that cut at once write the same. A folder that cannot be written is used without a file.
 
     Args:
         folder: Where the photographs lie.
@@ -128,17 +121,4 @@ def cached(folder: str | Path | None, name: str, recipe: object, make: Callable[
     Raises:
         ConfigError: If the photographs are needed and missing.
     """
-    digest = hashlib.sha256(repr((LIST.read_bytes(), recipe)).encode()).hexdigest()[:12]
-    file = Path(folder or ".") / f"{name}-{digest}.npz"
-    if folder is not None and file.is_file():
-        with np.load(file) as stored:
-            return dict(stored)
-    arrays = make(photographs(folder))
-    temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
-        temporary.replace(file)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-    return arrays
+    return stored(folder, name, (LIST.read_bytes(), recipe), lambda: make(photographs(folder)))

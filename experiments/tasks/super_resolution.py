@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 
-from experiments.tasks.photos import Arrays, cached, pixels, tiles
+from experiments.tasks.cache import Arrays
+from experiments.tasks.photos import cached, pixels, tiles
 from nipq.train.batches import Batch, Sources, Split
 from nipq.train.seeds import seed_of
 from nipq.train.task import Task, predictions

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.tasks.photos import Arrays, cached, pixels
+from experiments.tasks.cache import Arrays
+from experiments.tasks.photos import cached, pixels
 from nipq.train.batches import Sources, TensorSplit
 
 if TYPE_CHECKING:
