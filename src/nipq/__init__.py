@@ -8,6 +8,7 @@ from __future__ import annotations
 from nipq.allocation import allocate_
 from nipq.averaging import WeightAverage
 from nipq.batchnorm import reestimate_bn_
+from nipq.bit_start import start_bits_
 from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
 from nipq.calibrate import calibrate_
 from nipq.config import BitRange, Config, Rule
@@ -63,6 +64,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "BitOps",
     "check_feasible",
     "costs",
+    "start_bits_",
     "Search",
     "WeightAverage",
     "temper_",

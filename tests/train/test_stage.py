@@ -177,6 +177,20 @@ def test_bits_from_curvature_keep_the_budget_and_are_calibrated(make_config: Mak
     assert all(torch.equal(q.alpha, alpha) for q, alpha in zip(found, alphas, strict=True))
 
 
+def test_a_start_from_noise_is_near_the_budget_learned_and_calibrated(make_config: Make, until: Until) -> None:
+    stages = {"float": {"epochs": 0}, "search": {"epochs": 1}, "finetune": {"epochs": 0}}
+    trainer = until(Trainer(make_config(stages=stages, data=DATA, bit_start="noise")), "search")
+    found = [q for q in quantizers(trainer.model) if not q.is_frozen]
+    assert found
+    assert len({q.bits_rounded for q in found}) > 1
+    assert trainer.budget is not None
+    # Starts stay a quarter of a bit off the ends of the range, which may cost as much on average.
+    assert all(abs(limit.soft / limit.target - 1) < 0.25 / 4 for limit in costs(trainer.model, trainer.budget))
+    alphas = [q.alpha.detach().clone() for q in found]
+    trainer._calibrate()
+    assert all(torch.equal(q.alpha, alpha) for q, alpha in zip(found, alphas, strict=True))
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "hawq"])
 def test_allocation_needs_a_budget(allocation: str, make_config: Make) -> None:
     with pytest.raises(ConfigError, match=f"expected a budget for allocation '{allocation}'"):

@@ -211,6 +211,8 @@ class TrainConfig(Settings):
         quantization: Settings of :func:`nipq.prepare_`.
         allocation: Who chooses bit-widths: ``learned`` in the search; ``uniform``, the largest that keeps the budget,
             one for all tensors; ``hawq``, by curvature and rounding error before training.
+        bit_start: Where learned bit-widths start: ``middle`` of their range, or ``noise``, at the budget, shared out by
+            what noise costs (:mod:`nipq.bit_start`).
         stages: Lengths of the stages.
         optimizer: Optimizer and schedule.
         penalty: How the search pulls bits to the budget: ``controller`` (size-normalised) or ``paper``.
@@ -239,6 +241,7 @@ class TrainConfig(Settings):
     budget: BudgetConfig | None
     quantization: Config = Config()
     allocation: Literal["learned", "uniform", "hawq"] = "learned"
+    bit_start: Literal["middle", "noise"] = "middle"
     stages: StagesConfig = StagesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     penalty: Literal["controller", "paper"] = "controller"

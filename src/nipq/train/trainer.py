@@ -18,9 +18,11 @@ from torch import Tensor, nn
 
 from nipq.allocation import allocate_
 from nipq.batchnorm import reestimate_bn_
+from nipq.bit_start import start_bits_
 from nipq.calibrate import calibrate_
 from nipq.control import set_phase_
 from nipq.errors import ConfigError
+from nipq.layer_table import quantizers
 from nipq.phases import Phase
 from nipq.prepare import prepare_
 from nipq.snap import freeze_bits_
@@ -156,11 +158,17 @@ class Trainer:
         if self.budget is not None and self.config.allocation == "uniform":
             uniform_bits_(self.model, self.budget)
         self._calibrate()
+        key = seed_of(self.config.seed, "allocation")
+        batches = Few(self.data.train, len(self.data.train), key)
         if self.budget is not None and self.config.allocation == "hawq":
-            key = seed_of(self.config.seed, "allocation")
-            batches = Few(self.data.train, len(self.data.train), key)
             allocate_(self.model, batches, self.task.loss, self.budget, seed=key)
             self._calibrate()  # boundaries belong to bit-widths
+        elif self.budget is not None and self.config.bit_start == "noise" and self._learns_bits():
+            start_bits_(self.model, batches, self.task.loss, self.budget, seed=key)
+            self._calibrate()
+
+    def _learns_bits(self) -> bool:
+        return any(not quantizer.is_frozen for quantizer in quantizers(self.model))
 
     def _leave_search(self) -> None:
         freeze_bits_(self.model, self.budget)
