@@ -80,6 +80,7 @@ def budget_config(network: str, seed: int, bits: float, data: Path, runs: Path) 
             "final": 0.0,
         },
         "teacher": NETWORKS[network] | {"weights": weights, "weight": 1.0},
+        "bit_start": "middle",
         "batchnorm_batches": 50,
         "channels_last": True,
         "threads": 1,

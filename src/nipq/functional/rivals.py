@@ -23,6 +23,9 @@ from torch import Tensor
 from nipq.functional.grid import Grid, code_range, levels, step_size, value_range
 from nipq.functional.uniform import StraightThrough, quantize
 
+#: Least slope of the softplus for which LSQ's factor makes up: below it a boundary, near 0, would jump instead of move.
+LEAST_SLOPE = 0.01
+
 #: Momentum of the running largest magnitude of an input.
 RUNNING_MAX_MOMENTUM = 0.1
 
@@ -46,6 +49,11 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * factor, None
 
 
+def _slope(alpha: Tensor) -> Tensor:
+    """d alpha / d alpha_raw of a softplus, from its value."""
+    return (-torch.expm1(-alpha.detach())).clamp_min(LEAST_SLOPE)
+
+
 def lsq_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, count: int) -> Tensor:
     r"""The true quantizer whose boundary moves as LSQ's learned step does.
 
@@ -55,7 +63,8 @@ def lsq_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, count: int)
 
         n^2 / (sqrt(count n) (1 - e^-alpha)^2)          as sigmoid(alpha_raw) = 1 - e^-alpha
 
-    and a small step of plain gradient descent, with any momentum, is LSQ's.
+    and a small step of plain gradient descent, with any momentum, is LSQ's. (For alpha below 0.01 the factor stays what
+    it is there.)
 
     Paper: LSQ (arXiv 1902.08153), sections 2.1 and 2.2; its activations' count is features of one sample.
 
@@ -73,7 +82,7 @@ def lsq_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, count: int)
         ConfigError: if any bit-width is below 2.
     """
     n = levels(bits.detach(), grid)
-    slope = -torch.expm1(-alpha.detach())
+    slope = _slope(alpha)
     factor = n * n / (torch.sqrt(count * n) * slope * slope)
     scaled: Tensor = _ScaleGradient.apply(alpha, factor)
     return quantize(x, scaled, bits, grid)
@@ -130,7 +139,7 @@ def quantize_with_offset(x: Tensor, alpha: Tensor, offset: Tensor, bits: Tensor,
     """
     grid = Grid("shifted")
     n = levels(bits.detach(), grid)
-    slope = -torch.expm1(-alpha.detach())
+    slope = _slope(alpha)
     g = 1 / torch.sqrt(count * n)
     alpha = _ScaleGradient.apply(alpha, g * n * n / (slope * slope))
     step = step_size(alpha, bits, grid)

@@ -241,7 +241,7 @@ class TrainConfig(Settings):
     budget: BudgetConfig | None
     quantization: Config = Config()
     allocation: Literal["learned", "uniform", "hawq"] = "learned"
-    bit_start: Literal["middle", "noise"] = "middle"
+    bit_start: Literal["middle", "noise"] = "noise"
     stages: StagesConfig = StagesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     penalty: Literal["controller", "paper"] = "controller"

@@ -16,7 +16,8 @@ _DIFFQ_BITS = {"min": 2, "max": 15, "start": 8}
 _RELEASE_BITS = {"min": 2, "max": 14, "start": 8}
 
 METHODS: dict[str, dict[str, Any]] = {
-    # The default: noise proxy with uniform noise, learned bits, size-normalised controller, least-squares start.
+    # The default: noise proxy with uniform noise, learned bits that start at the budget, size-normalised controller,
+    # least-squares start of boundaries.
     "nipq": {},
     # Noise proxy at one bit-width for all: what the proxy does without the search.
     "nipq-fixed": {"allocation": "uniform"},
@@ -30,6 +31,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "weight_bits": _RELEASE_BITS,
             "activation_bits": _RELEASE_BITS,
         },
+        "bit_start": "middle",
         "penalty": "paper",
         "optimizer": {**_ONE_OPTIMIZER, "bits_lr": None},
         "batchnorm_batches": 0,
@@ -39,7 +41,7 @@ METHODS: dict[str, dict[str, Any]] = {
     # arXiv 2004.09576: a learned offset for inputs, and a least-squares start.
     "lsq+": {"quantization": {"method": "lsq+", "init": "mse"}, "allocation": "uniform", "optimizer": _ONE_OPTIMIZER},
     # LSQ with bit-widths learned straight through, under the same controller as ours. Not in LSQ's paper.
-    "lsq-learned": {"quantization": {"method": "lsq", "init": "mse"}},
+    "lsq-learned": {"quantization": {"method": "lsq", "init": "mse"}, "bit_start": "middle"},
     # LSQ with bit-widths from Hessian traces and an integer programme (HAWQ-v2, arXiv 1911.03852; v3, 2011.10680).
     "lsq-hawq": {
         "quantization": {"method": "lsq", "init": "lsq"},
@@ -75,6 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "weight_bits": _DIFFQ_BITS,
             "activation_bits": _DIFFQ_BITS,
         },
+        "bit_start": "middle",
         "stages": {"finetune": {"phase": "noise"}},
     },
     "diffq-uniform": {
@@ -85,6 +88,7 @@ METHODS: dict[str, dict[str, Any]] = {
             "weight_bits": _DIFFQ_BITS,
             "activation_bits": _DIFFQ_BITS,
         },
+        "bit_start": "middle",
         "stages": {"finetune": {"phase": "noise"}},
     },
     # Straight through with the range that calibration found.

@@ -36,7 +36,22 @@ class Objective:
         Returns:
             The loss, shape ().
         """
+        return self.compare(outputs, (targets, self.answers(inputs)))
+
+    def answers(self, inputs: Nested) -> Any:  # noqa: ANN401 - the task knows
+        """What the teacher says to a batch; ``None`` without one."""
+        return None if self.teacher is None else outputs_of(self.teacher, inputs)
+
+    def compare(self, outputs: Any, expected: tuple[Any, Any]) -> Tensor:  # noqa: ANN401 - the task knows
+        """The loss, for callers that know no inputs.
+
+        Args:
+            outputs: What the model returned.
+            expected: Targets, and the teacher's answers or ``None``.
+
+        Returns:
+            The loss, shape ().
+        """
+        targets, answers = expected
         loss = self.task.loss(outputs, targets)
-        if self.teacher is not None:
-            loss = loss + self.weight * self.task.distillation(outputs, outputs_of(self.teacher, inputs))
-        return loss
+        return loss if answers is None else loss + self.weight * self.task.distillation(outputs, answers)

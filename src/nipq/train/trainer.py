@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +165,14 @@ class Trainer:
             allocate_(self.model, batches, self.task.loss, self.budget, seed=key)
             self._calibrate()  # boundaries belong to bit-widths
         elif self.budget is not None and self.config.bit_start == "noise" and self._learns_bits():
-            start_bits_(self.model, batches, self.task.loss, self.budget, seed=key)
+            start_bits_(self.model, self._answered(batches), self.objective.compare, self.budget, seed=key)
             self._calibrate()
+
+    def _answered(self, batches: Few) -> Iterator[tuple[Nested, tuple[Any, Any]]]:
+        """Batches with all that the objective compares outputs with."""
+        for inputs, targets in batches:
+            inputs = moved(inputs, self.device, channels_last=self.config.channels_last)
+            yield inputs, (moved(targets, self.device), self.objective.answers(inputs))
 
     def _learns_bits(self) -> bool:
         return any(not quantizer.is_frozen for quantizer in quantizers(self.model))
