@@ -17,7 +17,7 @@ from nipq.nn.layers import SUPPORTED, is_prepared
 from nipq.phases import Phase
 from nipq.prepare import restore_
 
-#: Scores of a model on batches, such as ``nipq.train.task.evaluate``; in evaluation mode, without gradients.
+#: Scores of a model on batches, such as ``nipq.train.task.Task.scores``; in evaluation mode, without gradients.
 Scores = Callable[[nn.Module, Iterable[Any]], dict[str, float]]
 
 #: The loss of a batch from the model's outputs and the targets: a mean over the samples.

@@ -50,7 +50,7 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def _slope(alpha: Tensor) -> Tensor:
-    """d alpha / d alpha_raw of a softplus, from its value."""
+    """Derivative of a softplus, from its value alpha."""
     return (-torch.expm1(-alpha.detach())).clamp_min(LEAST_SLOPE)
 
 
