@@ -15,9 +15,10 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE / "fashion_mnist"), str(HERE / "rivals")]
+sys.path[:0] = [str(HERE / "fashion_mnist"), str(HERE / "rivals"), str(HERE / "robustness")]
 
-import page as rivals  # noqa: E402  (scripts beside their results, not a package)
+import rivals_page  # noqa: E402  (scripts beside their results, not a package)
+import robustness_page  # noqa: E402
 import table as fashion  # noqa: E402
 from grid import EPOCHS  # noqa: E402
 
@@ -134,20 +135,24 @@ def sections() -> str:
     )
 
 
+def filled(path: Path, results: str) -> str:
+    """A page with new results between its markers; ``ROOT`` in them stands for the way to the repository's root."""
+    head, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    way = "../" * (len(path.relative_to(ROOT).parts) - 1)
+    return f"{head}{BEGIN}\n{results.replace('ROOT/', way)}{END}{rest.split(END)[1]}"
+
+
 def documents() -> dict[Path, str]:
     """New text of every document that shows results."""
-    readme = ROOT / "README.md"
-    head, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    tail = rest.split(END)[1]
-    short = "\n".join(part for part in (demo_section(), fashion_section()) if part).replace("ROOT/", "")
-    frame = ROOT / "docs" / "rivals.md"
-    before, rest = frame.read_text(encoding="utf-8").split(BEGIN)
-    compared = f"{before}{BEGIN}\n{rivals.page().replace('ROOT/', '../')}{END}{rest.split(END)[1]}"
-    page = "# Results\n\nWritten by `python experiments/write_results.py` from the committed result files.\n\n"
-    return {
-        frame: compared,
-        readme: f"{head}{BEGIN}\n{short}\nAll results: [docs/results.md](docs/results.md).\n{END}{tail}",
-        ROOT / "docs" / "results.md": page + sections().replace("ROOT/", "../"),
+    short = "\n".join(part for part in (demo_section(), fashion_section()) if part)
+    pages = {
+        "README.md": f"{short}\nAll results: [docs/results.md](docs/results.md).\n",
+        "docs/rivals.md": rivals_page.page(),
+        "docs/robustness.md": robustness_page.page(),
+    }
+    head = "# Results\n\nWritten by `python experiments/write_results.py` from the committed result files.\n\n"
+    return {ROOT / name: filled(ROOT / name, results) for name, results in pages.items()} | {
+        ROOT / "docs" / "results.md": head + sections().replace("ROOT/", "../")
     }
 
 
