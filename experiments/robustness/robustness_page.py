@@ -19,11 +19,11 @@ def page() -> str:
     pictures = "\n\n".join(
         f"![{path.stem}](ROOT/experiments/robustness/results/{path.name})" for path in sorted(RESULTS.glob("*.png"))
     )
+    sizes = f"--images {settings['images']} --train-images {settings['train_images']}"
     return (
         f"{(RESULTS / 'table.md').read_text(encoding='utf-8')}\n"
-        f"{len(records)} networks, mean ± standard deviation over seeds of training; {settings['images']} test images, "
-        f"{settings['train_images']} training images for the curvature. `python experiments/robustness/run.py "
-        f"--runs RUNS --images {settings['images']} --train-images {settings['train_images']}`, then `plot.py` and `table.py`; "
-        f"{versions}.\n\n"
+        f"{len(records)} networks, mean ± standard deviation over seeds of training, on {settings['images']} test images; "
+        f"curvature on {settings['train_images']} training images. "
+        f"`python experiments/robustness/run.py --runs RUNS {sizes}`, then `plot.py` and `table.py`; {versions}.\n\n"
         f"{pictures}\n"
     )
