@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from experiments.tasks.cache import Arrays
+from experiments.tasks.float_answers import FloatAnswers, float_section
 from experiments.tasks.photos import cached, pixels, textured, tiles
 from nipq.errors import ConfigError, require
 from nipq.train.batches import Batch, Sources, TensorSplit
-from nipq.train.factory import build_model, read_state
-from nipq.train.task import Task, predictions
+from nipq.train.factory import read_state
+from nipq.train.task import predictions
 
 if TYPE_CHECKING:
-    from nipq.train.config import DataConfig, ModelConfig, TrainConfig
+    from nipq.train.config import DataConfig, TrainConfig
 
 CUTOUTS = Path(__file__).with_name("cutouts.txt")
 STAMPS_HELP = (
@@ -178,25 +179,12 @@ def _on_white(path: Path, size: int) -> np.ndarray[Any, Any]:
     return np.asarray(white.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
-class Agreement(Task):
-    """Divergence from the float network's answers; no labels take part.
-
-    Args:
-        original: The section of the float network, with its weights.
-    """
+class Agreement(FloatAnswers):
+    """Divergence from the float network's answers, and how often its first choice is the same."""
 
     metric = "agreement"
     unit = "%"
     higher_is_better = True
-
-    def __init__(self, original: ModelConfig) -> None:
-        """Remember which network is asked."""
-        self._section = original
-        self._network: nn.Module | None = None
-
-    def loss(self, outputs: Tensor, targets: None) -> Tensor:  # noqa: ARG002 - there are no labels
-        """Zero."""
-        return outputs.new_zeros(())
 
     def distillation(self, outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
         """Mean over images of ``KL(softmax(teacher) || softmax(outputs))``, in nats."""
@@ -218,12 +206,6 @@ class Agreement(Task):
                 labelled += len(choice)
         found = {"loss": loss / count, "agreement": 100 * same / count, "count": count}
         return found | ({"top1": 100 * right / labelled} if labelled else {})
-
-    def original(self) -> nn.Module:
-        """The float network, built when it is first asked for."""
-        if self._network is None:
-            self._network = build_model(self._section).eval().requires_grad_(False)
-        return self._network
 
 
 def divergence(outputs: Tensor, truth: Tensor) -> Tensor:
@@ -251,13 +233,7 @@ def task(config: TrainConfig) -> Agreement:
     Raises:
         ConfigError: If neither section names weights.
     """
-    original = config.teacher or config.model
-    if original.weights is None:
-        raise ConfigError(
-            "expected the float network's weights in teacher.weights or model.weights, found none; write them with "
-            f"`python -m experiments.tasks.efficientnet_lite0 FOLDER FILE`. {WEIGHTS_HELP}"
-        )
-    return Agreement(original)
+    return Agreement(float_section(config, "efficientnet_lite0", WEIGHTS_HELP))
 
 
 def renamed(published: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

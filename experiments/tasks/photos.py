@@ -103,7 +103,8 @@ def textured(squares: np.ndarray[Any, Any], deviation: float) -> np.ndarray[Any,
     Returns:
         Indices, [n].
     """
-    return np.flatnonzero(squares.reshape(len(squares), -1).std(1) >= deviation)
+    values = squares.reshape(len(squares), squares[:1].size or 1)  # there may be none
+    return np.flatnonzero(values.std(1) >= deviation)
 
 
 def cached(folder: str | Path | None, name: str, recipe: object, make: Callable[[list[Path]], Arrays]) -> Arrays:

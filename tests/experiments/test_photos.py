@@ -48,6 +48,7 @@ def test_tiles_lie_side_by_side_and_flat_ones_are_told_apart() -> None:
     squares = tiles(photo, 4)
     assert np.array_equal(squares, np.stack([photo[:4, :4], photo[:4, 4:8]]))
     assert textured(squares, deviation=1.0).tolist() == [1]
+    assert textured(tiles(photo, 6), deviation=0.0).tolist() == []
 
 
 def test_a_cache_is_read_again_only_for_its_own_recipe(folder: Path) -> None:
