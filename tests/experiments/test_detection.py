@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from experiments.tasks import centernet, detection
@@ -20,7 +20,8 @@ from experiments.tasks.centernet import CenterNet, doubled, halved, main, publis
 from experiments.tasks.detection import BOXES, Detection, compose, cutouts, data, distance, others, plain, task
 from nipq.errors import ConfigError
 from nipq.train.batches import TensorSplit
-from nipq.train.config import DataConfig, ModelConfig
+from nipq.train.config import DataConfig, ModelConfig, TrainConfig
+from nipq.train.pipeline import run
 from nipq.validate import validate
 
 
@@ -254,3 +255,31 @@ def test_the_network_answers_at_a_quarter_of_the_size_and_can_be_prepared_whole(
     findings = validate(model, images)
     assert {finding.severity for finding in findings} == {"float"}
     assert not [finding for finding in findings if "no quantized form" in finding.reason]
+
+
+def test_a_run_learns_from_tiles_and_proves_its_model(
+    scenery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nipq.train.finish._plots", lambda *_: None)  # they would take most of the time
+    save_file(CenterNet().state_dict(), tmp_path / "float.safetensors")
+    network = {
+        "factory": "experiments.tasks.centernet:CenterNet",
+        "weights": str(tmp_path / "float.safetensors"),
+    }
+    config = {
+        "task": "experiments.tasks.detection:task",
+        "model": network,
+        "teacher": network,
+        "data": section(scenery, factory="experiments.tasks.detection:data", eval_batch_size=2).to_dict(),
+        "budget": {"average_bits": {"weights": 5, "activations": 5}},
+        "quantization": {"init": "max", "granularity": "channel"},
+        "stages": {"search": {"epochs": 1}, "finetune": {"epochs": 1}},
+        "calibration_batches": 1,
+        "verify_batches": 1,
+        "threads": 1,
+    }
+    results = run(TrainConfig.model_validate(config), tmp_path / "run", quiet=True)
+    assert results["verified"]
+    assert results["average_bits"]["weights"] <= 5
+    assert results["metric"] == {"name": "mAP50", "unit": "%", "higher_is_better": True}
+    assert results["states"]["finetuned"]["test"].keys() == {"loss", "mAP50", "count"}
