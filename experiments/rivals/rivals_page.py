@@ -29,13 +29,14 @@ def section(name: str) -> str:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
     pictures = "\n\n".join(
         f"![{path.stem}](ROOT/{path.relative_to(HERE.parents[1]).as_posix()})"
-        for path in sorted((folder / "plots").glob("*.png"))
+        for path in sorted((folder / "plots").glob("*against*.png"))  # cost was not measured on a quiet machine
     )
     hours = sum(record["results"]["seconds"] for record in records) / 3600
     return (
-        f"{text}\n\n{len(records)} cells, {hours:.1f} hours on one thread each, two side by side on a busy machine (so "
-        f"seconds are rough): `nipq compare experiments/rivals/{name}.yaml --run experiments/rivals/results/{name} "
-        f"--data FOLDER --workers 2`; {where(records[0])}.\n\n{pictures}\n"
+        f"{text}\n\n{len(records)} cells, {hours:.1f} hours on one thread each, two side by side on a busy machine "
+        '(seconds and "x float" say nothing about the methods): '
+        f"`nipq compare experiments/rivals/{name}.yaml --run experiments/rivals/results/{name} --data FOLDER "
+        f"--workers 2`; {where(records[0])}.\n\n{pictures}\n"
     )
 
 

@@ -18,8 +18,10 @@ COLOURS = (
 MARKERS = "osD^vP*Xh<"
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
-APART = 0.006
+APART = 0.02
 """Share of the axis by which neighbouring rows are drawn apart where all have the same bits, so that all are seen."""
+SHORTEST = 1.0
+"""Bits that such an axis spans at least; else rows of one budget would be told apart by their fourth decimal."""
 
 Place = Callable[[Row], float | None]
 
@@ -47,10 +49,10 @@ def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         ("bops", [_scaled(comparison, "bit-operations per sample", "BOP", lambda row: row.bops)]),
         ("bytes", [_scaled(comparison, "bytes on disk", "B", lambda row: row.file_bytes)]),
     ):
-        drawn = [panel for panel in panels if any(panel[1](row) is not None for row in _rows(comparison))]
-        if drawn:
+        shown = [panel for panel in panels if any(panel[1](row) is not None for row in _rows(comparison))]
+        if shown:
             found.append(folder / f"{metric}_against_{name}.png")
-            _plot_curves(comparison, drawn, found[-1], apart=APART if name == "bits" else 0.0)
+            _plot_curves(comparison, shown, found[-1], apart=APART if name == "bits" else 0.0)
     if any(row.cost is not None for row in _rows(comparison)):
         found.append(folder / "training_cost.png")
         _plot_cost(comparison, found[-1])
@@ -66,7 +68,11 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
         grid[0].set_ylabel(f"test {metric.name} [{metric.unit}], {arrow} is better")
         for axes, (heading, place) in zip(grid, panels, strict=True):
             places = [x for row in _rows(comparison) if (x := place(row)) is not None]
-            step = apart * (max(places) - min(places))
+            low, span = min(places), max(places) - min(places)
+            if apart and span < SHORTEST:
+                low, span = low - (SHORTEST - span) / 2, SHORTEST
+                axes.set_xlim(low, low + span)
+            step = apart * span
             for number, label in enumerate(labels):
                 _curve(axes, comparison, label, number, place, step * (number - (len(labels) - 1) / 2))
             if comparison.float_row:
