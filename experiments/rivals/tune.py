@@ -48,9 +48,14 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         {"optimizer": LR, "stages": split(3, 2)},
     ],
     "nipq": [
-        {"optimizer": {"lr": 0.02}},
-        {"optimizer": {"lr": 0.05}},
-        {"optimizer": LR, "stages": split(3, 2)},
+        {"optimizer": {"lr": 0.02}, "bit_start": "middle"},
+        {"optimizer": {"lr": 0.05}, "bit_start": "middle"},
+        {"optimizer": LR, "stages": split(3, 2), "bit_start": "middle"},
+        {"allocation": "hawq"},
+        {"bit_start": "noise"},
+        {"bit_start": "noise", "stages": split(3, 2)},
+        {"bit_start": "noise", "stages": {"finetune": {"lr": 0.03}}},
+        {"bit_start": "noise", "optimizer": {"bits_lr": 0.005}},
     ],
 }
 
