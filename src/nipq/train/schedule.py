@@ -71,7 +71,7 @@ def tempering_share(kind: Literal["none", "linear", "cosine"], step: int, steps:
         The share, in [0, 1].
 
     Example:
-        >>> [tempering_share("cosine", step, 5) for step in (0, 2, 4)]
+        >>> [tempering_share("linear", step, 5) for step in (0, 2, 4)]
         [0.0, 0.5, 1.0]
     """
     if kind == "none":
