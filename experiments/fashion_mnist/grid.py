@@ -24,6 +24,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nipq.compare.record import processor
+
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 
@@ -152,16 +154,6 @@ def learned_bits(metrics: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     search = [row for row in rows if row["stage"] == "search"]
     return dict(search[-1]["layer_bits"]) if search else {}
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def done(cell: tuple[str, int, float | None], runs: Path) -> bool:

@@ -32,6 +32,7 @@ from nipq.errors import ConfigError, OrderError
 from nipq.functional.boundary import noise_optimal_boundary
 from nipq.functional.uniform import quantize
 from nipq.layer_table import layer_table
+from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.snap import Assignment, freeze_to_
 from nipq.trace import ExampleInputs, call_model
@@ -149,7 +150,7 @@ def sensitivities(
     for row in rows:
         layer = twin.get_submodule(names[row.layer])
         if not row.weight.is_frozen:
-            weights.setdefault(row.weight.name, layer.weight)  # type: ignore[arg-type]
+            weights.setdefault(row.weight.name, float_weight(layer))
         if row.input is not None and not row.input.is_frozen:
             inputs[row.input.name] = layer
     data = _first(loader, samples, next(twin.parameters()).device)

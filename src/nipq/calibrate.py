@@ -12,6 +12,7 @@ from nipq.control import phase_of, set_phase_
 from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import layer_table
 from nipq.nn.initial import start_input_boundary_, start_weight_boundary_
+from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
 from nipq.phases import Phase
 from nipq.trace import ExampleInputs, call_model
@@ -106,7 +107,7 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
     if read == 0:
         raise ConfigError("calibrate_: expected at least one batch, found an empty loader. Give some training data.")
     for row in rows:
-        weight = row.layer.parametrizations.weight.original  # type: ignore[union-attr]
+        weight = float_weight(row.layer)
         assert isinstance(weight, Tensor)
         start_weight_boundary_(row.weight, weight)
     for quantizer, kept in samples.items():

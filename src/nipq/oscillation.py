@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError
 from nipq.layer_table import layer_table
+from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import WeightQuantizer
 
 MOMENTUM = 0.01  # of the frequency and of the mean code: both look back over about 100 steps
@@ -173,7 +174,7 @@ class Oscillations:
     def _tensors(self) -> Iterator[tuple[WeightQuantizer, Tensor]]:
         """Each quantizer and the float weight behind it, looked up anew: a model may replace its parameters."""
         for quantizer, layer in self._layers.items():
-            yield quantizer, layer.parametrizations.weight.original  # type: ignore[union-attr, misc]
+            yield quantizer, float_weight(layer)
 
     def _progress(self) -> float:
         """0 before the annealing, then up to 1 by half a cosine."""

@@ -22,8 +22,8 @@ import torch
 from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
-from nipq.analysis.hessian import differentiable, hessian, labelled
-from nipq.analysis.network import LossFn, float_twin, on_input, stored_weights
+from nipq.analysis.hessian import hessian, labelled
+from nipq.analysis.network import LossFn, differentiable, float_twin, on_input, stored_weights
 from nipq.errors import ConfigError
 from nipq.trace import ExampleInputs, call_model
 

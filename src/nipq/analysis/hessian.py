@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -105,19 +104,6 @@ def hessian(
         check_deterministic=False,
         batch_size_fn=lambda batch: batch.count,
     )
-
-
-@contextmanager
-def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Let parameters ask for gradients meanwhile."""
-    before = [(p, p.requires_grad) for p in parameters]
-    for p, _ in before:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p, required in before:
-            p.requires_grad_(required)
 
 
 class _Mean:

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.network import Scores, input_samples, intact, stored_weight
+from nipq.analysis.network import Scores, differentiable, input_samples, intact
 from nipq.analysis.sweep import Point, Sweep
 from nipq.calibrate import SAMPLE_SIZE, inputs_of, to_device
 from nipq.errors import OrderError
 from nipq.functional.boundary import noise_optimal_boundary
 from nipq.layer_table import LayerRow, layer_table, quantizers
+from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import FEWEST_BITS, TensorQuantizer
 from nipq.trace import call_model
 
@@ -55,10 +56,10 @@ def lowered_bits(
             'Give batches=, or boundaries="kept".'
         )
     values = _values(model, rows, batches or ()) if boundaries == "refit" else {}
-    chosen = [row.weight for row in rows]
-    chosen += [row.input for row in rows if row.input is not None and not row.spec.is_input]  # type: ignore[misc]
-    lowered: dict[TensorQuantizer, None] = dict.fromkeys(chosen)
-    with intact(model), _held(lowered):
+    inputs = [row.input for row in rows if row.input is not None and not row.spec.is_input]
+    lowered: list[TensorQuantizer] = list(dict.fromkeys([*(row.weight for row in rows), *inputs]))
+    # Methods that take a boundary from the tensor at every forward do so only while it is not a learned one.
+    with intact(model), differentiable([quantizer.alpha_raw for quantizer in lowered]):
         for quantizer in lowered:
             bits = max(FEWEST_BITS, quantizer.bits_rounded - by)
             quantizer.bits_frozen.fill_(bits)
@@ -67,19 +68,6 @@ def lowered_bits(
                 x = values[quantizer.name]
                 quantizer.set_alpha_(noise_optimal_boundary(x, float(bits), quantizer.grid, channel_axis=axis))
         yield
-
-
-@contextmanager
-def _held(chosen: Iterable[TensorQuantizer]) -> Iterator[None]:
-    """Methods that take a boundary from the tensor at every forward do so only while it is not a learned one."""
-    before = [(quantizer.alpha_raw, quantizer.alpha_raw.requires_grad) for quantizer in chosen]
-    for alpha_raw, _ in before:
-        alpha_raw.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for alpha_raw, required in before:
-            alpha_raw.requires_grad_(required)
 
 
 @torch.no_grad()
@@ -99,7 +87,7 @@ def _values(model: nn.Module, rows: Sequence[LayerRow], batches: Iterable[Any]) 
         for module, training in modes.items():
             module.training = training
     for row in rows:
-        found[row.weight.name] = stored_weight(row.layer).detach()
+        found[row.weight.name] = float_weight(row.layer).detach()
     return found
 
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nipq.control import set_phase_
 from nipq.layer_table import layer_table
-from nipq.nn.layers import SUPPORTED, is_prepared
+from nipq.nn.layers import SUPPORTED, float_weight, is_prepared
 from nipq.phases import Phase
 from nipq.prepare import restore_
 
@@ -42,13 +42,6 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if chosen(module)}
 
 
-def stored_weight(layer: nn.Module) -> nn.Parameter:
-    """The float weight of a layer, prepared or not."""
-    weight = layer.parametrizations.weight.original if is_prepared(layer) else layer.weight  # type: ignore[union-attr]
-    assert isinstance(weight, nn.Parameter)
-    return weight
-
-
 def stored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The float weight of each layer, as the optimizer sees it; a shared one once.
 
@@ -60,7 +53,7 @@ def stored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found: dict[int, tuple[str, nn.Parameter]] = {}
     for name, layer in layers(model).items():
-        weight = stored_weight(layer)
+        weight = float_weight(layer)
         found.setdefault(id(weight), (f"{name}.weight".lstrip("."), weight))
     return dict(found.values())
 
@@ -81,11 +74,24 @@ def float_twin(model: nn.Module, *, quantized: bool = True) -> nn.Module:
         return twin
     set_phase_(twin, Phase.ROUND if quantized else Phase.FLOAT)
     rows = layer_table(twin)
-    values = [row.layer.weight.detach().clone() for row in rows]  # type: ignore[operator]
+    values = [row.weight(float_weight(row.layer)).clone() for row in rows]
     restore_(twin)
     for row, value in zip(rows, values, strict=True):
-        row.layer.weight.copy_(value)  # type: ignore[operator]
+        float_weight(row.layer).copy_(value)
     return twin
+
+
+@contextmanager
+def differentiable(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Let parameters ask for gradients meanwhile."""
+    before = [(p, p.requires_grad) for p in parameters]
+    for p, _ in before:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
 
 
 @contextmanager

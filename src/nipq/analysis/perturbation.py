@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.network import Scores, intact, is_quantized, layers, on_input, stored_weight, stored_weights
+from nipq.analysis.network import Scores, intact, is_quantized, layers, on_input, stored_weights
 from nipq.analysis.sweep import Point, Sweep
 from nipq.control import phase_of
 from nipq.errors import OrderError
 from nipq.layer_table import layer_table
+from nipq.nn.layers import float_weight
 from nipq.phases import Phase
 
 
@@ -85,7 +86,7 @@ def _noise(strength: float, axis: int | None, generator: torch.Generator) -> Cal
 
 def _channel_axis(layer: nn.Module) -> int:
     """Axis of the input channels, counted from the end: weights of convolutions have two axes more than places."""
-    return -1 if isinstance(layer, nn.Linear) else 1 - stored_weight(layer).ndim
+    return -1 if isinstance(layer, nn.Linear) else 1 - float_weight(layer).ndim
 
 
 def _moved(x: Tensor, direction: Tensor, axis: int | None = None) -> Tensor:

@@ -89,9 +89,9 @@ class CompareFolder:
 
     def portable(self, config: TrainConfig) -> Tree:
         """Every field of a config, without this machine's folders: the data's is left out, others lose theirs."""
-        tree = self._relative(config.model_dump(mode="json"))
+        tree: Tree = self._relative(config.model_dump(mode="json"))
         tree["data"]["path"] = None
-        return tree  # type: ignore[no-any-return]
+        return tree
 
     def located(self, config: Tree, data: str | None) -> TrainConfig:
         """The config of a cell with the places of weights and data on this machine."""

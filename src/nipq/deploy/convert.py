@@ -12,7 +12,7 @@ from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer
 from nipq.errors import NonFiniteError, OrderError
 from nipq.layer_table import LayerRow, layer_table, quantizers
 from nipq.nn.integer import bias_of, fold, output_channels
-from nipq.nn.layers import plain_shell
+from nipq.nn.layers import float_weight, plain_shell
 from nipq.phases import Phase
 
 
@@ -112,7 +112,7 @@ def _codes(row: LayerRow) -> Tensor:
 
 
 def _float_weight(row: LayerRow) -> Tensor:
-    weight: Tensor = row.layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+    weight = float_weight(row.layer)
     return weight.detach()
 
 

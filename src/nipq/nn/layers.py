@@ -89,6 +89,11 @@ def weight_quantizer(layer: nn.Module) -> WeightQuantizer:
     return quantizer
 
 
+def float_weight(layer: nn.Module) -> nn.Parameter:
+    """The float weight that training moves, of a prepared layer or of a plain one."""
+    return layer.get_parameter("parametrizations.weight.original" if is_prepared(layer) else "weight")
+
+
 def quantization(layer: nn.Module) -> LayerQuantization:
     """The :class:`LayerQuantization` of a prepared layer."""
     found = layer.quantization
@@ -248,7 +253,7 @@ def _integer_domain_forward(layer: nn.Module, input: Tensor, *args: Any, **kwarg
             f'{record.spec.name}: expected evaluation mode in phase "int", found training mode. '
             'Call model.eval() first, or set_phase_(model, "round") to train.'
         )
-    weight = quantizer.codes(layer.parametrizations.weight.original)  # type: ignore[union-attr, arg-type]
+    weight = quantizer.codes(float_weight(layer))
     shell, dim = plain_shell(layer), channel_dim(layer)
     float64 = needs_float64(weight, *record.input.code_range(), weight_channel_axis(layer))
     batchnorm = record.folded[0] if record.folded else None

@@ -16,6 +16,7 @@ from nipq.deploy.file import file_bytes, save
 from nipq.deploy.load import load
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError
 from nipq.layer_table import LayerRow, layer_table
+from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.phases import Phase
 from nipq.prepare import prepare_
@@ -171,18 +172,14 @@ def histograms(model: nn.Module, inputs: Nested) -> list[Histogram]:
     finally:
         for handle in handles:
             handle.remove()
-    weights = [_histogram(f"{row.name} weight", _original(row.layer), row.weight, is_weight=True) for row in chosen]
+    weights = [
+        _histogram(f"{row.name} weight", float_weight(row.layer).detach(), row.weight, is_weight=True) for row in chosen
+    ]
     return weights + [
         _histogram(f"{row.name} input", seen[row.name], row.input, is_weight=False)
         for row in chosen
         if row.input is not None
     ]
-
-
-def _original(layer: nn.Module) -> Tensor:
-    """The stored float weight under the parametrization."""
-    tensor: Tensor = layer.parametrizations.weight.original  # type: ignore[union-attr, assignment]
-    return tensor.detach()
 
 
 def _histogram(title: str, values: Tensor, quantizer: TensorQuantizer, *, is_weight: bool) -> Histogram:

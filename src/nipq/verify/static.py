@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
 from nipq.layer_table import LayerRow, layer_table
 from nipq.nn.integer import bias_of, fold, output_channels
+from nipq.nn.layers import float_weight
 
 
 def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
@@ -61,7 +62,7 @@ def trained_facts(row: LayerRow) -> dict[str, Any]:
     bias = bias_of(row.layer)
     facts: dict[str, Any] = {
         "weight bits": row.weight.bits_rounded,
-        "weight codes": row.weight.codes(row.layer.parametrizations.weight.original),  # type: ignore[union-attr, arg-type]
+        "weight codes": row.weight.codes(float_weight(row.layer)),
     }
     if row.input is None:
         return facts | {"step of the weight": row.weight.step(), "bias": bias}
