@@ -39,7 +39,7 @@ def stored(folder: str | Path | None, name: str, recipe: object, make: Callable[
     temporary = file.with_name(f"{file.stem}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
+            np.savez(stream, **arrays)  # type: ignore[arg-type]  # numpy reads them as allow_pickle
         temporary.replace(file)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ norms are folded into its convolutions already.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from experiments.tasks.weights import write_weights
 from nipq.errors import ConfigError
 
 GRAPH = "models/centernet.json"
@@ -280,15 +279,7 @@ def _arrays(spec: dict[str, Any], folder: Path) -> dict[str, np.ndarray[Any, Any
 
 def main() -> None:
     """Write the published weights under the network's names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="below it lies the unpacked package")
-    parser.add_argument("file", type=Path, help="the .safetensors file to write")
-    arguments = parser.parse_args()
-    found = sorted(arguments.folder.rglob(GRAPH))
-    if not found:
-        raise SystemExit(f"expected {GRAPH} below {arguments.folder}, found none. {WEIGHTS_HELP}")
-    arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(published(found[0], CenterNet()), arguments.file)
+    write_weights(__doc__, GRAPH, WEIGHTS_HELP, lambda path: published(path, CenterNet()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ first choice, and beside it the share of right first choices.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from experiments.tasks.cache import Arrays
 from experiments.tasks.float_answers import FloatAnswers, float_section
 from experiments.tasks.photos import cached, pixels, textured, tiles
+from experiments.tasks.weights import write_weights
 from nipq.errors import ConfigError, require
 from nipq.train.batches import Batch, Sources, TensorSplit
 from nipq.train.factory import read_state
@@ -266,15 +265,7 @@ def renamed(published: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 def main() -> None:
     """Write the published weights under timm's names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="below it lies the unpacked package")
-    parser.add_argument("file", type=Path, help="the .safetensors file to write")
-    arguments = parser.parse_args()
-    found = sorted(arguments.folder.rglob(WEIGHTS))
-    if not found:
-        raise SystemExit(f"expected {WEIGHTS} below {arguments.folder}, found none. {WEIGHTS_HELP}")
-    arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(renamed(read_state(found[0]), network()), arguments.file)
+    write_weights(__doc__, WEIGHTS, WEIGHTS_HELP, lambda path: renamed(read_state(path), network()))
 
 
 if __name__ == "__main__":

@@ -8,17 +8,15 @@ are quantized; embeddings, layer norms and the products of attention stay float,
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from experiments.tasks.snippets import MODEL_HELP, model_file
+from experiments.tasks.snippets import MODEL, MODEL_HELP
+from experiments.tasks.weights import write_weights
 from nipq.errors import ConfigError, require
 from nipq.train.batches import Batch
 from nipq.train.factory import read_state
@@ -46,7 +44,7 @@ class SentenceNetwork(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(width, outputs)
-        self.register_load_state_dict_pre_hook(_keep_head)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_keep_head)  # type: ignore[no-untyped-call]  # untyped in torch
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Map tokens [N, L] and their mask [N, L], 1 for a token and 0 for padding, to answers [N, outputs]."""
@@ -116,7 +114,7 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    _, place, count = values.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]
+    _, place, count = values.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]  # too
     middle: Tensor = count.cumsum(0) - (count - 1) / 2.0
     return middle.double()[place]
 
@@ -148,16 +146,8 @@ def renamed(published: dict[str, Tensor], model: SentenceNetwork) -> dict[str, T
 
 def main() -> None:
     """Write the published weights under the network's names."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="below it lies the unpacked package")
-    parser.add_argument("file", type=Path, help="the .safetensors file to write")
-    arguments = parser.parse_args()
-    try:
-        source = model_file(arguments.folder, "model.safetensors")
-    except ConfigError as error:
-        raise SystemExit(str(error)) from error
-    arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(renamed(read_state(source), network()), arguments.file)
+    name = f"{MODEL}/model.safetensors"
+    write_weights(__doc__, name, MODEL_HELP, lambda path: renamed(read_state(path), network()))
 
 
 if __name__ == "__main__":

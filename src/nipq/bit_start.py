@@ -167,7 +167,7 @@ def _probed(quantizers: list[TensorQuantizer], sign: float, seed: int) -> Iterat
 
     try:
         for quantizer in quantizers:  # bound methods on the instance, as for phase "int"
-            quantizer.forward = types.MethodType(probe, quantizer)  # type: ignore[method-assign]
+            quantizer.forward = types.MethodType(probe, quantizer)  # type: ignore[method-assign]  # on purpose
         yield bits
     finally:
         for quantizer in quantizers:

@@ -85,7 +85,7 @@ def hessian(
     """
     curvlinops = _curvlinops()
 
-    class Hessian(curvlinops.HessianLinearOperator):  # type: ignore[misc, name-defined]
+    class Hessian(curvlinops.HessianLinearOperator):  # type: ignore[misc, name-defined]  # found at run time
         """curvlinops' operator with the product of one batch by plain double backward.
 
         Its own goes through functional transforms, which are slower on grouped convolutions and refuse some models.
