@@ -12,9 +12,7 @@ from torch import Tensor
 from nipq.errors import ConfigError
 
 
-def write_weights(
-    description: str | None, name: str, help_text: str, convert: Callable[[Path], dict[str, Tensor]]
-) -> None:
+def write_weights(description: str | None, name: str, hint: str, convert: Callable[[Path], dict[str, Tensor]]) -> None:
     """Read the two paths of the command line and write the converted weights.
 
     Args:
