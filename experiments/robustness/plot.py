@@ -84,7 +84,8 @@ def save(figure: Any, axes: list[Any], path: Path) -> None:  # noqa: ANN401
     """Legend below all panels, then the file."""
     handles, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[1]))
     if labels:
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+        columns = max(2, int(figure.get_figwidth() / 2))  # an entry with a long name is about two inches wide
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(path.name)

@@ -22,6 +22,8 @@ APART = 0.02
 """Share of the axis by which neighbouring rows are drawn apart where all have the same bits, so that all are seen."""
 SHORTEST = 1.0
 """Bits that such an axis spans at least; else rows of one budget would be told apart by their fourth decimal."""
+SHORTEST_SHARE = 0.1
+"""The same for other axes, as a share of their smallest value."""
 
 Place = Callable[[Row], float | None]
 
@@ -47,12 +49,12 @@ def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     for name, panels in (
         ("bits", sides),
         ("bops", [_scaled(comparison, "bit-operations per sample", "BOP", lambda row: row.bops)]),
-        ("bytes", [_scaled(comparison, "bytes on disk", "B", lambda row: row.file_bytes)]),
+        ("bytes", [_scaled(comparison, "bytes on disk, rows side by side", "B", lambda row: row.file_bytes)]),
     ):
         shown = [panel for panel in panels if any(panel[1](row) is not None for row in _rows(comparison))]
         if shown:
             found.append(folder / f"{metric}_against_{name}.png")
-            _plot_curves(comparison, shown, found[-1], apart=APART if name == "bits" else 0.0)
+            _plot_curves(comparison, shown, found[-1], apart=0.0 if name == "bops" else APART)
     if any(row.cost is not None for row in _rows(comparison)):
         found.append(folder / "training_cost.png")
         _plot_cost(comparison, found[-1])
@@ -69,8 +71,9 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
         for axes, (heading, place) in zip(grid, panels, strict=True):
             places = [x for row in _rows(comparison) if (x := place(row)) is not None]
             low, span = min(places), max(places) - min(places)
-            if apart and span < SHORTEST:
-                low, span = low - (SHORTEST - span) / 2, SHORTEST
+            shortest = max(SHORTEST_SHARE * low, SHORTEST if "[bit]" in heading else 0.0)
+            if span < shortest:
+                low, span = low - (shortest - span) / 2, shortest
                 axes.set_xlim(low, low + span)
             step = apart * span
             for number, label in enumerate(labels):
