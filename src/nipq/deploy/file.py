@@ -8,11 +8,13 @@ can be. So::
     bytes on disk = fixed_bytes + sum of bits * ceil(N / 8) over the weights
 
 holds for every assignment of bits: what a budget promises is what lies on disk, to the byte. Equal models make equal
-files. Nothing in a file is executed when it is read.
+files. The JSON holds the SHA-256 of the whole file (with zeros in its own place), so that no changed byte goes
+unnoticed. Nothing in a file is executed when it is read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -31,10 +33,13 @@ from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_
 from nipq.errors import ConfigError
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
 
-#: What the metadata call this format, and its version.
-FORMAT, FORMAT_VERSION = "nipq-packed", 1
+#: What the metadata call this format, and its version; version 1 had no checksum.
+FORMAT, FORMAT_VERSION = "nipq-packed", 2
 #: The metadata's one key.
 KEY = "nipq"
+
+#: What stands in the checksum's place while it is computed.
+NO_CHECKSUM = "0" * 64
 
 #: The longest that an input's record can be.
 _LONGEST_INPUT = {"bits": MOST_BITS, "grid": "unsigned", "zero_point": 65535}
@@ -79,7 +84,7 @@ def save(deployed: nn.Module, path: str | Path, *, overwrite: bool = False) -> P
     if not path.parent.is_dir():
         raise ConfigError(f"save: expected the folder {path.parent} to exist, found none. Create it first.")
     tensors, metadata = contents(deployed)
-    data = to_bytes(tensors, metadata)
+    data = seal(to_bytes(tensors, metadata))
     assert len(data) == file_bytes(deployed), "the header's length is computed as safetensors writes it"
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
@@ -132,7 +137,7 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         deployed: a deployed model.
 
     Returns:
-        ``(tensors, metadata)`` as safetensors takes them.
+        ``(tensors, metadata)`` as safetensors takes them, with :data:`NO_CHECKSUM` for :func:`seal` to replace.
 
     Raises:
         ConfigError: if the model holds no deployed layer, or state that no file can.
@@ -143,6 +148,35 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     text = _text({name: _record(layer) for name, layer in deployed_layers(deployed).items()})
     missing = _longest_header(deployed) - header_bytes(tensors, {KEY: text})
     return tensors, {KEY: text + " " * missing}
+
+
+def seal(data: bytes) -> bytes:
+    """Put the checksum in the place that :func:`contents` left for it.
+
+    Args:
+        data: a file whose checksum is :data:`NO_CHECKSUM`.
+
+    Returns:
+        The file with its checksum.
+    """
+    place = data.index(NO_CHECKSUM.encode())
+    return data[:place] + checksum(data, place).encode() + data[place + len(NO_CHECKSUM) :]
+
+
+def checksum(data: bytes, place: int) -> str:
+    """SHA-256 of a file as if its own checksum were zeros.
+
+    Args:
+        data: the whole file.
+        place: where in it the checksum stands.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    view, digest = memoryview(data), hashlib.sha256()
+    for part in (view[:place], NO_CHECKSUM.encode(), view[place + len(NO_CHECKSUM) :]):
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
@@ -172,7 +206,8 @@ def _text(layers: Mapping[str, Mapping[str, Any]]) -> str:
         release = version("nipq")
     except PackageNotFoundError:  # run from the source tree
         release = "unknown"
-    return _json({"format": FORMAT, "version": FORMAT_VERSION, "nipq": release, "layers": layers})
+    about = {"format": FORMAT, "version": FORMAT_VERSION, "nipq": release, "sha256": NO_CHECKSUM}
+    return _json({**about, "layers": layers})
 
 
 def _record(layer: Deployed) -> dict[str, Any]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from nipq.deploy.file import FORMAT, FORMAT_VERSION, KEY
+from nipq.deploy.container import read_container
 from nipq.deploy.modules import (
     Deployed,
     DeployedLayer,
@@ -25,7 +24,7 @@ from nipq.deploy.modules import (
 from nipq.errors import ConfigError, FileFormatError
 from nipq.functional.grid import Grid, levels
 from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
-from nipq.nn.integer import output_channels
+from nipq.nn.integer import bias_of, output_channels
 from nipq.nn.layers import SUPPORTED, is_prepared, plain_shell
 
 Bits = Annotated[int, Field(ge=FEWEST_BITS, le=MOST_BITS)]
@@ -48,7 +47,7 @@ class LayerRecord(_Record):
 
     kind: str
     bits: Bits
-    shape: list[Annotated[int, Field(ge=0)]]
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=5)]
     tied_to: str | None = None
     input: InputRecord | None = None
     batchnorm: str | None = None
@@ -66,8 +65,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         A deployed copy of the model, on the model's device, equal to the one that was saved in every bit.
 
     Raises:
-        FileFormatError: if the file is missing, truncated, foreign, newer than this version, damaged, or of another
-            architecture (with the module's full name).
+        FileFormatError: if the file is missing, truncated, foreign, newer than this version, changed since it was
+            written, or of another architecture (with the module's full name).
         ConfigError: if the model is prepared or deployed rather than plain.
     """
     if any(is_prepared(module) or isinstance(module, Deployed) for module in model.modules()):
@@ -75,7 +74,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             f"load: expected a plain float {type(model).__name__}, found a prepared or deployed one. "
             "Build a new instance of the architecture, or call nipq.restore_ first."
         )
-    reader = _Reader(Path(path))
+    reader = _Reader(Path(path), model)
     twin = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, record in reader.records.items():
@@ -85,7 +84,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             raise reader.error(name, f"a {record.kind} with a weight of shape {record.shape}", f"a {kind} with {shape}")
         replacements[layer] = reader.layer(layer, name).to(layer.weight.device)
         if record.batchnorm is not None:
-            replacements[reader.find(twin, record.batchnorm)] = nn.Identity()
+            replacements[reader.batchnorm(twin, record.batchnorm)] = nn.Identity()
     twin = replace_modules(twin, replacements).eval().requires_grad_(False)
     reader.fill(twin)
     return twin
@@ -96,27 +95,17 @@ class _Reader:
 
     Args:
         path: the file.
+        model: a plain float instance of the architecture.
 
     Raises:
         FileFormatError: if it is not a readable file of this format and version.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, model: nn.Module) -> None:
         self.path = path
-        if not path.is_file():
-            raise FileFormatError(f"{path}: expected a packed model file, found none. Check the path.")
-        try:
-            with safe_open(path, "pt") as file:
-                metadata: dict[str, str] = file.metadata() or {}
-                self.tensors: dict[str, Tensor] = {}
-                # Of a foreign file nothing but the header is read.
-                for key in file.keys() if KEY in metadata else ():
-                    self.tensors[key] = file.get_tensor(key)
-        except (SafetensorError, OSError, ValueError, TypeError) as error:
-            raise FileFormatError(
-                f"{path}: expected a whole safetensors file, found: {error}. Save or copy the model again."
-            ) from error
-        self.records = self._records(metadata)
+        container = read_container(path, model)
+        self.tensors = container.tensors
+        self.records = self._records(container.layers, model)
         self.codes: dict[str, Tensor] = {}
 
     def error(self, name: str, expected: str, found: str) -> FileFormatError:
@@ -124,23 +113,13 @@ class _Reader:
         remedy = "Give the architecture that was saved, or save the model again."
         return FileFormatError(f"{self.path}: {name}: expected {expected}, found {found}. {remedy}")
 
-    def _records(self, metadata: dict[str, str]) -> dict[str, LayerRecord]:
+    def _records(self, layers: object, model: nn.Module) -> dict[str, LayerRecord]:
+        names = dict(model.named_modules(remove_duplicate=False))
+        for name in layers if isinstance(layers, dict) else ():  # first, so that what follows is no longer than a model
+            if name not in names:
+                raise self.error(name, "the model to have this module", f"none in {type(model).__name__}")
         try:
-            text: Any = json.loads(metadata.get(KEY, "null"))
-        except (ValueError, RecursionError) as error:
-            raise self.error("metadata", "JSON", str(error)) from error
-        if not isinstance(text, dict) or text.get("format") != FORMAT:
-            raise FileFormatError(
-                f"{self.path}: expected a file of format {FORMAT!r}, found another one. "
-                "Only what nipq.save wrote can be loaded."
-            )
-        if text.get("version") != FORMAT_VERSION:
-            raise FileFormatError(
-                f"{self.path}: expected format version {FORMAT_VERSION}, found {text.get('version')!r}. "
-                f"Use the release of nipq that wrote it ({text.get('nipq')})."
-            )
-        try:
-            return TypeAdapter(dict[str, LayerRecord]).validate_python(text.get("layers"))
+            return TypeAdapter(dict[str, LayerRecord]).validate_python(layers)
         except ValidationError as error:
             fault = error.errors()[0]
             where, *field = (str(part) for part in fault["loc"] or ("metadata",))
@@ -152,6 +131,13 @@ class _Reader:
             return model.get_submodule(name)
         except AttributeError:
             raise self.error(name, "the model to have this module", f"none in {type(model).__name__}") from None
+
+    def batchnorm(self, model: nn.Module, name: str) -> nn.Module:
+        """The batch norm of that name; nothing else may be left out of a model."""
+        module = self.find(model, name)
+        if not isinstance(module, _BatchNorm):
+            raise self.error(name, "a batch norm to fold", f"a {type(module).__name__}")
+        return module
 
     def take(self, name: str, part: str) -> Tensor:
         """A tensor of a layer."""
@@ -192,6 +178,8 @@ class _Reader:
         # A batch norm may have made a scale negative, or zero.
         positive = record.batchnorm is None
         if record.input is None:
+            if record.bias != (bias_of(layer) is not None):
+                raise self.error(name, f"a layer {'with' if record.bias else 'without'} bias", "the opposite")
             scale = self.floats(name, "scale", (1, channels), positive=True)
             offset = self.floats(name, "offset", (channels,), positive=False) if record.bias else None
             return DeployedWeightOnlyLayer(shell, codes, scale, offset, weight_bits=record.bits, tied_to=record.tied_to)
