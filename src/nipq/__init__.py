@@ -26,6 +26,7 @@ from nipq.errors import (
     NotQuantizableError,
     OrderError,
 )
+from nipq.export.api import export
 from nipq.inspection import inspect
 from nipq.optim import check_optimizer, drop_frozen_, param_groups
 from nipq.oscillation import Oscillations
@@ -78,6 +79,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "save",
     "load",
     "file_bytes",
+    "export",
     "verify",
     # Errors
     "BudgetError",

@@ -107,7 +107,7 @@ class DeployedLayer(_Deployed):
             *args: the input and what else the trained layer takes.
             **kwargs: the same by name.
         """
-        args, kwargs, x = _without_input(args, kwargs)
+        args, kwargs, x = take_input(args, kwargs)
 
         def run(codes: Tensor, weight: Tensor) -> Tensor:
             result: Tensor = torch.func.functional_call(self.layer, {"weight": weight}, (codes, *args), kwargs)
@@ -177,8 +177,16 @@ class DeployedWeightOnlyLayer(_Deployed):
 Deployed = DeployedLayer | DeployedWeightOnlyLayer
 
 
-def _without_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """The other arguments of a call, and the input: the first argument, or the first tensor given by name."""
+def take_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """The other arguments of a layer's call, and its input: the first argument, or the first tensor given by name.
+
+    Args:
+        args: positional arguments of the call.
+        kwargs: named ones.
+
+    Returns:
+        Both without the input, and the input.
+    """
     if args:
         return args[1:], kwargs, args[0]
     name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))

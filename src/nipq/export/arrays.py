@@ -1,0 +1,137 @@
+"""Plain arrays: one NPZ file with integers, scales and facts, for people with hardware of their own."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
+from nipq.export.inputs import call_arguments
+from nipq.export.portable import plain_kind
+from nipq.nn.integer import weight_channel_axis
+from nipq.nn.layers import SUPPORTED
+from nipq.trace import ExampleInputs
+
+FORMAT, VERSION = "nipq-arrays", 1
+#: Name of the text file inside the archive that holds everything which is not an array.
+FACTS = "nipq.json"
+
+WIRING = "the arrays hold layers and what stays float, but not how layers are connected; the ONNX file has that"
+CUSTOM = "{}: its class has a forward of its own, which the NumPy reference does not compute"
+
+
+def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[bytes, tuple[str, ...]]:
+    """The NPZ file; ``nipq.export.arrays_reference`` reads it and computes its layers.
+
+    Args:
+        deployed: a deployed model.
+        example_inputs: what it is called with, for the order of the layers and the shapes of what they read and write.
+
+    Returns:
+        The file, and what a reader should know.
+    """
+    model = copy.deepcopy(deployed).cpu().eval()
+    arrays: dict[str, NDArray[Any]] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    for name, (layer, read, written) in _calls(model, example_inputs).items():
+        owner = name if layer.tied_to is None else layer.tied_to
+        parts = {"weight": full_name(owner, "weight")}
+        arrays[parts["weight"]] = layer.weight.numpy()
+        for part in ("scale", "offset", "input_step"):
+            if getattr(layer, part, None) is not None:
+                parts[part] = full_name(name, part)
+        facts[name] = {**_facts(layer, read, written), "arrays": parts}
+    for key, value in deploy_state(model).items():
+        arrays[key] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    text = json.dumps({"format": FORMAT, "version": VERSION, "layers": facts}, indent=1) + "\n"
+    warnings = [WIRING, *(CUSTOM.format(name) for name, fact in facts.items() if fact["custom"])]
+    return _npz(arrays, text), tuple(warnings)
+
+
+@torch.no_grad()
+def _calls(
+    model: nn.Module, example_inputs: ExampleInputs
+) -> dict[str, tuple[Deployed, tuple[int, ...], tuple[int, ...]]]:
+    """Layers in the order in which they are first called, with the shapes of one input and output."""
+    names = {layer: name for name, layer in deployed_layers(model).items()}
+    found: dict[str, tuple[Deployed, tuple[int, ...], tuple[int, ...]]] = {}
+
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        assert isinstance(layer, Deployed)
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        found.setdefault(names[layer], (layer, tuple(x.shape[1:]), tuple(output.shape[1:])))
+
+    handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in names]
+    args, kwargs = call_arguments(example_inputs)
+    model(*args, **kwargs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _facts(layer: Deployed, read: tuple[int, ...], written: tuple[int, ...]) -> dict[str, Any]:
+    """Everything about a layer that is not an array."""
+    plain = plain_kind(layer.layer)
+    facts: dict[str, Any] = {
+        "kind": plain or next(kind.__name__ for kind in SUPPORTED if isinstance(layer.layer, kind)),
+        "custom": plain is None,
+        "input_shape": read,
+        "output_shape": written,
+        "weight_bits": layer.weight_bits,
+    }
+    for key in ("input_bits", "grid", "zero_point", "code_low", "code_high"):
+        facts[key] = getattr(layer, key, None)
+    if isinstance(layer, DeployedLayer):
+        facts["sum_bits"] = _sum_bits(layer)
+    return facts if isinstance(layer.layer, nn.Linear) else facts | _geometry(layer.layer, layer.weight, read, written)
+
+
+def _geometry(shell: Any, weight: Tensor, read: tuple[int, ...], written: tuple[int, ...]) -> dict[str, Any]:  # noqa: ANN401
+    """Stride, padding and groups; the padding of a transposed convolution is that of the equal plain one."""
+    padding: list[list[int]] = []
+    reversed_padding: list[int] = shell._reversed_padding_repeated_twice
+    for axis, (kernel, dilation, stride) in enumerate(zip(weight.shape[2:], shell.dilation, shell.stride, strict=True)):
+        place = 2 * (weight.ndim - 3 - axis)
+        before, after = reversed_padding[place], reversed_padding[place + 1]
+        if weight_channel_axis(shell) == 1:
+            reach, spread = dilation * (kernel - 1), stride * (read[1 + axis] - 1) + 1
+            before = reach - before
+            after = written[1 + axis] + reach - spread - before  # an output size may have been asked for
+        padding.append([before, after])
+    return {
+        "groups": shell.groups,
+        "stride": shell.stride,
+        "dilation": shell.dilation,
+        "padding": padding,
+        "padding_mode": shell.padding_mode,
+    }
+
+
+def _sum_bits(layer: DeployedLayer) -> int:
+    """Bits of a two's-complement accumulator that holds every sum that any input can lead to."""
+    weight = layer.weight.long().abs()
+    groups: int = getattr(layer.layer, "groups", 1)
+    if weight_channel_axis(layer.layer) == 1:
+        weight = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).transpose(1, 2).flatten(0, 1)
+    largest = int(weight.flatten(1).sum(1).max()) * max(-layer.code_low, layer.code_high)
+    return largest.bit_length() + 1
+
+
+def _npz(arrays: Mapping[str, NDArray[Any]], facts: str) -> bytes:
+    """What ``numpy.load`` reads, without pickles, and a text beside the arrays; equal models make equal files."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(FACTS), facts)
+        for key, value in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, value, allow_pickle=False)
+    return file.getvalue()

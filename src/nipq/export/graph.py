@@ -1,0 +1,164 @@
+"""From a module tree to an ONNX graph through torch's own exporter, and the names of what stands for which layer.
+
+A layer marks its tensors while it is traced. Marks are operators of a domain of their own; the exporter's optimizer
+leaves them alone, and they are taken out again once the names of the tensors around them are read.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.deploy.modules import Deployed, deployed_layers, full_name, replace_modules
+from nipq.errors import require
+from nipq.export.inputs import exported_program
+from nipq.export.portable import PortableLayer, portable_layers
+from nipq.trace import ExampleInputs
+
+_MARKS = "nipq"
+
+#: Builds what a deployed layer is replaced by, from the layer, its numbers and its name.
+Form = Callable[[Deployed, PortableLayer, str], nn.Module]
+
+#: The tensors of one call of a layer, by role.
+Binding = dict[str, Any]
+
+
+def operator(
+    kind: str,
+    inputs: Sequence[Tensor],
+    dtype: torch.dtype,
+    shape: Sequence[int | torch.SymInt],
+    attributes: Mapping[str, int | str] | None = None,
+) -> Tensor:
+    """Emit one ONNX operator while torch exports.
+
+    Args:
+        kind: its name, after its domain and ``::`` unless it is ONNX's own.
+        inputs: its inputs.
+        dtype: type of its output.
+        shape: shape of its output.
+        attributes: its attributes.
+
+    Returns:
+        A stand-in for its output.
+    """
+    version = 1 if "::" in kind else None
+    return torch.onnx.ops.symbolic(kind, inputs, dict(attributes or {}), dtype=dtype, shape=shape, version=version)
+
+
+def mark(x: Tensor, layer: str, role: str) -> Tensor:
+    """Name a tensor of the graph after what it is to a layer.
+
+    Args:
+        x: the tensor.
+        layer: full name of the layer.
+        role: what it is, such as ``"codes"``.
+
+    Returns:
+        The tensor.
+    """
+    return operator(f"{_MARKS}::Mark", (x,), x.dtype, x.shape, {"layer": layer, "role": role})
+
+
+def onnx_graph(deployed: nn.Module, example_inputs: ExampleInputs, form: Form, opset: int) -> tuple[Any, list[Binding]]:
+    """Export a deployed model with its layers in another form.
+
+    Args:
+        deployed: a deployed model.
+        example_inputs: what it is called with; its batch may have any size.
+        form: what stands for each layer.
+        opset: version of ONNX's operators.
+
+    Returns:
+        An ``onnx_ir.Model``, and the values of each call of a layer in the order of the graph.
+
+    Raises:
+        ConfigError: if torch cannot export the model.
+        MissingDependencyError: if the packages that write ONNX are not installed.
+    """
+    require("onnxscript", extra="onnx", purpose="ONNX files")
+    numbers, twin = portable_layers(deployed), copy.deepcopy(deployed)
+    forms: dict[nn.Module, nn.Module] = {
+        layer: form(layer, numbers[name], name) for name, layer in deployed_layers(twin).items()
+    }
+    program = exported_program(replace_modules(twin, forms).cpu().eval(), example_inputs)
+    with _quiet():
+        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, external_data=False)
+    assert exported is not None
+    model = exported.model
+    bindings = _without_marks(model)
+    _tidy(model, bindings)
+    return model, bindings
+
+
+def _without_marks(model: Any) -> list[Binding]:  # noqa: ANN401  (the package that knows its type is optional)
+    """Take the marks out of the graph and say what they stood on, one binding for each call of a layer."""
+    calls: list[Binding] = []
+    running: Binding = {}
+    marks = [node for node in model.graph if node.domain == _MARKS]
+    for node in marks:
+        role = node.attributes["role"].value
+        running["name"] = node.attributes["layer"].value
+        running[role] = node.inputs[0]
+        node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)
+        if role == "output":
+            calls.append(running)
+            running = {}
+    model.graph.remove(marks, safe=True)
+    del model.graph.opset_imports[_MARKS]
+    return calls
+
+
+def _tidy(model: Any, calls: list[Binding]) -> None:  # noqa: ANN401  (as above)
+    """Names after the layers, one name for the batch, and nothing about the machine that exported."""
+    initializers = list(model.graph.initializers.values())
+    values = [*model.graph.inputs, *initializers, *(value for node in model.graph for value in node.outputs)]
+    for thing in (model, model.graph, *model.graph, *values):
+        thing.metadata_props.clear()
+        thing.doc_string = None
+    sizes = [size for value in model.graph.inputs for size in value.shape if not isinstance(size, int)]
+    symbols = "|".join({str(size) for size in sizes}) or "$^"
+    for value in values:
+        for axis, size in enumerate(value.shape or ()):
+            if not isinstance(size, int):
+                value.shape[axis] = re.sub(rf"\b({symbols})\b", "batch", str(size))
+    for value in initializers:
+        value.type = value.shape = None  # the tensor has them
+    outputs = model.graph.outputs
+    taken = {value.name for value in values}
+    for index, value in enumerate(outputs):
+        _rename(value, "output" if len(outputs) == 1 else f"output_{index}", taken)
+    for call in calls:
+        for role in ("codes", "output"):
+            if role in call and call[role] not in outputs:
+                _rename(call[role], full_name(call["name"], role), taken)
+
+
+def _rename(value: Any, name: str, taken: set[str]) -> None:  # noqa: ANN401  (as above)
+    """Give a value a name, with a number if another one has it."""
+    free = (name if count == 0 else f"{name}_{count}" for count in itertools.count())
+    value.name = next(candidate for candidate in free if candidate not in taken)
+    taken.add(value.name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's remarks on its own progress are of no use here."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

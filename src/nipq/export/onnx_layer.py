@@ -1,0 +1,71 @@
+"""What the ONNX forms of a deployed layer share: its numbers as buffers, and its own forward between quantizers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.deploy.modules import Deployed, take_input
+from nipq.export.graph import mark
+from nipq.export.portable import PortableInput, PortableLayer, plain_kind
+from nipq.nn.integer import channel_dim
+
+
+class OnnxLayer(nn.Module):
+    """One deployed layer, about to be exported; it can be traced, not run.
+
+    Args:
+        layer: the deployed layer.
+        numbers: its portable numbers.
+        name: its full name.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
+        super().__init__()
+        self.name, self.shell, self.input = name, layer.layer, numbers.input
+        self.register_buffer("weight", numbers.weight)
+        self.register_buffer("weight_scale", numbers.weight_scale)
+        self.register_buffer("bias", numbers.bias)
+        #: Whether the weight's scale can only be applied behind the sums.
+        self.scale_after = False
+        # A subclass may do anything with its bias; the deployed layer adds it after the subclass's forward.
+        self.bias_inside = plain_kind(self.shell) is not None or numbers.input is None
+
+    def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
+        """The input on its levels, as operators of the format."""
+        raise NotImplementedError
+
+    def dequantized_weight(self) -> Tensor:
+        """The weight on its levels, as operators of the format."""
+        raise NotImplementedError
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
+        """The layer as operators.
+
+        Args:
+            *args: the input and what else the trained layer takes.
+            **kwargs: the same by name.
+        """
+        args, kwargs, x = take_input(args, kwargs)
+        if self.input is not None:
+            x = self.quantized_input(x, self.input)
+        parts = {"weight": mark(self.dequantized_weight(), self.name, "weight")}
+        bias = None if self.bias is None else mark(self.bias, self.name, "bias")
+        inside = self.bias_inside and not self.scale_after
+        if inside and bias is not None:
+            parts["bias"] = bias
+        y: Tensor = torch.func.functional_call(self.shell, parts, (x, *args), kwargs)
+        shape = [-1] + [1] * (-channel_dim(self.shell) - 1)
+        if self.scale_after:
+            y = y * mark(self.weight_scale, self.name, "weight_scale").reshape(shape)
+        if not inside and bias is not None:
+            y = y + bias.reshape(shape)
+        return mark(y, self.name, "output")

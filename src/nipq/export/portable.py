@@ -1,0 +1,164 @@
+"""A deployed layer in the numbers that other tools read: positive scales, one for weights and one for the input.
+
+The deployed layer multiplies its whole sums by one ``scale``, which a batch norm may have made negative. Exchange
+formats give the input and the weight a scale of their own, both positive, and multiply before they sum::
+
+    codes of the weight = sign(scale) * trained codes        exact, the range is symmetric
+    weight scale        = |scale| / input_step               in float64, rounded once to float32
+    bias                = offset                             to the bit
+
+Every number is a function of the deployed layer, so a file can be compared with the model to the bit. The product of
+both scales is the trained one up to its last binary digit; nothing is recomputed from boundaries.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
+from nipq.errors import NonFiniteError
+from nipq.functional.grid import GridKind
+from nipq.nn.integer import weight_channel_axis
+from nipq.nn.layers import SUPPORTED
+
+
+@dataclass(frozen=True)
+class PortableInput:
+    """How a layer's input becomes codes.
+
+    Attributes:
+        scale: the trained input step, float32, no dimensions.
+        bits: bit-width.
+        grid: kind of grid.
+        zero_point: stored code of the value 0.
+        low: lowest stored code.
+        high: highest stored code.
+        dtype: container, 8 bits wide up to 8 bits and 16 above, signed for signed grids.
+    """
+
+    scale: Tensor
+    bits: int
+    grid: GridKind
+    zero_point: int
+    low: int
+    high: int
+    dtype: torch.dtype
+
+    @property
+    def fills_container(self) -> bool:
+        """Whether saturation of the container alone is the truncation."""
+        info = torch.iinfo(self.dtype)
+        return (self.low, self.high) == (info.min, info.max)
+
+
+@dataclass(frozen=True)
+class PortableLayer:
+    """A deployed layer's numbers, see the head of this file.
+
+    Attributes:
+        weight: whole codes, int8 or int16.
+        weight_scale: float32, zero or more, no dimensions or one per output channel.
+        bias: float32, one per output channel, or None.
+        weight_bits: bit-width.
+        input: what becomes of the input; None when it stays float.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor | None
+    weight_bits: int
+    input: PortableInput | None
+
+
+def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
+    """The numbers of a deployed layer.
+
+    Args:
+        layer: a deployed layer.
+        name: its full name, for messages.
+
+    Returns:
+        The numbers; tensors are on the CPU.
+
+    Raises:
+        NonFiniteError: if a weight scale leaves the range of float32.
+    """
+    weight, scale = layer.weight.cpu(), layer.scale.cpu()
+    bias = None if layer.offset is None else layer.offset.cpu()
+    if isinstance(layer, DeployedWeightOnlyLayer):
+        return PortableLayer(weight, scale.reshape(()) if len(scale) == 1 else scale, bias, layer.weight_bits, None)
+    step = layer.input_step.cpu().reshape(())
+    weight_scale = (scale.double().abs() / step.double()).float()
+    if not bool(torch.isfinite(weight_scale).all()):
+        raise NonFiniteError(
+            f"{name}: expected scale / input_step within the range of float32, found infinity. "
+            "Look at the batch norm after the layer: its running variance may have collapsed."
+        )
+    negative = along_channels(scale < 0, layer.layer, weight)
+    return PortableLayer(torch.where(negative, -weight, weight), weight_scale, bias, layer.weight_bits, _input(layer))
+
+
+def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
+    """The numbers of every deployed layer by full name; equal weights of tied layers are one tensor.
+
+    Args:
+        deployed: what ``nipq.convert`` or ``nipq.load`` returned.
+
+    Returns:
+        Name -> numbers, in the order of the model.
+    """
+    found: dict[str, PortableLayer] = {}
+    weights: dict[int, list[Tensor]] = {}
+    for name, layer in deployed_layers(deployed).items():
+        numbers = portable(layer, name)
+        known = weights.setdefault(layer.weight.data_ptr(), [])
+        twin = next((weight for weight in known if torch.equal(weight, numbers.weight)), None)
+        if twin is None:
+            known.append(numbers.weight)
+        else:
+            numbers = PortableLayer(twin, numbers.weight_scale, numbers.bias, numbers.weight_bits, numbers.input)
+        found[name] = numbers
+    return found
+
+
+def along_channels(values: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
+    """Values of the output channels, shaped to broadcast with the weight.
+
+    Args:
+        values: shape ``(channels,)``, or no dimensions.
+        layer: the layer, or its shell.
+        weight: its weight.
+
+    Returns:
+        As many dimensions as the weight.
+    """
+    if values.ndim == 0:
+        return values.reshape([1] * weight.ndim)
+    groups: int = getattr(layer, "groups", 1)
+    if weight_channel_axis(layer) == 1 and groups > 1:  # a grouped transposed convolution has channels on both axes
+        inputs, outputs = weight.shape[:2]
+        rows = values.reshape(groups, outputs).repeat_interleave(inputs // groups, dim=0)
+        return rows.reshape(inputs, outputs, *[1] * (weight.ndim - 2))
+    shape = [1] * weight.ndim
+    shape[weight_channel_axis(layer)] = -1
+    return values.reshape(shape)
+
+
+def plain_kind(layer: nn.Module) -> str | None:
+    """The torch class whose forward a layer runs, or None for a subclass with a forward of its own."""
+    kind = next(kind for kind in SUPPORTED if isinstance(layer, kind))
+    return kind.__name__ if type(layer).forward is kind.forward else None
+
+
+def _input(layer: DeployedLayer) -> PortableInput:
+    narrow = layer.input_bits <= 8
+    if layer.grid == "signed":
+        dtype = torch.int8 if narrow else torch.int16
+    else:
+        dtype = torch.uint8 if narrow else torch.uint16
+    z = layer.zero_point
+    step = layer.input_step.cpu().reshape(()).clone()
+    return PortableInput(step, layer.input_bits, layer.grid, z, layer.code_low + z, layer.code_high + z, dtype)

@@ -1,0 +1,74 @@
+"""What an export wrote."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+
+class ExportedLayer(NamedTuple):
+    """One layer in a file.
+
+    Attributes:
+        name: full name in the model.
+        weight_bits: bit-width of the weight.
+        container: type that the weight's codes are stored as.
+        input_bits: bit-width of the input, or None when it stays float.
+    """
+
+    name: str
+    weight_bits: int
+    container: str
+    input_bits: int | None
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote; prints itself.
+
+    Attributes:
+        path: the file.
+        format: ``"onnx"``, ``"qonnx"``, ``"arrays"`` or ``"program"``.
+        bytes: size of the file.
+        opset: version of ONNX's operators, or None.
+        layers: the quantized layers.
+        warnings: what a reader of this file should know.
+    """
+
+    path: Path
+    format: str
+    bytes: int
+    opset: int | None
+    layers: tuple[ExportedLayer, ...]
+    warnings: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        layers = [layer._asdict() for layer in self.layers]
+        return asdict(self) | {"path": str(self.path), "layers": layers, "warnings": list(self.warnings)}
+
+    def table(self) -> Table:
+        """The table that ``print`` shows, for a rich console."""
+        opset = "" if self.opset is None else f", opset {self.opset}"
+        table = Table(title=f"{self.path}: {self.format}{opset}, {self.bytes:,} bytes", title_justify="left")
+        table.add_column("layer", overflow="fold")
+        for heading in ("W bits", "stored as", "A bits"):
+            table.add_column(heading, justify="right")
+        for layer in self.layers:
+            inputs = "float" if layer.input_bits is None else str(layer.input_bits)
+            table.add_row(layer.name or "(the model)", str(layer.weight_bits), layer.container, inputs)
+        return table
+
+    def __str__(self) -> str:
+        """The table and the warnings as plain text, 120 columns at most."""
+        text = io.StringIO()
+        console = Console(file=text, width=120, color_system=None)
+        console.print(self.table())
+        for warning in self.warnings:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        return text.getvalue()
