@@ -10,6 +10,7 @@ import typer
 from nipq.cli.compare import run_compare
 from nipq.cli.demo import run_demo
 from nipq.cli.doctor import examine, show_examination
+from nipq.cli.export import export_model
 from nipq.cli.inspection import show_inspection
 from nipq.cli.output import FAILURE, JsonFlag, reporting
 from nipq.cli.show import show_run
@@ -111,6 +112,35 @@ def compare(
         )
         if not ok:
             raise typer.Exit(FAILURE)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="Run folder, or a packed model file.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .onnx, .qonnx.onnx, .npz or .pt2.")],
+    format: Annotated[
+        str | None, typer.Option(help="onnx, qonnx, arrays or program; by the name if not given.")
+    ] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="ONNX: 4-bit and 2-bit weights, packed.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    factory: Annotated[str | None, typer.Option("--model", help="Architecture of a packed file.")] = None,
+    arguments: Annotated[str, typer.Option("--kwargs", help="Arguments of the architecture, as YAML or JSON.")] = "{}",
+    input_shape: Annotated[str | None, typer.Option(help="Shape of the input; a run's data say it.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Write a deployed model as ONNX, QONNX, plain arrays or a torch.export program."""
+    with reporting(as_json):
+        export_model(
+            source,
+            out,
+            format=format,
+            pack=pack,
+            overwrite=overwrite,
+            factory=factory,
+            arguments=arguments,
+            input_shape=input_shape,
+            as_json=as_json,
+        )
 
 
 @app.command()

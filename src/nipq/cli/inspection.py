@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import typer
 
@@ -26,10 +28,7 @@ def show_inspection(factory: str, input_shape: str, arguments: str, *, as_json: 
         ConfigError: If the model is unknown, or shape or arguments cannot be read or do not fit.
     """
     shape = parse_shape(input_shape)
-    kwargs = parse_overrides([f"kwargs={arguments}"])["kwargs"] or {}
-    if not isinstance(kwargs, dict):
-        raise ConfigError(f"expected --kwargs to be a mapping such as '{{num_classes: 10}}', found {arguments!r}")
-    model = build_model(ModelConfig(factory=factory, kwargs=kwargs)).eval()
+    model = build_model(ModelConfig(factory=factory, kwargs=parse_kwargs(arguments))).eval()
     example = torch.zeros(shape)
     try:
         with torch.no_grad():
@@ -43,6 +42,28 @@ def show_inspection(factory: str, input_shape: str, arguments: str, *, as_json: 
         answer(found.to_dict())
     else:
         typer.echo(str(found))
+
+
+def parse_kwargs(text: str) -> dict[str, Any]:
+    """Read a factory's arguments.
+
+    Args:
+        text: A mapping, as YAML or JSON.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        ConfigError: If the text is no mapping.
+
+    Example:
+        >>> parse_kwargs("{num_classes: 10}")
+        {'num_classes': 10}
+    """
+    kwargs = parse_overrides([f"kwargs={text}"])["kwargs"] or {}
+    if not isinstance(kwargs, dict):
+        raise ConfigError(f"expected --kwargs to be a mapping such as '{{num_classes: 10}}', found {text!r}")
+    return kwargs
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -25,12 +25,13 @@ FORMAT, VERSION = "nipq-arrays", 1
 #: Name of the text file inside the archive that holds everything which is not an array.
 FACTS = "nipq.json"
 
-WIRING = "the arrays hold layers and what stays float, but not how layers are connected; the ONNX file has that"
 CUSTOM = "{}: its class has a forward of its own, which the NumPy reference does not compute"
 
 
 def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[bytes, tuple[str, ...]]:
     """The NPZ file; ``nipq.export.arrays_reference`` reads it and computes its layers.
+
+    It holds layers and what stays float, but not how layers are connected; the ONNX file has that.
 
     Args:
         deployed: a deployed model.
@@ -53,8 +54,7 @@ def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[by
     for key, value in deploy_state(model).items():
         arrays[key] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     text = json.dumps({"format": FORMAT, "version": VERSION, "layers": facts}, indent=1) + "\n"
-    warnings = [WIRING, *(CUSTOM.format(name) for name, fact in facts.items() if fact["custom"])]
-    return _npz(arrays, text), tuple(warnings)
+    return _npz(arrays, text), tuple(CUSTOM.format(name) for name, fact in facts.items() if fact["custom"])
 
 
 @torch.no_grad()

@@ -63,9 +63,14 @@ class OnnxLayer(nn.Module):
         if inside and bias is not None:
             parts["bias"] = bias
         y: Tensor = torch.func.functional_call(self.shell, parts, (x, *args), kwargs)
-        shape = [-1] + [1] * (-channel_dim(self.shell) - 1)
         if self.scale_after:
-            y = y * mark(self.weight_scale, self.name, "weight_scale").reshape(shape)
+            y = y * self._along_channels(mark(self.weight_scale, self.name, "weight_scale"))
         if not inside and bias is not None:
-            y = y + bias.reshape(shape)
+            y = y + self._along_channels(bias)
         return mark(y, self.name, "output")
+
+    def _along_channels(self, values: Tensor) -> Tensor:
+        """Shaped to broadcast with the output; no reshape, whose target tools take for a batch and change."""
+        for _ in range(-channel_dim(self.shell) - 1):
+            values = values.unsqueeze(-1)
+        return values

@@ -53,9 +53,8 @@ class ExportReport:
         return asdict(self) | {"path": str(self.path), "layers": layers, "warnings": list(self.warnings)}
 
     def table(self) -> Table:
-        """The table that ``print`` shows, for a rich console."""
-        opset = "" if self.opset is None else f", opset {self.opset}"
-        table = Table(title=f"{self.path}: {self.format}{opset}, {self.bytes:,} bytes", title_justify="left")
+        """The layers, for a rich console."""
+        table = Table()
         table.add_column("layer", overflow="fold")
         for heading in ("W bits", "stored as", "A bits"):
             table.add_column(heading, justify="right")
@@ -65,9 +64,12 @@ class ExportReport:
         return table
 
     def __str__(self) -> str:
-        """The table and the warnings as plain text, 120 columns at most."""
+        """File, layers and warnings as plain text."""
         text = io.StringIO()
         console = Console(file=text, width=120, color_system=None)
+        opset = "" if self.opset is None else f", opset {self.opset}"
+        heading = f"{self.path}: {self.format}{opset}, {self.bytes:,} bytes"
+        console.print(heading, soft_wrap=True, markup=False)
         console.print(self.table())
         for warning in self.warnings:
             console.print(f"warning: {warning}", soft_wrap=True, markup=False)

@@ -1,0 +1,93 @@
+"""``nipq export``: a finished run, or a packed file, as a file for other programs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import typer
+from torch import nn
+
+from nipq.cli.inspection import parse_kwargs, parse_shape
+from nipq.cli.output import answer
+from nipq.deploy.load import load
+from nipq.errors import ConfigError
+from nipq.export.api import Format, export
+from nipq.train.config import ModelConfig
+from nipq.train.data import load_data
+from nipq.train.factory import build_model
+from nipq.train.nested import pick
+from nipq.train.run_folder import RunFolder
+
+
+def export_model(
+    source: Path,
+    out: Path,
+    *,
+    format: str | None,
+    pack: bool,
+    overwrite: bool,
+    factory: str | None,
+    arguments: str,
+    input_shape: str | None,
+    as_json: bool,
+) -> None:
+    """Export a model and print what was written.
+
+    Args:
+        source: Folder of a finished run, or a packed model file.
+        out: The file to write.
+        format: Its format; by the end of its name if ``None``.
+        pack: Store weights of few bits packed.
+        overwrite: Replace an existing file.
+        factory: Architecture of a packed file; a run folder knows its own.
+        arguments: Of the factory, as YAML or JSON.
+        input_shape: Whole numbers with commas, batch first; a run folder knows it from its data.
+        as_json: Print JSON.
+
+    Raises:
+        ConfigError: If the source is no finished, proven run and no packed file with its architecture and input.
+        FileFormatError: If the packed file cannot be read.
+    """
+    if source.is_dir():
+        deployed, example = _from_run(RunFolder(source), input_shape)
+    else:
+        deployed, example = _from_file(source, factory, arguments, input_shape)
+    report = export(deployed, out, example, format=cast("Format | None", format), pack=pack, overwrite=overwrite)
+    if as_json:
+        answer(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def _from_run(place: RunFolder, input_shape: str | None) -> tuple[nn.Module, Any]:
+    """Model and example inputs of a finished run."""
+    config = place.read_config()
+    if not place.model.is_file() or not place.results.is_file():
+        raise ConfigError(
+            f"expected a finished run, found an unfinished one in {place.path}; continue it with --resume"
+        )
+    if not json.loads(place.results.read_text(encoding="utf-8"))["verified"]:
+        raise ConfigError(
+            f"expected a deployed model that equals the trained one, found in {place.results} that it does not; "
+            "see nipq verify"
+        )
+    deployed = load(place.model, build_model(config.model, with_weights=False))
+    if input_shape is not None:
+        return deployed, torch.zeros(parse_shape(input_shape))
+    return deployed, pick(next(iter(load_data(config.data, config.seed).test))[0], slice(1))
+
+
+def _from_file(
+    path: Path, factory: str | None, arguments: str, input_shape: str | None
+) -> tuple[nn.Module, torch.Tensor]:
+    """Model of a packed file, and example inputs."""
+    if factory is None or input_shape is None:
+        raise ConfigError(
+            f"expected --model and --input-shape with the file {path}, found {factory} and {input_shape}; "
+            "a packed file does not know its architecture, a run folder does"
+        )
+    model = build_model(ModelConfig(factory=factory, kwargs=parse_kwargs(arguments)))
+    return load(path, model), torch.zeros(parse_shape(input_shape))
