@@ -14,8 +14,9 @@ from torch import Tensor
 
 from nipq import theory
 from nipq.functional.boundary import max_boundary, noise_optimal_boundary
+from nipq.functional.empirical import ERROR_TABLE, EmpiricalMethod, empirical_noise
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
-from nipq.functional.noise import EmpiricalMethod, empirical_noise, uniform_noise
+from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import quantize
 
@@ -87,11 +88,11 @@ def test_error_power_turns_the_proxys_error_into_the_true_one(grid: Grid, alpha:
 
 
 @each_cell
-@pytest.mark.parametrize("method", ["resample", "histogram"])
+@pytest.mark.parametrize("method", ["table", "histogram"])
 def test_t3_and_t4_empirical_noise_has_lsqs_gradients(
     grid: Grid, alpha: float, bits: float, method: EmpiricalMethod
 ) -> None:
-    """Reference: both samplers within 0.4 %; the signs agree in every cell."""
+    """Reference: within 0.4 % from all errors; the signs agree in every cell. A table of 4,096 errors knows less."""
     repeats, generator, point = 4, torch.Generator().manual_seed(0), (f64(alpha), f64(bits))
     draws = [
         by_autograd(
@@ -103,8 +104,9 @@ def test_t3_and_t4_empirical_noise_has_lsqs_gradients(
     want = lsq(NORMAL, alpha, bits, grid)
     # Noise enters by its power alone, a mean over the elements in range of numbers from 0 to 1/4.
     tails, power = theory.sample_tails(NORMAL, alpha, grid), theory.error_power(NORMAL, alpha, bits, grid)
-    off = (power * (0.25 - power) / (NORMAL.numel() * tails.inside * repeats)) ** 0.5 / power
-    assert off < 4e-3  # the cap
+    seen, cap = (ERROR_TABLE, 2e-2) if method == "table" else (NORMAL.numel(), 4e-3)
+    off = (power * (0.25 - power) / (seen * tails.inside * repeats)) ** 0.5 / power
+    assert off < cap
     alone = theory.proxy_gradient(theory.Tails(tails.inside, f64(0.0), f64(0.0)), alpha, bits, grid, power)
     assert abs(got[0] - want.alpha) < 4 * off * alone.alpha + 1e-5
     assert abs(got[1] - want.bits) < 4 * off * alone.bits.abs() + 1e-5

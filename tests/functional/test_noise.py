@@ -1,4 +1,4 @@
-"""The kinds of noise: range, distribution, layout, and what happens with nothing in range."""
+"""The kinds of noise: range, distribution, layout."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 
 from nipq.config import NoiseKind
 from nipq.errors import ConfigError
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid, step_size, value_range
+from nipq.functional.counter import draw_key
+from nipq.functional.grid import SIGNED
 from nipq.functional.noise import (
-    EmpiricalMethod,
     draw_noise,
-    empirical_noise,
     gaussian_noise,
     stochastic_noise,
     tempered,
@@ -23,7 +22,6 @@ from nipq.functional.noise import (
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import quantize
 
-METHODS: list[EmpiricalMethod] = ["resample", "histogram"]
 KOLMOGOROV = 2.5  # times 1/sqrt(N): exceeded with probability 7e-6
 
 
@@ -38,11 +36,6 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((below[0] - below[1]).abs().max())
 
 
-def true_errors(x: torch.Tensor, alpha: torch.Tensor, bits: torch.Tensor, grid: Grid) -> torch.Tensor:
-    lower, upper = value_range(alpha, bits, grid)
-    return ((quantize(x, alpha, bits, grid) - x) / step_size(alpha, bits, grid))[(x > lower) & (x < upper)]
-
-
 def test_uniform_noise_is_uniform() -> None:
     noise = uniform_noise(torch.empty(400_001), generator())
     assert noise.abs().max() <= 0.5
@@ -52,7 +45,6 @@ def test_uniform_noise_is_uniform() -> None:
 
 
 def test_uniform_noise_is_independent_between_neighbours() -> None:
-    """Four numbers come from one draw of the generator; none may know of another."""
     noise = uniform_noise(torch.empty(4, 100_000).T, generator())
     for lag in range(1, 9):
         a, b = noise.flatten()[:-lag], noise.flatten()[lag:]
@@ -75,83 +67,11 @@ def test_uniform_noise_keeps_the_layout_of_x() -> None:
 
 
 def test_noise_follows_the_generator_and_leaves_the_global_one_alone() -> None:
-    x, alpha, bits = torch.linspace(-1, 1, 100), torch.tensor([1.0]), torch.tensor([3.0])
+    x = torch.linspace(-1, 1, 100)
     before = torch.get_rng_state()
     assert torch.equal(uniform_noise(x, generator(1)), uniform_noise(x, generator(1)))
     assert not torch.equal(uniform_noise(x, generator(1)), uniform_noise(x, generator(2)))
-    for method in METHODS:
-        first, again, other = (
-            empirical_noise(x, alpha, bits, SIGNED, method=method, generator=generator(seed)) for seed in (1, 1, 2)
-        )
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("grid", [SIGNED, UNSIGNED, Grid("shifted", 0.375)], ids=lambda g: g.kind)
-@pytest.mark.parametrize("bits_value", [2.0, 4.0])
-def test_empirical_noise_has_the_distribution_of_the_errors(
-    method: EmpiricalMethod, grid: Grid, bits_value: float
-) -> None:
-    x = torch.randn(100_000, generator=generator(), dtype=torch.float64)
-    alpha, bits = torch.tensor([2.0], dtype=torch.float64), torch.tensor([bits_value], dtype=torch.float64)
-    errors = true_errors(x, alpha, bits, grid)
-    noise = empirical_noise(x, alpha, bits, grid, method=method, generator=generator(1))
-    # The histogram spreads a bin's errors evenly over the bin: up to one bin's share more.
-    spread = 0.0 if method == "resample" else torch.histc(errors, 256, -0.5, 0.5).max().item() / errors.numel()
-    assert distance(noise, errors) < KOLMOGOROV / 100_000**0.5 + spread
-    assert noise.abs().max() <= 0.5
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_empirical_noise_of_settled_weights_is_no_noise(method: EmpiricalMethod) -> None:
-    """Where uniform noise is wrong: weights on the grid make no error at all."""
-    x = torch.arange(-3.0, 4.0).repeat(50) * 0.5
-    noise = empirical_noise(x, torch.tensor([1.5]), torch.tensor([3.0]), SIGNED, method=method)
-    assert noise.abs().max() <= (0 if method == "resample" else 1 / 256)
-
-
-def test_resampled_noise_ignores_the_place_and_the_truncated() -> None:
-    x = torch.tensor([0.25, 9.0, -9.0, 1.4]).repeat(1000)  # on a grid of step 1: errors -0.25 and -0.4
-    noise = empirical_noise(x, torch.tensor([3.0]), torch.tensor([3.0]), SIGNED, generator=generator())
-    assert noise.unique().numel() == 2
-    for place in range(4):
-        share = (noise[place::4] < -0.3).double().mean().item()
-        assert abs(share - 0.5) < 5 * (0.25 / 1000) ** 0.5
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(
-    ("x", "grid"),
-    [(torch.zeros(20_000), UNSIGNED), (-torch.rand(20_000), UNSIGNED), (torch.full((20_000,), 9.0), SIGNED)],
-    ids=["all zero after a ReLU", "all negative", "all truncated"],
-)
-def test_with_nothing_in_range_empirical_noise_is_uniform(method: EmpiricalMethod, x: torch.Tensor, grid: Grid) -> None:
-    noise = empirical_noise(x, torch.tensor([1.0]), torch.tensor([4.0]), grid, method=method, generator=generator())
-    assert distance(noise, torch.linspace(-0.5, 0.5, 20_000)) < 2 * KOLMOGOROV / 20_000**0.5
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_empirical_noise_of_an_empty_tensor_is_empty(method: EmpiricalMethod) -> None:
-    noise = empirical_noise(torch.empty(0, 3), torch.tensor([1.0]), torch.tensor([4.0]), SIGNED, method=method)
-    assert noise.shape == (0, 3)
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_empirical_noise_keeps_shape_and_type_with_a_boundary_for_each_channel(
-    method: EmpiricalMethod, dtype: torch.dtype
-) -> None:
-    x = torch.randn(3, 7, generator=generator()).to(dtype).requires_grad_()
-    alpha = torch.tensor([[0.5], [1.0], [2.0]], requires_grad=True)
-    noise = empirical_noise(x, alpha, torch.tensor([4.0]), SIGNED, method=method)
-    assert (noise.shape, noise.dtype, noise.requires_grad) == (x.shape, dtype, False)
-
-
-def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(ConfigError, match="method out of resample, histogram; found 'gaussian'"):
-        empirical_noise(torch.ones(2), torch.ones(1), torch.tensor([4.0]), SIGNED, method="gaussian")  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- beyond the paper
@@ -183,10 +103,10 @@ def test_tempering_leads_from_the_noise_to_the_true_quantizer() -> None:
 @pytest.mark.parametrize("kind", get_args(NoiseKind))
 def test_every_kind_of_noise_has_the_shape_and_type_of_the_tensor(kind: NoiseKind) -> None:
     x = torch.randn(4, 5, dtype=torch.float64)
-    noise = draw_noise(kind, x, torch.tensor([1.0]), torch.tensor([3.0]), SIGNED)
+    noise = draw_noise(kind, x, torch.tensor([1.0]), torch.tensor([3.0]), SIGNED, draw_key("cpu"))
     assert (noise.shape, noise.dtype, noise.requires_grad) == (x.shape, x.dtype, False)
 
 
 def test_an_unknown_kind_of_noise_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"expected a kind of noise out of uniform, .*found 'pink'"):
-        draw_noise("pink", torch.zeros(1), torch.ones(1), 3, SIGNED)  # type: ignore[arg-type]
+        draw_noise("pink", torch.zeros(1), torch.ones(1), 3, SIGNED, draw_key("cpu"))  # type: ignore[arg-type]

@@ -14,9 +14,10 @@ from nipq.analysis.sweep import Point, Sweep
 from nipq.calibrate import SAMPLE_SIZE, inputs_of, to_device
 from nipq.errors import OrderError
 from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.packing import FEWEST_BITS
 from nipq.layer_table import LayerRow, layer_table, quantizers
 from nipq.nn.layers import float_weight
-from nipq.nn.quantizer import FEWEST_BITS, TensorQuantizer
+from nipq.nn.quantizer import TensorQuantizer
 from nipq.trace import call_model
 
 Boundaries = Literal["kept", "refit"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from nipq.errors import ConfigError
 
@@ -97,7 +97,7 @@ def round_bits(bits: Tensor, choices: tuple[int, ...]) -> Tensor:
     return _with_identity_gradient(nearest, bits)
 
 
-def stochastic_round_bits(bits: Tensor, choices: tuple[int, ...], generator: Generator | None = None) -> Tensor:
+def stochastic_round_bits(bits: Tensor, choices: tuple[int, ...], draw: Tensor | None = None) -> Tensor:
     """One of the two neighbouring allowed bit-widths, at random, with identity gradient.
 
     The upper neighbour with probability (bits - lower) / (upper - lower), so that the mean is bits. One draw for each
@@ -108,7 +108,8 @@ def stochastic_round_bits(bits: Tensor, choices: tuple[int, ...], generator: Gen
     Args:
         bits: bit-width, any shape.
         choices: allowed whole bit-widths, ascending, at least one.
-        generator: source of randomness; torch's own if left out.
+        draw: random numbers in [0, 1), shape of bits, such as ``nipq.functional.counter.unit_draw`` gives; from torch's
+            own generator if left out.
 
     Returns:
         Whole numbers held as floats, shape of bits; d/d bits is 1.
@@ -119,7 +120,7 @@ def stochastic_round_bits(bits: Tensor, choices: tuple[int, ...], generator: Gen
     """
     lower, upper = _neighbours(bits.detach(), choices)
     chance = (bits.detach() - lower) / (upper - lower)
-    draw = torch.empty_like(chance).uniform_(0, 1, generator=generator)
+    draw = torch.rand_like(chance) if draw is None else draw
     return _with_identity_gradient(torch.where(draw < chance, upper, lower), bits)
 
 

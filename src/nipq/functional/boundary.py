@@ -16,7 +16,8 @@ from nipq.functional.grid import Grid, levels
 def alpha_from_raw(raw: Tensor) -> Tensor:
     """Boundary of a parameter.
 
-    alpha = softplus(raw) = log(1 + e^raw); d alpha / d raw = sigmoid(raw).
+    alpha = softplus(raw) = log(1 + e^raw); d alpha / d raw = sigmoid(raw). Computed in float64 and rounded once, so
+    that every backend has the same number.
 
     Paper: the release; see docs/paper_map.md.
 
@@ -30,7 +31,8 @@ def alpha_from_raw(raw: Tensor) -> Tensor:
         >>> alpha_from_raw(torch.tensor([6.0]))
         tensor([6.0025])
     """
-    return softplus(raw)
+    wide = raw if raw.device.type == "mps" else raw.double()  # Apple's GPUs have no float64
+    return softplus(wide).to(raw.dtype)
 
 
 def raw_from_alpha(alpha: Tensor) -> Tensor:

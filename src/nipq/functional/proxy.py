@@ -31,7 +31,8 @@ class _NoiseInside(torch.autograd.Function):
     ) -> Tensor:
         """Noise inside the range, the nearer end outside."""
         ctx.save_for_backward(x, step, lower, upper, noise)
-        return truncate(x, lower, upper).addcmul_(inside_range(x, lower, upper).mul_(noise), step)
+        # No addcmul: it rounds once where the processor can, so that a result would depend on the processor.
+        return truncate(x, lower, upper).add_(inside_range(x, lower, upper).mul_(noise).mul_(step))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above

@@ -15,6 +15,7 @@ what moves the boundary::
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,14 @@ def _slope(alpha: Tensor) -> Tensor:
     return (-torch.expm1(-alpha.detach())).clamp_min(LEAST_SLOPE)
 
 
-def lsq_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, count: int) -> Tensor:
+def lsq_quantize(
+    x: Tensor,
+    alpha: Tensor,
+    bits: Tensor,
+    grid: Grid,
+    count: int,
+    quantizer: Callable[[Tensor, Tensor, Tensor, Grid], Tensor] = quantize,
+) -> Tensor:
     r"""The true quantizer whose boundary moves as LSQ's learned step does.
 
     LSQ learns the step s = alpha / n and scales its gradient by g = 1 / sqrt(count n). Here the parameter is alpha_raw
@@ -74,6 +82,7 @@ def lsq_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, count: int)
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         count: elements that share one boundary: of a weight, or of one sample of an input.
+        quantizer: ``quantize`` or a fused twin of it.
 
     Returns:
         Values on the grid, shape and type of x.
@@ -85,7 +94,7 @@ def lsq_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, count: int)
     slope = _slope(alpha)
     factor = n * n / (torch.sqrt(count * n) * slope * slope)
     scaled: Tensor = _ScaleGradient.apply(alpha, factor)
-    return quantize(x, scaled, bits, grid)
+    return quantizer(x, scaled, bits, grid)
 
 
 def lsq_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:

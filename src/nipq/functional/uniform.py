@@ -40,6 +40,15 @@ def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | f
     return torch.clamp((wide / step).round_(), low, high)  # type: ignore[arg-type]
 
 
+def widened(x: Tensor) -> Tensor:
+    """Half precision to float32, as steps and codes are not for rounding; anything else as it is.
+
+    Args:
+        x: any tensor.
+    """
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 class StraightThrough(torch.autograd.Function):
     """codes * step, with the gradient of a truncation; see ``quantize``.
 

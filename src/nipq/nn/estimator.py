@@ -24,7 +24,8 @@ from nipq.functional.rivals import (
     sawb_boundary,
     untruncated_proxy,
 )
-from nipq.functional.uniform import quantize
+from nipq.functional.uniform import widened
+from nipq.kernels.rounding import quantize
 
 Role = Literal["weight", "input"]
 
@@ -62,6 +63,12 @@ class Estimator:
         return self.method == "diffq"
 
     @property
+    def has_fused_twin(self) -> bool:
+        """Whether one kernel does all that training does in phase ``noise``, see ``nipq.kernels.proxy``."""
+        plain = self.clip_after_noise or self.boundary_correction
+        return self.method == "nipq" and self.noise in ("uniform", "empirical") and not plain
+
+    @property
     def learns_offset(self) -> bool:
         """Whether the low end of an input's range is learned."""
         return self.method == "lsq+"
@@ -91,8 +98,8 @@ class Estimator:
             return sawb_boundary(x, bits, channel_axis=channel_axis)
         return None
 
-    def learn(self, x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, *, count: int, offset: Tensor | None,
-              error_share: Tensor | None) -> Tensor:  # fmt: skip
+    def learn(self, x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, key: Tensor, *, count: int,
+              offset: Tensor | None, error_share: Tensor | None) -> Tensor:  # fmt: skip
         """The training forward of phase ``noise``.
 
         Args:
@@ -100,6 +107,7 @@ class Estimator:
             alpha: boundary, broadcastable to x.
             bits: whole bit-width, shape (1,).
             grid: which levels.
+            key: of the noise, see ``nipq.functional.counter``.
             count: elements of one sample (input) or of one boundary (weight), for LSQ's gradient factor.
             offset: low end of the range where it is learned.
             error_share: share of the true error in the noise, or None for none.
@@ -108,7 +116,7 @@ class Estimator:
             Shape of x.
         """
         if self.method in ("nipq", "diffq"):
-            noise = draw_noise(self.noise, x.detach(), alpha.detach(), bits.detach(), grid)
+            noise = draw_noise(self.noise, x.detach(), alpha.detach(), bits.detach(), grid, key)
             if error_share is not None:
                 noise = tempered(noise, true_error(x.detach(), alpha.detach(), bits.detach(), grid), error_share)
             if self.method == "diffq":
@@ -134,9 +142,9 @@ class Estimator:
             Values on the grid, shape of x.
         """
         if offset is not None:
-            return quantize_with_offset(x, alpha, offset, bits, count)
+            return quantize_with_offset(widened(x), alpha, offset, bits, count).to(x.dtype)
         if self.method in ("lsq", "lsq+"):
-            return lsq_quantize(x, alpha, bits, grid, count)
+            return lsq_quantize(x, alpha, bits, grid, count, quantize)
         if self.method == "pact":
-            return pact_quantize(x, alpha, bits, grid)
+            return pact_quantize(widened(x), alpha, bits, grid).to(x.dtype)
         return quantize(x, alpha, bits, grid)

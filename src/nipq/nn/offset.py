@@ -41,5 +41,8 @@ class OffsetInputQuantizer(InputQuantizer):
         with torch.no_grad():
             self.offset.fill_(-grid.shift)
 
-    def _estimate(self, x: Tensor, alpha: Tensor, offset: Tensor | None = None) -> Tensor:
-        return super()._estimate(x, alpha, self.offset if offset is None else offset)
+    def _round(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        return super()._round(x, self.offset if offset is None else offset)
+
+    def _learn(self, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
+        return super()._learn(x, key, self.offset if offset is None else offset)

@@ -16,36 +16,30 @@ phase        ``model.train()``          ``model.eval()``
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nipq.config import BitRange, GridChoice, Init
-from nipq.errors import ConfigError, OrderError
-from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits, stochastic_round_bits
-from nipq.functional.boundary import alpha_from_raw, raw_from_alpha
-from nipq.functional.grid import SIGNED, Grid, code_range, step_size, zero_point
-from nipq.functional.uniform import integer_codes, quantize
+from nipq.errors import OrderError
+from nipq.functional.bitwidth import stochastic_round_bits
+from nipq.functional.counter import draw_key, unit_draw
+from nipq.functional.empirical import error_table
+from nipq.functional.grid import SIGNED, Grid
+from nipq.functional.uniform import widened
+from nipq.kernels.backend import Backend, backend
+from nipq.kernels.call import ProxySettings, ProxyTensors
+from nipq.kernels.proxy import fused_noise_proxy
+from nipq.kernels.rounding import quantize
 from nipq.nn.estimator import Estimator, Role
-from nipq.nn.state import QuantizerState
+from nipq.nn.parameters import QuantizerParameters
 from nipq.phases import Phase
 
-#: Bit-widths that a file can hold; ``BitRange`` refuses others, and so does ``freeze_bits_``.
-FEWEST_BITS, MOST_BITS = 2, 16
 
-
-def _widened(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-class TensorQuantizer(nn.Module):
+class TensorQuantizer(QuantizerParameters):
     """Boundary, bit-width and grid of one tensor, and the map from the tensor to its quantized self.
-
-    ``alpha = softplus(alpha_raw)`` and ``bits = low + (high - low) * sigmoid(bit_raw)``, with ``low`` and ``high`` the
-    ends of ``bit_range``. A fixed or frozen bit-width is an integer buffer ``bits_frozen`` instead of a parameter, so
-    that no optimizer can move it (fault B9 in ``docs/paper_map.md``). The grid and the bit range travel in the state
-    dict as a byte tensor of JSON, hence a state dict is all that has to be saved.
 
     Args:
         name: full name of the tensor in the model, for messages, such as ``"layer1.0.conv1.weight"``.
@@ -60,8 +54,6 @@ class TensorQuantizer(nn.Module):
         ConfigError: if ``channels`` is below 1.
     """
 
-    bit_raw: nn.Parameter
-    bits_frozen: Tensor
     #: Share of the true error in the noise, 0 to 1, shape (1,); None stands for 0 at no cost. See ``temper_``.
     error_share: Tensor | None
     role: ClassVar[Role] = "input"
@@ -77,115 +69,14 @@ class TensorQuantizer(nn.Module):
         estimator: Estimator = Estimator(),  # noqa: B008 -- frozen
         init: Init = "mse",
     ) -> None:
-        super().__init__()
-        if channels < 1:
-            raise ConfigError(f"{name}: expected at least one boundary, found {channels} channels. Give 1 or more.")
-        self.name = name
-        self.bit_range = bit_range
-        self.channel_axis = channel_axis
-        self.grid = grid
+        super().__init__(
+            name, bit_range, channels=channels, channel_axis=channel_axis, grid=grid,
+            learns_boundary=estimator.learns_boundary(self.role),
+        )  # fmt: skip
         self.estimator = estimator
         self.init = init
         self.phase = Phase.NOISE
-        self.calibrated = False
-        self.alpha_raw = nn.Parameter(torch.zeros(channels), requires_grad=estimator.learns_boundary(self.role))
         self.register_buffer("error_share", None, persistent=False)
-        if bit_range.fixed is not None:
-            self.register_buffer("bits_frozen", torch.tensor([bit_range.fixed]))
-        else:
-            start = torch.tensor([bit_range.start], dtype=torch.float64)
-            raw = raw_from_bits(start, bit_range.low, bit_range.high)
-            self.bit_raw = nn.Parameter(raw.to(torch.float32))
-
-    @property
-    def alpha(self) -> Tensor:
-        """Boundary, units of x, > 0, shape ``(channels,)``; never in half precision, as the step is taken from it."""
-        return alpha_from_raw(_widened(self.alpha_raw))
-
-    @property
-    def is_frozen(self) -> bool:
-        """Whether the bit-width is a whole number that no optimizer sees."""
-        return "bits_frozen" in self._buffers
-
-    @property
-    def bits(self) -> Tensor:
-        """Bit-width, unit bit, shape ``(1,)``: continuous while it is learned, whole once frozen."""
-        if self.is_frozen:
-            return self.bits_frozen.to(_widened(self.alpha_raw).dtype)
-        return bits_from_raw(_widened(self.bit_raw), self.bit_range.low, self.bit_range.high)
-
-    @property
-    def bits_rounded(self) -> int:
-        """The allowed bit-width nearest to :attr:`bits` (reads a value: not for a training step)."""
-        return int(self._whole_bits().item())
-
-    @torch.no_grad()
-    def freeze_bits_(self, bits: int) -> None:
-        """Turn the bit-width into an integer buffer.
-
-        Args:
-            bits: bit-width, 2 to 16.
-
-        Raises:
-            ConfigError: if no file could hold that bit-width.
-        """
-        if not FEWEST_BITS <= bits <= MOST_BITS:
-            raise ConfigError(
-                f"{self.name}: expected a bit-width from {FEWEST_BITS} to {MOST_BITS}, found {bits}. "
-                "Files hold no other; exclude the layer with a rule to keep it float."
-            )
-        device = self.alpha_raw.device
-        if not self.is_frozen:
-            del self.bit_raw
-        self.register_buffer("bits_frozen", torch.tensor([int(bits)], device=device))
-
-    @torch.no_grad()
-    def set_alpha_(self, alpha: Tensor) -> None:
-        """Set the boundary, in units of x, and mark the quantizer as calibrated.
-
-        Args:
-            alpha: boundary, finite and > 0, shape ``(channels,)`` or broadcastable to it.
-
-        Raises:
-            ConfigError: if a boundary is not finite and positive.
-        """
-        if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
-            raise ConfigError(
-                f"{self.name}: expected finite boundaries above 0, found {alpha.flatten().tolist()[:4]}. "
-                "Set a boundary in units of the tensor, such as its largest magnitude."
-            )
-        self.alpha_raw.copy_(raw_from_alpha(alpha.to(self.alpha_raw)).expand_as(self.alpha_raw))
-        self.calibrated = True
-
-    def _whole_bits(self) -> Tensor:
-        return self.bits if self.is_frozen else round_bits(self.bits, self.bit_range.choices)
-
-    def _spread(self, per_channel: Tensor, ndim: int) -> Tensor:
-        """Shape ``(channels,)`` to a shape that broadcasts along the channel axis of a tensor of ``ndim`` axes."""
-        if per_channel.numel() == 1:
-            return per_channel
-        shape = [1] * ndim
-        shape[self.channel_axis] = -1
-        return per_channel.reshape(shape)
-
-    def step(self) -> Tensor:
-        """Step of the true quantizer, units of x, shape ``(channels,)``: the number that a file stores."""
-        return step_size(self.alpha, self._whole_bits(), self.grid)
-
-    def zero_point(self) -> Tensor:
-        """Whole code that stands for 0 in the stored (unsigned) counting, shape ``(channels,)``."""
-        return zero_point(self.alpha, self._whole_bits(), self.grid)
-
-    def code_range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest code relative to the zero point, each of shape ``(channels,)`` or ``(1,)``."""
-        return code_range(self.alpha, self._whole_bits(), self.grid)
-
-    @torch.no_grad()
-    def codes(self, x: Tensor) -> Tensor:
-        """Whole codes of ``x`` relative to the zero point, so that the code of 0 is 0; floats, shape of ``x``."""
-        low, high = self.code_range()
-        spread = [self._spread(value, x.ndim) for value in (self.step(), low, high)]
-        return integer_codes(x, *spread)
 
     def forward(self, x: Tensor) -> Tensor:
         """Quantize ``x`` as the phase says.
@@ -208,24 +99,49 @@ class TensorQuantizer(nn.Module):
                 f"{self.name}: expected a calibrated boundary, found none. "
                 "Call nipq.calibrate_(model, loader) after nipq.prepare_ and before training or evaluating."
             )
-        wide = _widened(x)
         if self.phase is Phase.INT:
-            return self.codes(wide)
-        self._follow(wide)
-        alpha = self._spread(self.alpha, x.ndim)
+            return self.codes(widened(x))
+        self._follow(x)
         if not self.training:
-            return quantize(wide, alpha, self._whole_bits(), self.grid).to(x.dtype)
-        return self._estimate(wide, alpha).to(x.dtype)
-
-    def _estimate(self, x: Tensor, alpha: Tensor, offset: Tensor | None = None) -> Tensor:
-        """What training sees of ``x``."""
-        count = x.numel() // (len(x) if self.role == "input" and x.ndim else alpha.numel())
+            return quantize(x, self._spread(self.alpha, x.ndim), self._whole_bits(), self.grid)
         if self.phase is Phase.ROUND:
-            return self.estimator.round(x, alpha, self._whole_bits(), self.grid, count=count, offset=offset)
-        bits, share = self._training_bits(), self.error_share
-        return self.estimator.learn(x, alpha, bits, self.grid, count=count, offset=offset, error_share=share)
+            return self._round(x)
+        key = draw_key(x.device)
+        fused = self.estimator.has_fused_twin and self.error_share is None
+        kernels = backend(x, self.alpha_raw, self.channel_axis) if fused else None
+        if kernels is None:
+            return self._learn(widened(x), key).to(x.dtype)
+        return self._learn_fused(x, key, kernels)
 
-    def _training_bits(self) -> Tensor:
+    def _round(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
+        alpha = self._spread(self.alpha, x.ndim)
+        return self.estimator.round(x, alpha, self._whole_bits(), self.grid, count=self._count(x), offset=offset)
+
+    def _learn(self, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
+        """What training sees of ``x`` while the bit-width is learned."""
+        alpha, bits, share = self._spread(self.alpha, x.ndim), self._training_bits(key), self.error_share
+        return self.estimator.learn(
+            x, alpha, bits, self.grid, key, count=self._count(x), offset=offset, error_share=share
+        )
+
+    def _learn_fused(self, x: Tensor, key: Tensor, kernels: Backend) -> Tensor:
+        """The same from one kernel, which takes the parameters themselves."""
+        settings = ProxySettings(
+            self.grid, self.bit_range.low, self.bit_range.high, self.bit_range.choices,
+            self.estimator.stochastic_bits, self.channel_axis,
+        )  # fmt: skip
+        tensors = ProxyTensors(self.alpha_raw, key, self._parameters.get("bit_raw"), self._buffers.get("bits_frozen"))
+        if self.estimator.noise == "empirical":
+            bits, alpha = self._training_bits(key).detach(), self._spread(self.alpha.detach(), x.ndim)
+            table = error_table(widened(x.detach()), alpha, bits, self.grid)
+            tensors = replace(tensors, bits=bits, table=table.errors, table_count=table.inside)
+        return fused_noise_proxy(x, tensors, settings, kernels)
+
+    def _count(self, x: Tensor) -> int:
+        """Elements of one sample, or of one boundary of a weight: what LSQ divides its gradients by."""
+        return x.numel() // (len(x) if self.role == "input" and x.ndim else self.alpha_raw.numel())
+
+    def _training_bits(self, key: Tensor) -> Tensor:
         if self.is_frozen:
             return self.bits
         if not self.estimator.learns_bits:
@@ -236,7 +152,7 @@ class TensorQuantizer(nn.Module):
         if self.estimator.real_bits:
             return self.bits
         if self.estimator.stochastic_bits:
-            return stochastic_round_bits(self.bits, self.bit_range.choices)
+            return stochastic_round_bits(self.bits, self.bit_range.choices, unit_draw(key))
         return self._whole_bits()
 
     @torch.no_grad()
@@ -246,32 +162,10 @@ class TensorQuantizer(nn.Module):
             return
         axis = self.channel_axis if self.alpha_raw.numel() > 1 else None
         alpha = self.estimator.follow(
-            self.role, x, self.alpha, self.bits_rounded, self.grid, axis, training=self.training
+            self.role, widened(x), self.alpha, self.bits_rounded, self.grid, axis, training=self.training
         )
         if alpha is not None:
             self.set_alpha_(alpha)
-
-    def get_extra_state(self) -> Tensor:
-        """Grid, bit range and calibration mark, see :class:`~nipq.nn.state.QuantizerState`."""
-        return QuantizerState(self.grid, self.bit_range, self.calibrated).to_tensor()
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Take over what :meth:`get_extra_state` wrote."""
-        saved = QuantizerState.from_tensor(state, self.name)
-        self.grid, self.calibrated = saved.grid, saved.calibrated
-        if saved.bit_range.choices != self.bit_range.choices:
-            self.bit_range = saved.bit_range  # the meaning of bit_raw depends on the range it was trained with
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
-        frozen = state_dict.get(prefix + "bits_frozen")
-        if frozen is not None and not self.is_frozen:
-            self.freeze_bits_(int(frozen))
-        elif self.is_frozen and prefix + "bit_raw" in state_dict:
-            raise OrderError(
-                f"{self.name}: expected a state dict with a fixed bit-width, found one that is still learned. "
-                "Load it into a model prepared afresh with the same config."
-            )
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         """Bit-width, boundary and grid at a glance."""

@@ -1,0 +1,194 @@
+"""Calls of the compiled CPU kernels: addresses in, nothing out."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from nipq.functional.counter import is_dense
+from nipq.functional.grid import Grid
+from nipq.kernels.call import ProxySettings, ProxyTensors
+from nipq.kernels.library import library
+
+#: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.
+SHARE = 1 << 15
+
+#: Fewest neighbours in memory that share a boundary; below it the kernel would not be the faster way.
+LEAST_RUN = 16
+
+_GRIDS = {"signed": 0, "unsigned": 1, "shifted": 2}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class Call(ctypes.Structure):
+    """What one call is about: ``struct Call`` of source/call.hpp, field by field."""
+
+    _fields_ = (
+        ("elements", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("channels", ctypes.c_int64),
+        ("alpha", ctypes.c_void_p),
+        ("alpha_raw", ctypes.c_void_p),
+        ("bits", ctypes.c_void_p),
+        ("bits_frozen", ctypes.c_void_p),
+        ("bit_raw", ctypes.c_void_p),
+        ("low", ctypes.c_double),
+        ("high", ctypes.c_double),
+        ("choices", ctypes.c_uint32),
+        ("stochastic", ctypes.c_int32),
+        ("grid", ctypes.c_int32),
+        ("shift", ctypes.c_double),
+        ("key", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("table_count", ctypes.c_void_p),
+        ("bfloat16", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    )
+
+
+def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:
+    """Whether there is a kernel for such a tensor.
+
+    Args:
+        x: what is to be quantized.
+        alpha: its boundary, or the parameter of it.
+        channel_axis: axis of the boundaries.
+    """
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _TYPES
+        and alpha.dtype == torch.float32
+        and library() is not None
+        and (alpha.numel() == 1 or (is_dense(x) and x.stride(channel_axis) >= LEAST_RUN))
+    )
+
+
+def proxy_forward(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Tensor:
+    """The noise proxy of ``nipq.functional.proxy``.
+
+    Args:
+        x: dense, float32 or bfloat16.
+        tensors: boundary, bits and key.
+        settings: grid and range of bits.
+
+    Returns:
+        The proxy, shape, type and layout of x.
+    """
+    y = torch.empty_like(x)
+    call = _proxy_call(x, tensors, settings)
+    _library().nipq_proxy_forward(ctypes.byref(call), x.data_ptr(), y.data_ptr())
+    return y
+
+
+def proxy_backward(
+    grad: Tensor, y: Tensor, tensors: ProxyTensors, settings: ProxySettings
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of :func:`proxy_forward`, from its result.
+
+    Args:
+        grad: incoming gradient, shape of y.
+        y: what it returned.
+        tensors: as given to it.
+        settings: as given to it.
+
+    Returns:
+        The gradients of x, of alpha_raw, and of bit_raw where there is one.
+    """
+    grad = laid_out_like(grad, y)
+    dx, d_alpha_raw = torch.empty_like(y), torch.empty_like(tensors.alpha_raw)
+    d_bit_raw = None if tensors.bit_raw is None else torch.empty_like(tensors.bit_raw)
+    call = _proxy_call(y, tensors, settings)
+    _library().nipq_proxy_backward(
+        ctypes.byref(call), grad.data_ptr(), y.data_ptr(), dx.data_ptr(), d_alpha_raw.data_ptr(), _address(d_bit_raw)
+    )
+    return dx, d_alpha_raw, d_bit_raw
+
+
+def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int) -> Tensor:
+    """The true quantizer of ``nipq.functional.uniform``.
+
+    Args:
+        x: dense, float32 or bfloat16.
+        alpha: boundaries, float32, C numbers.
+        bits: whole bit-width, float32, shape (1,).
+        grid: which levels.
+        channel_axis: axis of the boundaries.
+
+    Returns:
+        Values on the grid, shape, type and layout of x.
+    """
+    y = torch.empty_like(x)
+    call = _round_call(x, alpha, bits, grid, channel_axis)
+    _library().nipq_round_forward(ctypes.byref(call), x.data_ptr(), y.data_ptr())
+    return y
+
+
+def round_backward(
+    grad: Tensor, x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of :func:`round_forward`.
+
+    Args:
+        grad: incoming gradient, shape of x.
+        x: as given to it.
+        alpha: as given to it.
+        bits: as given to it.
+        grid: as given to it.
+        channel_axis: as given to it.
+
+    Returns:
+        The gradients of x, alpha and bits.
+    """
+    grad = laid_out_like(grad, x)
+    dx, d_alpha, d_bits = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(bits)
+    call = _round_call(x, alpha, bits, grid, channel_axis)
+    _library().nipq_round_backward(
+        ctypes.byref(call), grad.data_ptr(), x.data_ptr(), dx.data_ptr(), d_alpha.data_ptr(), d_bits.data_ptr()
+    )
+    return dx, d_alpha, d_bits
+
+
+def laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient with the strides and the type of x."""
+    if grad.stride() == x.stride() and grad.dtype == x.dtype:
+        return grad
+    return torch.empty_like(x).copy_(grad)
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None  # ``supported`` was asked
+    return found
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _call(x: Tensor, channels: int, channel_axis: int) -> Call:
+    length = SHARE if channels == 1 else x.stride(channel_axis)
+    return Call(
+        elements=x.numel(), length=length, channels=channels, bfloat16=_TYPES[x.dtype], threads=torch.get_num_threads()
+    )
+
+
+def _proxy_call(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Call:
+    call = _call(x, tensors.alpha_raw.numel(), settings.channel_axis)
+    call.alpha_raw, call.key = tensors.alpha_raw.data_ptr(), tensors.key.data_ptr()
+    call.bit_raw, call.bits_frozen = _address(tensors.bit_raw), _address(tensors.bits_frozen)
+    call.bits, call.table, call.table_count = (
+        _address(tensors.bits), _address(tensors.table), _address(tensors.table_count)
+    )  # fmt: skip
+    call.low, call.high, call.shift = settings.low, settings.high, settings.grid.shift
+    call.grid, call.stochastic = _GRIDS[settings.grid.kind], settings.stochastic
+    call.choices = sum(1 << bits for bits in settings.choices)
+    return call
+
+
+def _round_call(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int) -> Call:
+    call = _call(x, alpha.numel(), channel_axis)
+    call.alpha, call.bits = alpha.data_ptr(), bits.data_ptr()
+    call.grid, call.shift = _GRIDS[grid.kind], grid.shift
+    return call

@@ -1,0 +1,127 @@
+"""The fused noise proxy: from the parameters of a quantizer to the noisy tensor in one pass, and back in one."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nipq.functional.bitwidth import bits_from_raw, round_bits, stochastic_round_bits
+from nipq.functional.boundary import alpha_from_raw
+from nipq.functional.counter import counter_noise, is_dense, unit_draw
+from nipq.functional.empirical import ErrorTable, table_noise
+from nipq.functional.proxy import noise_proxy
+from nipq.functional.uniform import widened
+from nipq.kernels.backend import Backend
+from nipq.kernels.call import ProxySettings, ProxyTensors
+
+
+class _FusedProxy(torch.autograd.Function):
+    """See ``fused_noise_proxy``. Keeps its result, which the layer behind it keeps anyway, and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 -- torch documents no type for it
+        x: Tensor,
+        alpha_raw: Tensor,
+        bit_raw: Tensor | None,
+        tensors: ProxyTensors,
+        settings: ProxySettings,
+        kernels: Backend,
+    ) -> Tensor:
+        """The noisy tensor. The parameters stand here so that autograd sees them; the kernel takes ``tensors``."""
+        y = kernels.proxy_forward(x, tensors, settings)
+        # Saved one by one, so that autograd notices a parameter that was changed before backward.
+        ctx.save_for_backward(y, alpha_raw, bit_raw)
+        ctx.tensors, ctx.settings, ctx.kernels = tensors, settings, kernels
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
+        """The gradient of x, and the sums for the parameters."""
+        y, *_ = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd see how it is made
+            return *_differentiable_backward(grad, y, ctx.tensors, ctx.settings), None, None, None
+        return *ctx.kernels.proxy_backward(grad, y, ctx.tensors, ctx.settings), None, None, None
+
+
+def plain_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Tensor:
+    """What ``fused_noise_proxy`` stands for, in plain operations, for any type and device.
+
+    Args:
+        x: any shape, floating point.
+        tensors: parameters and key.
+        settings: grid and range of bits.
+
+    Returns:
+        The proxy, shape and type of x.
+    """
+    alpha, bits, wide = alpha_from_raw(tensors.alpha_raw), _whole_bits(tensors, settings), widened(x)
+    if alpha.numel() > 1:
+        shape = [1] * x.ndim
+        shape[settings.channel_axis] = -1
+        alpha = alpha.reshape(shape)
+    if tensors.table is None or tensors.table_count is None:
+        noise = counter_noise(wide, tensors.key)
+    else:
+        noise = table_noise(wide, ErrorTable(tensors.table, tensors.table_count), tensors.key)
+    return noise_proxy(wide, alpha, bits, noise, settings.grid).to(x.dtype)
+
+
+def _whole_bits(tensors: ProxyTensors, settings: ProxySettings) -> Tensor:
+    """The bit-width that was drawn, differentiable in its parameter."""
+    if tensors.bits_frozen is not None:
+        return tensors.bits_frozen.to(tensors.alpha_raw.dtype)
+    assert tensors.bit_raw is not None
+    soft = bits_from_raw(tensors.bit_raw, settings.low, settings.high)
+    if tensors.bits is not None:
+        return tensors.bits + (soft - soft.detach())
+    if settings.stochastic:
+        return stochastic_round_bits(soft, settings.choices, unit_draw(tensors.key))
+    return round_bits(soft, settings.choices)
+
+
+def _differentiable_backward(
+    grad: Tensor, y: Tensor, tensors: ProxyTensors, settings: ProxySettings
+) -> tuple[Tensor | None, ...]:
+    """The same gradients by plain operations, on a stand-in for x that is truncated where x was."""
+    with torch.no_grad():
+        lower, upper = (plain_noise_proxy(torch.full_like(y, end), tensors, settings) for end in (-math.inf, math.inf))
+        inside = (lower + upper) / 2
+        stand_in = torch.where(y == lower, -math.inf, torch.where(y == upper, math.inf, inside))
+    stand_in.requires_grad_()
+    inputs = [part for part in (stand_in, tensors.alpha_raw, tensors.bit_raw) if part is not None]
+    out = plain_noise_proxy(stand_in, tensors, settings)
+    found = torch.autograd.grad(out, inputs, grad, create_graph=True)
+    return *found, *([None] * (3 - len(inputs)))
+
+
+def fused_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings, kernels: Backend) -> Tensor:
+    """The noise proxy with everything before it: softplus, sigmoid, the drawn bit-width, noise.
+
+    The same numbers as ``noise_proxy(x, alpha_from_raw(alpha_raw), bits, counter_noise(x, key), grid)`` with bits
+    from ``bits_from_raw`` and ``stochastic_round_bits(..., unit_draw(key))``: in float32 to the bit, but for an
+    in-range result that falls exactly on an end of the range. That one is moved inward by one number of its type, for
+    backward tells truncated elements by their value: it has the result alone, draws the noise again, and finds with it
+
+        d alpha = (sum of grad noise in range) / n + (sum of grad above) - (sum of grad below, on a signed grid)
+        d bits  = (sum of grad noise in range) d step / d bits
+
+    Half-precision tensors are computed in float32 and rounded once.
+
+    Paper: the noise proxy of section 5; design of the kernel in docs/speed.md.
+
+    Args:
+        x: any shape.
+        tensors: parameters and key.
+        settings: grid and range of bits.
+        kernels: what ``nipq.kernels.backend.backend`` found for x.
+
+    Returns:
+        The proxy, shape and type of x.
+    """
+    x = x if is_dense(x) else x.contiguous()
+    out: Tensor = _FusedProxy.apply(x, tensors.alpha_raw, tensors.bit_raw, tensors, settings, kernels)
+    return out

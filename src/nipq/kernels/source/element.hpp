@@ -1,0 +1,51 @@
+// Element types. All arithmetic is in float32; a result is rounded to its type once.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace nipq {
+
+using Index = std::int64_t;
+constexpr Index BLOCK = 512;  // elements worked on at a time: their noise stays in the first cache
+
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+inline float as_float(std::uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+inline std::uint32_t as_bits(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <class T> struct Element;
+template <> struct Element<float> {
+  static float load(float value) { return value; }
+  static float round(float value) { return value; }
+  static float store(float value) { return value; }
+  static float above(float value) { return value == 0 ? 0x1p-126f : std::nextafterf(value, HUGE_VALF); }
+  static float below(float value) { return value == 0 ? -0x1p-126f : std::nextafterf(value, -HUGE_VALF); }
+};
+template <> struct Element<BFloat16> {
+  static float load(BFloat16 value) { return as_float(std::uint32_t(value.bits) << 16); }
+  static float round(float value) {  // to the nearest of the type, ties to even, as torch does
+    std::uint32_t bits = as_bits(value);
+    return as_float(value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u : 0x7fc00000u);
+  }
+  static BFloat16 store(float value) { return {std::uint16_t(as_bits(value) >> 16)}; }
+  // the neighbours: bfloat16 is the upper half of a float32
+  static float away(float value) { return as_float(as_bits(value) + 0x10000u); }
+  static float toward(float value) { return as_float(as_bits(value) - 0x10000u); }
+  static float above(float value) { return value == 0 ? 0x1p-126f : value > 0 ? away(value) : toward(value); }
+  static float below(float value) { return value == 0 ? -0x1p-126f : value > 0 ? toward(value) : away(value); }
+};
+
+}  // namespace nipq
