@@ -103,8 +103,23 @@ SIDEWAYS = {
     "search": "budget controller limit optim",
     "snap": "bit_programme budget limit",
     "summary": "budget limit",
+    "verify.arrays_subject": "verify.archive verify.evidence verify.layers verify.reference verify.result verify.static "
+    "verify.subject",
+    "verify.deployed": "verify.distance verify.evidence verify.layers verify.reference verify.result verify.static "
+    "verify.subject",
     "verify.distance": "verify.result",
-    "verify.ladder": "calibrate verify.distance verify.layers verify.result verify.static",
+    "verify.evidence": "verify.result",
+    "verify.ladder": "calibrate verify.opening verify.reference verify.result verify.subject",
+    "verify.layers": "verify.evidence",
+    "verify.onnx_cells": "verify.onnx_file",
+    "verify.onnx_forced": "verify.onnx_cells verify.onnx_file",
+    "verify.onnx_static": "verify.onnx_cells verify.onnx_file verify.static",
+    "verify.onnx_subject": "verify.evidence verify.onnx_cells verify.onnx_file verify.onnx_forced verify.onnx_static "
+    "verify.reference verify.result verify.subject",
+    "verify.opening": "verify.arrays_subject verify.deployed verify.onnx_subject verify.program_subject verify.subject",
+    "verify.program_subject": "verify.archive verify.evidence verify.result verify.subject",
+    "verify.reference": "calibrate verify.distance verify.layers",
+    "verify.subject": "verify.distance verify.evidence verify.reference verify.result",
 }
 
 #: Folders whose files may import each other, as long as there is no cycle: glue that nothing else builds on.

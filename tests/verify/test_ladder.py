@@ -22,7 +22,7 @@ from nipq.layer_table import quantizers
 from nipq.prepare import prepare_
 from nipq.verify import VerifyResult, verify
 from nipq.verify.distance import Distance, labels_of, logits_of
-from nipq.verify.layers import Evidence
+from nipq.verify.evidence import Evidence
 
 Make = Callable[..., tuple[nn.Module, list[Any]]]
 

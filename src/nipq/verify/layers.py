@@ -8,10 +8,9 @@ sum.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,11 +18,8 @@ from torch import Tensor, nn
 
 from nipq.deploy.modules import DeployedLayer, deployed_layers
 from nipq.layer_table import LayerRow
-
-#: Largest share of codes that may flip by one level between two layers: sums run in another order.
-FLIPS = 1e-4
-#: Largest difference of a layer's output, relative to its largest value: some float32 roundings of a long sum.
-OUTPUT_TOLERANCE = 1e-5
+from nipq.nn.quantizer import InputQuantizer
+from nipq.verify.evidence import Evidence
 
 
 @dataclass
@@ -39,51 +35,6 @@ class Calls:
     inputs: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     codes: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     outputs: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-
-
-@dataclass
-class Evidence:
-    """What E1 and E3 found in one layer, summed over calls and batches.
-
-    Attributes:
-        calls_differ: the layers were called differently often, or on different shapes.
-        codes: codes looked at.
-        wrong: codes that differ on the same input.
-        flips: codes that differ on what arrived when the layers before got the trained inputs.
-        jump: largest such difference in levels.
-        error: largest difference of an output.
-        largest: largest magnitude of an output.
-        exact_codes: codes that differ between the deployed model and the trained one in phase ``"int"``.
-    """
-
-    calls_differ: bool = False
-    codes: int = 0
-    wrong: int = 0
-    flips: int = 0
-    jump: float = 0.0
-    error: float = 0.0
-    largest: float = 0.0
-    exact_codes: int = 0
-
-    def layer_fault(self) -> str | None:
-        """Why E1 fails here, or None."""
-        if self.calls_differ:
-            return "called differently often, or on other shapes, than in the trained model"
-        if self.wrong:
-            return f"{self.wrong:,} of {self.codes:,} codes differ on the same input"
-        if not self.jump <= 1:
-            return f"codes of what arrived differ by up to {self.jump:g} levels"
-        if self.flips > math.ceil(FLIPS * self.codes):
-            return f"{self.flips:,} of {self.codes:,} codes of what arrived flipped, more than {FLIPS:g} of them"
-        if not self.error <= OUTPUT_TOLERANCE * self.largest:
-            return f"the output differs by {self.error:.3g}, more than {OUTPUT_TOLERANCE:g} of its largest value"
-        return None
-
-    def exact_fault(self) -> str | None:
-        """Why E3 fails here, or None."""
-        if self.calls_differ:
-            return "called differently often, or on other shapes, than in the trained model"
-        return f"{self.exact_codes:,} codes differ from phase int" if self.exact_codes else None
 
 
 @contextmanager
@@ -140,11 +91,7 @@ def run_forced(
         kept = trained.inputs[name][call].to(arrived.device)
         if isinstance(layer, DeployedLayer):
             codes = trained.codes[name][call].to(arrived.device)
-            distance = (layer.codes(arrived) - codes).abs()
-            seen.codes += codes.numel()
-            seen.wrong += int((layer.codes(kept) != codes).sum())
-            seen.flips += int((distance != 0).sum())
-            seen.jump = _larger(seen.jump, distance)
+            seen.add_codes(codes, layer.codes(kept), layer.codes(arrived))
         if args:
             return (kept, *args[1:]), kwargs
         return args, {key: kept if value is arrived else value for key, value in kwargs.items()}
@@ -154,9 +101,7 @@ def run_forced(
         if call >= len(trained.outputs[name]) or trained.outputs[name][call].shape != output.shape:
             seen.calls_differ = True
             return
-        expected = trained.outputs[name][call].to(output.device)
-        seen.error = _larger(seen.error, (output - expected).abs())
-        seen.largest = _larger(seen.largest, expected.abs())
+        seen.add_output(trained.outputs[name][call].to(output.device), output)
 
     for name, layer in deployed_layers(deployed).items():
         evidence.setdefault(name, Evidence())
@@ -169,6 +114,26 @@ def run_forced(
             handle.remove()
     for name, kept in trained.inputs.items():
         evidence.setdefault(name, Evidence()).calls_differ |= done[name] != len(kept)
+
+
+@contextmanager
+def recording_integers(rows: Mapping[str, LayerRow]) -> Iterator[dict[str, list[Tensor]]]:
+    """Keep what the input quantizers return while the context lasts; in phase ``"int"`` whole codes.
+
+    Args:
+        rows: layers by name.
+
+    Yields:
+        Codes by layer, call by call.
+    """
+    codes: dict[str, list[Tensor]] = {name: [] for name, row in rows.items() if row.input is not None}
+    with ExitStack() as stack:
+        for name, kept in codes.items():
+            quantizer = rows[name].input
+            assert isinstance(quantizer, InputQuantizer)
+            handle = quantizer.register_forward_hook(lambda _module, _args, output, kept=kept: kept.append(output))
+            stack.callback(handle.remove)
+        yield codes
 
 
 @contextmanager
@@ -223,12 +188,6 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The input among the arguments of a layer's call."""
     found: Tensor = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
     return found
-
-
-def _larger(so_far: float, values: Tensor) -> float:
-    """The larger of a number and a tensor's maximum; NaN wins, so that no comparison with a limit passes."""
-    largest = float(values.max()) if values.numel() else 0.0
-    return largest if math.isnan(largest) or largest > so_far else so_far
 
 
 def _named(hook: Callable[..., Any], name: str) -> Callable[..., Any]:

@@ -31,11 +31,11 @@ def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
         if name not in layers:
             yield f"{name}: the trained model quantizes this layer, the deployed one does not"
         else:
-            yield from _differences(name, trained_facts(row), deployed_facts(layers[name]))
+            yield from differences(name, trained_facts(row), deployed_facts(layers[name]))
     for name in layers.keys() - rows.keys():
         yield f"{name}: the deployed model quantizes this layer, the trained one does not"
     gone = [*rows, *(names[row.batchnorm] for row in rows.values() if row.input and row.batchnorm)]
-    yield from _differences("", _outside(gone, model.state_dict()), _outside([*rows, *layers], deploy_state(deployed)))
+    yield from differences("", _outside(gone, model.state_dict()), _outside([*rows, *layers], deploy_state(deployed)))
 
 
 def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
@@ -52,9 +52,9 @@ def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
     for name in sorted(saved.keys() ^ back.keys()):
         yield f"{name}: only one of the deployed model and its file has this layer"
     for name in saved.keys() & back.keys():
-        yield from _differences(name, deployed_facts(saved[name]), deployed_facts(back[name]), "saved", "in the file")
+        yield from differences(name, deployed_facts(saved[name]), deployed_facts(back[name]), "saved", "in the file")
     ours, theirs = (_outside([*saved, *back], deploy_state(part)) for part in (deployed, loaded))
-    yield from _differences("", ours, theirs, "saved", "in the file")
+    yield from differences("", ours, theirs, "saved", "in the file")
 
 
 def trained_facts(row: LayerRow) -> dict[str, Any]:
@@ -103,9 +103,21 @@ def _outside(names: list[str], state: Mapping[str, Any]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(prefixes)}
 
 
-def _differences(
+def differences(
     name: str, expected: Mapping[str, Any], found: Mapping[str, Any], first: str = "trained", second: str = "deployed"
 ) -> Iterator[str]:
+    """Every fact that two sides do not share, bit for bit.
+
+    Args:
+        name: full name of the layer they are about, or nothing.
+        expected: facts of one side.
+        found: facts of the other.
+        first: what the one side is called.
+        second: what the other is called.
+
+    Yields:
+        One sentence per difference.
+    """
     where = f"{name}: " if name else ""
     for key in [*expected, *(key for key in found if key not in expected)]:
         if key not in expected or key not in found:

@@ -1,0 +1,90 @@
+"""A deployed module, as ``nipq.convert`` makes and ``nipq.load`` reads it: every rung, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from nipq.deploy.file import file_bytes
+from nipq.deploy.load import load
+from nipq.deploy.modules import deployed_layers
+from nipq.errors import FileFormatError
+from nipq.prepare import restore_
+from nipq.verify.distance import logits_of
+from nipq.verify.evidence import exact_rung, layer_rung
+from nipq.verify.layers import compare_codes, recording_codes, run_forced
+from nipq.verify.reference import Observation, run_model
+from nipq.verify.result import Rung
+from nipq.verify.static import file_differences, trained_differences
+from nipq.verify.subject import Subject
+
+
+class DeployedSubject(Subject):
+    """A deployed module, and its packed file if it has one.
+
+    Args:
+        name: what it is called in the result.
+        module: the deployed module.
+        layers: full names of the trained layers.
+        model: the trained model.
+        file: the packed file of the module.
+        is_file: whether the module was read from that file.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        layers: Iterable[str],
+        model: nn.Module,
+        file: Path | None = None,
+        *,
+        is_file: bool = False,
+    ) -> None:
+        super().__init__(name, module, layers, is_file=is_file)
+        self.deployed, self.model, self.file = module, model, file
+
+    def static(self) -> Rung:
+        """Rung E0: every number, and the file."""
+        found = list(trained_differences(self.model, self.deployed))
+        numbers: dict[str, Any] = {"layers": len(deployed_layers(self.deployed))}
+        if self.file is not None:
+            numbers["bytes_promised"] = file_bytes(self.deployed)
+            try:
+                loaded = load(self.file, restore_(copy.deepcopy(self.model)))
+                numbers["bytes_found"] = self.file.stat().st_size
+                if numbers["bytes_found"] != numbers["bytes_promised"]:
+                    found.append(
+                        f"{self.file.name}: {numbers['bytes_found']:,} bytes, promised {numbers['bytes_promised']:,}"
+                    )
+                found += file_differences(self.deployed, loaded)
+            except FileFormatError as error:
+                found.append(str(error))
+        numbers["differences"] = len(found)
+        claim = "integers, scales, zero points, limits" + ("; the file" if self.file is not None else "")
+        return Rung("E0 static", claim, not found, numbers, found[0] if found else None)
+
+    def run(self, seen: Observation) -> Tensor:
+        """Logits, with the evidence for E1 and E3 on the way.
+
+        Args:
+            seen: the trained model on the same data.
+        """
+        run_forced(self.deployed, seen.calls, self.evidence, partial(run_model, inputs=seen.inputs))
+        with recording_codes(self.deployed) as codes:
+            found = logits_of(run_model(self.deployed, seen.inputs))
+        compare_codes(seen.codes, codes, self.evidence)
+        return found
+
+    def rungs(self, scores: Mapping[str, float]) -> list[Rung]:
+        """E1, E2 and E3.
+
+        Args:
+            scores: the task's score of both.
+        """
+        return [layer_rung(self.evidence), self.distance.rung(scores), exact_rung(self.evidence, self.distance.exact)]

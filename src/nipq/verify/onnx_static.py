@@ -1,0 +1,118 @@
+"""Rung E0 of an ONNX file: every stored number against the trained one, and how many bytes the weights take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nipq.deploy.modules import Deployed
+from nipq.export.portable import PortableLayer, along_channels
+from nipq.verify.onnx_cells import Cell
+from nipq.verify.onnx_file import OnnxFile
+from nipq.verify.static import differences
+
+#: Bits of a stored element, by ONNX's number of its type.
+ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 11: 64, 21: 4, 22: 4, 25: 2, 26: 2}
+
+
+def onnx_differences(
+    cells: Sequence[Cell], layers: Mapping[str, Deployed], numbers: Mapping[str, PortableLayer], form: str
+) -> Iterator[str]:
+    """Every number of the file that is not the trained one, bit for bit.
+
+    Args:
+        cells: layers of the file.
+        layers: deployed layers made from the trained model, in the order of execution.
+        numbers: the same in the form that files hold.
+        form: ``"qcdq"`` or ``"qonnx"``.
+
+    Yields:
+        One sentence per difference, with the layer's full name.
+    """
+    by_name: dict[str, list[Cell]] = {}
+    for cell in cells:
+        by_name.setdefault(cell.name, []).append(cell)
+    for name in [*layers, *(name for name in by_name if name not in layers)]:
+        if name not in by_name or name not in layers:
+            yield f"{name}: only the {'trained model' if name in layers else 'file'} quantizes this layer"
+            continue
+        for cell in by_name[name]:
+            expected = expected_facts(layers[name], numbers[name], form)
+            yield from differences(name, expected, _comparable(cell.facts, expected), "trained", "in the file")
+
+
+def expected_facts(layer: Deployed, numbers: PortableLayer, form: str) -> dict[str, Any]:
+    """What a file of the given form must hold of a layer.
+
+    Args:
+        layer: deployed from the trained model.
+        numbers: the same in the form that files hold.
+        form: ``"qcdq"`` or ``"qonnx"``.
+    """
+    facts: dict[str, Any] = {
+        "weight bits": numbers.weight_bits,
+        "weight codes": numbers.weight,
+        "weight scale": numbers.weight_scale,
+        "bias": numbers.bias,
+    }
+    if form == "qonnx":
+        facts["weight scale"] = along_channels(numbers.weight_scale, layer.layer, numbers.weight)
+        facts |= {"bits of the weight's Quant": float(numbers.weight_bits), "weight on its levels": True}
+    if numbers.input is None:
+        return facts
+    given = numbers.input
+    facts |= {
+        "step of the input": given.scale.reshape(-1),
+        "zero point": given.zero_point,
+        "lowest code": given.low,
+        "highest code": given.high,
+        "input bits": given.bits,
+    }
+    if form == "qonnx":
+        return facts | {"bits of the Quant": float(given.bits), "rounding": "ROUND"}
+    info = torch.iinfo(given.dtype)
+    return facts | {"codes": f"{info.min} to {info.max}", "same scale and zero point behind the codes": True}
+
+
+def weight_bytes(file: OnnxFile, numbers: Mapping[str, PortableLayer], form: str) -> tuple[int, int]:
+    """Bytes of the weights: promised by their bit-widths, found in the file; each stored tensor once.
+
+    Args:
+        file: the file.
+        numbers: layers in the form that files hold.
+        form: ``"qcdq"``, promised in 8 or 16 bits, or ``"qonnx"``, in floats as that format wants it.
+
+    Returns:
+        ``(promised, found)``; less is found in a packed file.
+    """
+    weights = {weight.data_ptr(): weight for weight in (given.weight for given in numbers.values())}
+    width = [4 if form == "qonnx" else weight.itemsize for weight in weights.values()]
+    promised = sum(size * weight.numel() for size, weight in zip(width, weights.values(), strict=True))
+    stored = {node.input[0] for node in file.model.graph.node if _makes_weight(file, node.op_type, node.input)}
+    found = 0
+    for name in stored:
+        tensor = file.initialisers[name]
+        count = 1
+        for size in tensor.dims:
+            count *= size
+        found += -(-count * ELEMENT_BITS.get(tensor.data_type, 64) // 8)
+    return promised, found
+
+
+def _makes_weight(file: OnnxFile, kind: str, inputs: Sequence[str]) -> bool:
+    return kind in ("DequantizeLinear", "Quant") and inputs[0] in file.initialisers
+
+
+def _comparable(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """One number for all channels spread over them; what is 0 and not promised left out."""
+    facts = {key: value for key, value in found.items() if key in expected or value not in (0, None)}
+    for key, value in facts.items():
+        wanted = expected.get(key)
+        if isinstance(value, Tensor) and isinstance(wanted, Tensor) and value.numel() == 1 != wanted.numel():
+            facts[key] = value.reshape(-1).expand(wanted.shape)
+        elif isinstance(value, Tensor) and isinstance(wanted, Tensor) and value.numel() == wanted.numel() == 1:
+            facts[key] = value.reshape(wanted.shape)
+    return facts
