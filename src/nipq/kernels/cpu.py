@@ -10,7 +10,7 @@ from torch import Tensor
 from nipq.functional.counter import is_dense
 from nipq.functional.grid import Grid
 from nipq.kernels.call import ProxySettings, ProxyTensors
-from nipq.kernels.library import library
+from nipq.kernels.library import available, library
 
 #: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.
 SHARE = 1 << 15
@@ -60,7 +60,7 @@ def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:
         x.device.type == "cpu"
         and x.dtype in _TYPES
         and alpha.dtype == torch.float32
-        and library() is not None
+        and available()
         and (alpha.numel() == 1 or (is_dense(x) and x.stride(channel_axis) >= LEAST_RUN))
     )
 

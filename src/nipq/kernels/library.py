@@ -14,6 +14,8 @@ import warnings
 from functools import cache
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).with_name("source")
 
 #: Set to 0 to do without compiled kernels.
@@ -50,6 +52,12 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no type
+def available() -> bool:
+    """Whether there are compiled kernels; a constant to ``torch.compile``."""
+    return library() is not None
 
 
 def _compiled() -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import nipq.kernels.operators as operators
 from nipq.functional.bitwidth import bits_from_raw, round_bits, stochastic_round_bits
 from nipq.functional.boundary import alpha_from_raw
 from nipq.functional.counter import counter_noise, is_dense, unit_draw
@@ -123,5 +124,7 @@ def fused_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings,
         The proxy, shape and type of x.
     """
     x = x if is_dense(x) else x.contiguous()
+    if torch.compiler.is_compiling():
+        return operators.proxy(x, tensors, settings)
     out: Tensor = _FusedProxy.apply(x, tensors.alpha_raw, tensors.bit_raw, tensors, settings, kernels)
     return out

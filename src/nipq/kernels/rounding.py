@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import nipq.functional.uniform as uniform
+import nipq.kernels.operators as operators
 from nipq.functional.counter import is_dense
 from nipq.functional.grid import Grid
 from nipq.kernels.backend import Backend, backend
@@ -61,5 +62,8 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> Tensor:
     kernels = backend(x, alpha, axis)
     if kernels is None:
         return uniform.quantize(uniform.widened(x), alpha, bits, grid).to(x.dtype)
-    out: Tensor = _FusedStraightThrough.apply(x if is_dense(x) else x.contiguous(), alpha, bits, grid, axis, kernels)
+    x = x if is_dense(x) else x.contiguous()
+    if torch.compiler.is_compiling():
+        return operators.quantize(x, alpha, bits, grid, axis)
+    out: Tensor = _FusedStraightThrough.apply(x, alpha, bits, grid, axis, kernels)
     return out
