@@ -20,7 +20,11 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         ConfigError: if it may not be written.
     """
     if path.is_dir() or (path.exists() and not overwrite):
-        remedy = "Choose another one." if path.is_dir() else "Choose another one, or pass overwrite=True (--overwrite) to replace it."
+        remedy = (
+            "Choose another one."
+            if path.is_dir()
+            else "Choose another one, or pass overwrite=True (--overwrite) to replace it."
+        )
         what = "folder" if path.is_dir() else "file"
         raise ConfigError(f"export: expected a name that is free, found the {what} {path}. {remedy}")
     if not path.parent.is_dir():

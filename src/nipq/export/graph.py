@@ -103,16 +103,15 @@ def onnx_graph(deployed: nn.Module, example_inputs: ExampleInputs, form: Form, o
 def _without_marks(model: Any) -> list[Binding]:  # noqa: ANN401  (the package that knows its type is optional)
     """Take the marks out of the graph and say what they stood on, one binding for each call of a layer."""
     calls: list[Binding] = []
-    running: Binding = {}
+    latest: dict[str, Binding] = {}  # marks that two calls of one layer share are merged into one by the exporter
     marks = [node for node in model.graph if node.domain == _MARKS]
     for node in marks:
-        role = node.attributes["role"].value
-        running["name"] = node.attributes["layer"].value
-        running[role] = node.inputs[0]
+        name, role = node.attributes["layer"].value, node.attributes["role"].value
+        binding = latest.setdefault(name, {"name": name})
+        binding[role] = node.inputs[0]
         node.outputs[0].replace_all_uses_with(node.inputs[0], replace_graph_outputs=True)
         if role == "output":
-            calls.append(running)
-            running = {}
+            calls.append(dict(binding))
     model.graph.remove(marks, safe=True)
     del model.graph.opset_imports[_MARKS]
     return calls
@@ -126,11 +125,12 @@ def _tidy(model: Any, calls: list[Binding]) -> None:  # noqa: ANN401  (as above)
         thing.metadata_props.clear()
         thing.doc_string = None
     sizes = [size for value in model.graph.inputs for size in value.shape if not isinstance(size, int)]
-    symbols = "|".join({str(size) for size in sizes}) or "$^"
+    symbols = "|".join({str(size) for size in sizes if not str(size).isdigit()}) or "$^"
     for value in values:
         for axis, size in enumerate(value.shape or ()):
             if not isinstance(size, int):
-                value.shape[axis] = re.sub(rf"\b({symbols})\b", "batch", str(size))
+                text = re.sub(rf"\b({symbols})\b", "batch", str(size))
+                value.shape[axis] = int(text) if text.isdigit() else text
     for value in initializers:
         value.type = value.shape = None  # the tensor has them
     outputs = model.graph.outputs
