@@ -164,6 +164,19 @@ def test_verify_again(finished: Path) -> None:
     assert call("verify", finished)[0] == 0
 
 
+def test_verify_takes_files(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.nipq.safetensors"
+    copy.write_bytes((finished / "model.nipq.safetensors").read_bytes())
+    status, answer = call_json("verify", finished, copy)
+    assert (status, answer["ok"]) == (0, True)
+    assert [rung["artifact"] for rung in answer["rungs"]] == ["deployed model"] * 4 + [copy.name] * 4
+    copy.write_bytes(copy.read_bytes()[:-1])
+    status, answer = call_json("verify", finished, copy)
+    assert (status, answer["ok"]) == (1, False)
+    assert [rung["passed"] for rung in answer["rungs"]] == [True] * 4 + [False]
+    assert "DIFFERS" in call("verify", finished, copy)[1]
+
+
 def test_verify_of_an_unfinished_run(settings: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     settings.rename(tmp_path / "run" / "config.yaml")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,9 @@ from torch.nn.functional import cross_entropy, hardswish, relu
 
 from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
+from nipq.deploy.convert import convert
+from nipq.deploy.file import save
+from nipq.export.api import export
 from nipq.layer_table import quantizers
 from nipq.prepare import prepare_
 
@@ -83,3 +87,21 @@ def _made() -> Callable[..., tuple[nn.Module, list[Any]]]:
 def trained() -> tuple[nn.Module, list[Any]]:
     """One of them for all tests; not to be changed."""
     return made()
+
+
+@pytest.fixture(scope="session")
+def exported(trained: tuple[nn.Module, list[Any]], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The trained net in every format, by the end of the file's name; not to be changed."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model, data = trained
+    folder, deployed = tmp_path_factory.mktemp("exported"), convert(model)
+    paths = {end: folder / f"model{end}" for end in (".nipq.safetensors", ".onnx", ".qonnx.onnx", ".npz", ".pt2")}
+    save(deployed, paths[".nipq.safetensors"])
+    for end, path in paths.items():
+        if end != ".nipq.safetensors":
+            export(deployed, path, data[0][0][:3])
+    paths["packed.onnx"] = folder / "packed.onnx"
+    export(deployed, paths["packed.onnx"], data[0][0][:3], pack=True)
+    return paths

@@ -121,6 +121,13 @@ class ShortRange(DeployedLayer):
         return super().codes(x).clamp(max=self.code_high - 1)
 
 
+class FractionalShift(DeployedLayer):
+    """A shift that is no whole number of steps: codes are counted from between two levels."""
+
+    def codes(self, x: Tensor) -> Tensor:
+        return super().codes(x + 0.4 * self.input_step)
+
+
 def test_a_layer_that_computes_otherwise_is_found_and_named(trained: Any) -> None:
     model, data = trained
     deployed = convert(model)
@@ -132,10 +139,11 @@ def test_a_layer_that_computes_otherwise_is_found_and_named(trained: Any) -> Non
     assert result.first_difference.startswith("one: the output differs by")
 
 
-def test_a_quantizer_that_computes_otherwise_is_found_and_named(trained: Any) -> None:
+@pytest.mark.parametrize("otherwise", [ShortRange, FractionalShift])
+def test_a_quantizer_that_computes_otherwise_is_found_and_named(trained: Any, otherwise: type) -> None:
     model, data = trained
     deployed = convert(model)
-    deployed.two.__class__ = ShortRange
+    deployed.two.__class__ = otherwise
     result = verify(model, deployed, data)
     assert rungs(result)["E0"]
     assert result.first_difference is not None

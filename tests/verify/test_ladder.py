@@ -252,3 +252,57 @@ def test_labels_are_found_where_loaders_put_them() -> None:
     assert labels_of(x) is None
     assert labels_of((x,)) is None
     assert labels_of((x, x)) is None
+
+
+# ---------------------------------------------------------------------- artifacts
+
+
+def test_several_artifacts_climb_side_by_side(trained: Any, tmp_path: Path) -> None:
+    model, data = trained
+    path = save(convert(model), tmp_path / "model.nipq.safetensors")
+    result = verify(model, convert(model), path, str(path), loader=data)
+    assert result, str(result)
+    assert [rung.artifact for rung in result.rungs] == ["deployed model"] * 4 + ["model.nipq.safetensors"] * 8
+    assert "model.nipq.safetensors" in str(result)
+    packed = result.rungs[4].numbers
+    assert packed["bytes_promised"] == packed["bytes_found"] == path.stat().st_size
+
+
+def test_a_packed_file_alone_is_compared_to_the_last_bit(made: Make, trained: Any, tmp_path: Path) -> None:
+    model, data = trained
+    other, _ = made(bits=(3, 4))
+    path = save(convert(other), tmp_path / "model.nipq.safetensors")
+    result = verify(model, path, loader=data)
+    assert str(result.first_difference).startswith("model.nipq.safetensors: stem: weight bits")
+    assert not any(rung.passed for rung in result.rungs if rung.name in ("E0 static", "E1 layers", "E3 exact"))
+
+
+def test_a_file_that_cannot_be_read_does_not_stop_the_others(trained: Any, tmp_path: Path) -> None:
+    model, data = trained
+    broken = tmp_path / "broken.nipq.safetensors"
+    broken.write_bytes(b"nothing")
+    path = save(convert(model), tmp_path / "model.nipq.safetensors")
+    result = verify(model, broken, path, loader=data, metric=lambda _model, _loader: 1.0)
+    assert [rung.passed for rung in result.rungs] == [False, True, True, True, True]
+    assert result.rungs[0].claim == "the file can be read"
+    assert "expected a whole safetensors file" in str(result.first_difference)
+
+
+@pytest.mark.parametrize("name", ["model.txt", "model.tflite"])
+def test_an_unknown_kind_of_file_is_refused(trained: Any, tmp_path: Path, name: str) -> None:
+    model, data = trained
+    with pytest.raises(ConfigError, match=f"expected a file ending in .* found {name}"):
+        verify(model, tmp_path / name, loader=data)
+
+
+def test_artifacts_and_a_loader_are_asked_for(trained: Any) -> None:
+    model, data = trained
+    for arguments, keywords in (((), {"loader": data}), ((data,), {}), ((convert(model),), {}), ((), {})):
+        with pytest.raises(ConfigError, match="expected deployed models or files and one loader"):
+            verify(model, *arguments, **keywords)
+
+
+def test_a_file_goes_with_one_module(trained: Any, tmp_path: Path) -> None:
+    model, data = trained
+    with pytest.raises(ConfigError, match="expected one deployed module with file='x', found 2"):
+        verify(model, convert(model), convert(model), loader=data, file="x")

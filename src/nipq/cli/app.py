@@ -156,9 +156,12 @@ def show(
 @app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Exported files: .nipq.safetensors, .onnx, .npz, .pt2.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Compare a run's packed model with its trained model again, layer by layer in integer codes."""
+    """Compare a run's packed model and exported files with its trained model, layer by layer in integer codes."""
     with reporting(as_json):
-        if not verify_folder(folder, as_json=as_json):
+        if not verify_folder(folder, files or [], as_json=as_json):
             raise typer.Exit(FAILURE)

@@ -31,7 +31,8 @@ from nipq.train.run_folder import RunFolder, write_state, write_table, write_tex
 from nipq.verify import VerifyResult, verify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
 
     from nipq.train.config import ModelConfig
     from nipq.train.reporter import Reporter
@@ -86,18 +87,19 @@ def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, 
     return results
 
 
-def verify_run(place: RunFolder) -> VerifyResult:
+def verify_run(place: RunFolder, files: Sequence[Path] = ()) -> VerifyResult:
     """Load a finished run's trained and packed models from its folder and compare them again.
 
     Args:
         place: The run's folder.
+        files: What was exported from the run, to be compared as well.
 
     Returns:
         What :func:`nipq.verify.verify` found; true when every rung holds.
 
     Raises:
         ConfigError: If the folder holds no finished run.
-        FileFormatError: If a file cannot be read.
+        FileFormatError: If a file of the run cannot be read.
     """
     config = place.read_config()
     for path in (place.trained, place.model):
@@ -118,7 +120,7 @@ def verify_run(place: RunFolder) -> VerifyResult:
     set_phase_(model, Phase.ROUND)
     deployed = load(place.model, build_model(config.model, with_weights=False))
     batches, metric = Few(data.test, config.verify_batches), metric_of(build_task(config))
-    return verify(model.eval(), deployed, batches, file=place.model, metric=metric)
+    return verify(model.eval(), deployed, *files, loader=batches, file=place.model, metric=metric)
 
 
 def metric_of(task: Task) -> Callable[[nn.Module, Iterable[Batch]], float]:

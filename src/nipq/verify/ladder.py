@@ -57,7 +57,7 @@ def verify(
             ``.nipq.safetensors``, ``.onnx``, ``.qonnx.onnx``, ``.npz``, ``.pt2``. The last one may be the loader.
         loader: batches as for ``nipq.calibrate_``, at least one; a few hundred samples of real data do. All that the
             loader yields is used.
-        file: the packed file of the one deployed module, to be checked with it.
+        file: the packed file of the one deployed module among the artifacts, to be checked with it.
         metric: the task's score, called as ``metric(model, loader)`` on every model. Without one, top-1 accuracy in per
             cent when the batches hold labels (second item of a tuple, or ``"labels"`` of a dict).
 
@@ -112,10 +112,11 @@ def _check(model: nn.Module, candidates: Sequence[Artifact], file: str | Path | 
                 f"{quantizer.name}: expected a frozen bit-width, found one that is still learned. "
                 "Call nipq.freeze_bits_(model, budget) and nipq.convert(model) before nipq.verify."
             )
-    if file is not None and len(candidates) > 1:
+    modules = sum(isinstance(artifact, nn.Module) for artifact in candidates)
+    if file is not None and modules != 1:
         raise ConfigError(
-            f"verify: expected one deployed model with file={str(file)!r}, found {len(candidates)} artifacts. "
-            "Give the file as one of them."
+            f"verify: expected one deployed module with file={str(file)!r}, found {modules}. "
+            "Give the file as one of the artifacts."
         )
 
 

@@ -100,9 +100,9 @@ class OnnxFile:
         helper = require("onnx.numpy_helper", extra="onnx", purpose="reading ONNX files")
         try:
             array = helper.to_array(self.initialisers[name])
+            return torch.from_numpy(array.copy() if array.dtype.kind == "f" else array.astype("int32"))
         except Exception as error:  # whatever NumPy thinks of a tensor that does not fit its own shape
             raise self.error(layer, f"the stored tensor {name!r} to be whole", str(error)) from error
-        return torch.from_numpy(array.copy() if array.dtype.kind == "f" else array.astype("int32"))
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -125,6 +125,9 @@ def read_onnx(path: Path) -> OnnxFile:
         raise FileFormatError(f"{path}: expected an ONNX file of at most {LONGEST:,} bytes, found more.")
     try:
         model: ModelProto = onnx.load_model_from_string(path.read_bytes())
+        for node in model.graph.node:  # names may be no text at all, which shows only when they are looked at
+            _ = (node.name, node.op_type, node.domain, *node.input, *node.output, *(a.name for a in node.attribute))
+        _ = [part.name for part in (*model.graph.initializer, *model.graph.input, *model.graph.output)]
     except Exception as error:  # the parser's own error depends on which parser is installed
         raise FileFormatError(
             f"{path}: expected a whole ONNX file, found: {error}. Export or copy the model again."

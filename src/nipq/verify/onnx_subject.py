@@ -109,10 +109,20 @@ class OnnxSubject(Subject):
 
     def __init__(self, path: Path, deployed: nn.Module, layers: Iterable[str]) -> None:
         self.path, self.deployed = path, deployed
+        self.failure: str | None = None
         self.file = read_onnx(path)
-        self.cells = cells(self.file)
-        model, self.probes = forced(self.file, self.cells)
-        super().__init__(path.name, OnnxModule(self._session(runnable(self.file)), path), layers, is_file=True)
+        try:
+            self.cells = cells(self.file)
+            whole = runnable(self.file)
+            model, self.probes = forced(self.file, self.cells)
+        except FileFormatError:
+            raise
+        except (LookupError, ValueError, TypeError, RuntimeError, OverflowError, StopIteration) as error:
+            # Nodes may lack anything that nodes have.
+            raise FileFormatError(
+                f"{path}: expected a sound graph, found: {error!r}. Export or copy the model again."
+            ) from error
+        super().__init__(path.name, OnnxModule(self._session(whole), path), layers, is_file=True)
         self.forced = self._session(model)
         for cell in self.cells:
             if cell.name in self.evidence:
@@ -154,6 +164,18 @@ class OnnxSubject(Subject):
         }
         claim = "integers, scales, zero points, limits of the graph"
         return Rung("E0 static", claim, not found, facts, found[0] if found else None)
+
+    def observe(self, seen: Observation) -> None:
+        """Add one piece of data to the evidence, until the file fails to run.
+
+        Args:
+            seen: the trained model on it.
+        """
+        if self.failure is None:
+            try:
+                super().observe(seen)
+            except FileFormatError as error:
+                self.failure, self.module = str(error), None
 
     def run(self, seen: Observation) -> Tensor:
         """Logits, with the evidence for E1 on the way.
@@ -209,6 +231,8 @@ class OnnxSubject(Subject):
         Args:
             scores: the task's score of both.
         """
+        if self.failure is not None:
+            return [Rung("E1 layers", "the file runs on the data", False, {}, self.failure)]
         return [layer_rung(self.evidence), self.distance.rung(scores)]
 
 
