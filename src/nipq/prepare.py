@@ -72,7 +72,8 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
     weights = _weight_quantizers(model, plans, config)
     for order, (spec, plan) in enumerate(plans):
         layer = model.get_submodule(spec.name)
-        attach(layer, weights[spec.name], LayerQuantization(spec, _input_quantizer(layer, spec, plan, config), order))
+        record = LayerQuantization(spec, _input_quantizer(layer, spec, plan, config), order)
+        attach(layer, weights[spec.name], record, model.get_submodule(spec.relu) if spec.relu else None)
     set_phase_(model, Phase.NOISE)
     return model
 

@@ -14,56 +14,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 
 from nipq.errors import NotQuantizableError
+from nipq.float_pieces import BETWEEN_ACTIVATIONS, REASONS, FloatPiece, operation_of
 from nipq.nn.layers import SUPPORTED, LayerSpec
+from nipq.nn.relu import cap_of, reads_in_sequence
 
 #: What a model is called with: one tensor, several positional ones, or keywords.
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
-
-_ALIASES = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul"}
-_ALIASES |= {"truediv": "div", "itruediv": "div", "rtruediv": "div", "rmatmul": "matmul"}
-
-# Why a functional piece stays float, by the last part of its torch name. ReLU-like clamps, reshapes and concatenations
-# are left out: they do no arithmetic that the next quantizer would not see.
-_BETWEEN_ACTIVATIONS = ("add", "sub", "mul", "div")
-_OPERATIONS = {
-    "sums of activations stay float; the next layer quantizes what it reads": "add sub",
-    "products of activations stay float; the next layer quantizes what it reads": "mul div",
-    "pooling has no weights; it stays float between two quantizers": """
-        mean avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool2d interpolate
-        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
-    "smooth activation functions stay float; the next layer quantizes their result": """
-        silu gelu hardswish sigmoid hardsigmoid tanh softmax log_softmax mish elu selu celu softplus""",
-    "products of two activations have no weights to quantize; attention stays float": """
-        matmul bmm baddbmm einsum scaled_dot_product_attention""",
-    "torch's fused attention reads its projections' weights past their modules": "multi_head_attention_forward",
-    "normalisation stays float (a batch norm is folded where it alone reads what one layer made)": """
-        layer_norm batch_norm group_norm instance_norm rms_norm local_response_norm""",
-    "table look-ups have no input to quantize; the table stays float": "embedding embedding_bag",
-    "it is called as a function, not as a module, so there is nothing to attach quantizers to": """
-        conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear""",
-}
-_REASONS = {name: reason for reason, names in _OPERATIONS.items() for name in names.split()}
-
-
-@dataclass(frozen=True)
-class FloatPiece:
-    """A computation that stays float, and why.
-
-    Attributes:
-        name: full name of the innermost module in which it happens; empty for the model itself.
-        operation: what is computed, such as ``"add"``.
-        reason: why it stays float.
-        count: how often one forward does it there.
-    """
-
-    name: str
-    operation: str
-    reason: str
-    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,6 +69,7 @@ class _LayerCalls:
     outputs: int = 0
     positions: int = 0
     is_input: bool = True
+    input: Tensor | None = None
     output: Tensor | None = None
 
 
@@ -126,6 +86,8 @@ class _Watcher(TorchFunctionMode):
         self.readers: dict[int, set[str]] = {}
         self.batchnorm_inputs: dict[int, str] = {}
         self.batchnorm_calls: Counter[str] = Counter()
+        self.relu_outputs: dict[int, str] = {}
+        self.relu_calls: Counter[str] = Counter()
         #: Tensors that no layer has touched; "input" when the model's own input is in them.
         self.origin: dict[int, Literal["input", "constant"]] = {
             id(tensor): "constant" for tensor in (*model.parameters(), *model.buffers())
@@ -150,10 +112,10 @@ class _Watcher(TorchFunctionMode):
         self.keep.append((operands, results))
         for tensor in operands:
             self.readers.setdefault(id(tensor), set()).add(where)
-        operation = _operation(func)
+        operation = operation_of(func)
         if isinstance(inner, SUPPORTED):
             return self._made(results, None, result)
-        if operation in _REASONS and (len(operands) > 1 or operation not in _BETWEEN_ACTIVATIONS):
+        if operation in REASONS and (len(operands) > 1 or operation not in BETWEEN_ACTIVATIONS):
             self.pieces[where, operation] += 1
         origins = {self.origin.get(id(tensor)) for tensor in operands}
         if None in origins or operation.startswith("embedding"):
@@ -183,9 +145,15 @@ class _Watcher(TorchFunctionMode):
         calls = self.layers.setdefault(module, _LayerCalls())
         calls.is_input &= self.origin.get(id(x)) == "input"
         calls.inputs += x.numel()
+        calls.input = x
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         self.stack.pop()
+        if cap_of(module) is not None:
+            (y,) = _tensors(output)
+            self.keep.append(y)
+            self.relu_outputs[id(y)] = self.names[module]
+            self.relu_calls[self.names[module]] += 1
         if isinstance(module, SUPPORTED):
             calls = self.layers[module]
             (x, *_), (y, *_) = _tensors((args, kwargs)), _tensors(output)
@@ -204,11 +172,14 @@ class _Watcher(TorchFunctionMode):
         alone = name is not None and self.readers.get(id(y)) == {name} and self.batchnorm_calls[name] == 1
         return name if alone else None
 
-
-def _operation(func: Callable[..., Any]) -> str:
-    """Plain name of a torch function: ``add`` for ``Tensor.__iadd__`` and ``Tensor.add_`` alike."""
-    name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1].strip("_")
-    return _ALIASES.get(name, name)
+    def foldable_relu(self, model: nn.Module, layer: nn.Module) -> str | None:
+        """Name of the ReLU whose result the layer alone reads, and reads nothing else."""
+        calls, name = self.layers[layer], self.names[layer]
+        relu = self.relu_outputs.get(id(calls.input))
+        if relu is None or calls.calls != 1 or self.relu_calls[relu] != 1:
+            return None
+        readers = self.readers[id(calls.input)] - {relu}  # in place, it reads what it makes
+        return relu if readers == {name} and reads_in_sequence(model, relu, name) else None
 
 
 def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -266,10 +237,10 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
             module.training = training
     for tensor in _tensors(output):
         watcher.readers.setdefault(id(tensor), set()).add("")  # whoever called the model
-    layers = tuple(_spec(layer, watcher, tensors[0].shape[0]) for layer in watcher.layers)
+    layers = tuple(_spec(model, layer, watcher, tensors[0].shape[0]) for layer in watcher.layers)
     folded = {spec.batchnorm for spec in layers}
     pieces = tuple(
-        FloatPiece(name, operation, _REASONS[operation], count)
+        FloatPiece(name, operation, REASONS[operation], count)
         for (name, operation), count in watcher.pieces.items()
         if name not in folded
     )
@@ -279,7 +250,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     return Trace(layers, pieces, unused)
 
 
-def _spec(layer: nn.Module, watcher: _Watcher, batch: int) -> LayerSpec:
+def _spec(model: nn.Module, layer: nn.Module, watcher: _Watcher, batch: int) -> LayerSpec:
     calls = watcher.layers[layer]
     assert isinstance(layer.weight, Tensor)
     return LayerSpec(
@@ -292,4 +263,5 @@ def _spec(layer: nn.Module, watcher: _Watcher, batch: int) -> LayerSpec:
         calls=calls.calls,
         batchnorm=watcher.foldable_batchnorm(layer),
         is_input=calls.is_input,
+        relu=watcher.foldable_relu(model, layer),
     )

@@ -43,7 +43,7 @@ def test_the_operator_of_the_proxy_keeps_its_promises_to_the_compiler(channels: 
     x, tensors, settings = proxy_arguments(channels)
     args = (
         x, tensors.alpha_raw, tensors.key, tensors.bit_raw, None, None, None, None,
-        "shifted", 0.375, settings.low, settings.high, list(settings.choices), True, 0,
+        "shifted", 0.375, settings.low, settings.high, list(settings.choices), True, 0, settings.cap,
     )  # fmt: skip
     torch.library.opcheck(torch.ops.nipq.proxy, args)
     leaves = (x, tensors.alpha_raw, tensors.bit_raw)
@@ -58,7 +58,7 @@ def test_the_operator_of_the_proxy_keeps_its_promises_to_the_compiler(channels: 
 @compiled_kernels
 def test_the_operator_of_the_quantizer_keeps_its_promises_to_the_compiler() -> None:
     x, alpha, bits = (part.requires_grad_() for part in (torch.randn(4, 30), torch.ones(4, 1), torch.tensor([3.0])))
-    torch.library.opcheck(torch.ops.nipq.quantize, (x, alpha, bits, "signed", 0.0, 0))
+    torch.library.opcheck(torch.ops.nipq.quantize, (x, alpha, bits, "signed", 0.0, 0, float("inf")))
     assert torch.equal(quantize(x, alpha, bits, SIGNED, 0), nipq.functional.quantize(x, alpha, bits, SIGNED))
 
 

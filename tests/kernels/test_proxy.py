@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import relu6
 
 from nipq.functional.counter import draw_key
 from nipq.functional.empirical import error_table
@@ -29,7 +30,7 @@ def fused_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings)
     return fused_noise_proxy_on(x, tensors, settings, kernels)
 
 
-def settings(grid: Grid = SIGNED, choices: tuple[int, ...] = RANGE, **other: bool | int) -> ProxySettings:
+def settings(grid: Grid = SIGNED, choices: tuple[int, ...] = RANGE, **other: float) -> ProxySettings:
     return ProxySettings(grid, choices[0] - 0.5, choices[-1] + 0.5, choices, **{"stochastic": True, **other})
 
 
@@ -144,6 +145,25 @@ def test_an_in_range_result_on_an_end_is_moved_off_it_so_that_backward_sees_it_i
     assert torch.equal(fused[1], ((x > 0) & (x < base)).float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("raw", [1.0, 5.9, 9.0])
+def test_the_cap_of_a_relu6_that_was_left_out(raw: float, dtype: torch.dtype) -> None:
+    """The proxy of relu6(x), value and gradients, from x itself; the boundary lies below the cap, at it, above it."""
+    x, grad = (4 * torch.randn(20_000)).to(dtype), torch.randn(20_000).to(dtype)
+    tensors = replace(parameters(), alpha_raw=torch.tensor([raw], requires_grad=True))
+    fused = outcome(fused_noise_proxy, x, grad, tensors, settings(UNSIGNED, cap=6.0))
+    expected = outcome(lambda x, *rest: fused_noise_proxy(relu6(x), *rest), x, grad, tensors, settings(UNSIGNED))
+    plain = outcome(plain_noise_proxy, x, grad, tensors, settings(UNSIGNED, cap=6.0))
+    # Off by one number of the type where the result of an uncapped element would pass for that of a capped one.
+    moved = fused[0] != expected[0]
+    assert moved.float().mean() < (0 if dtype == torch.float32 else 0.02) + 1e-9
+    assert (fused[0] - expected[0]).abs().max() <= 6 * torch.finfo(dtype).eps
+    assert torch.equal(fused[1], expected[1])
+    assert torch.equal(fused[1], plain[1])
+    for ours, theirs in zip(fused[2:], expected[2:], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * grad.abs().sum().item())
+
+
 def test_zeros_behind_a_relu_stay_zero_and_get_no_gradient() -> None:
     x = torch.relu(torch.randn(1000))
     y, dx, *_ = outcome(fused_noise_proxy, x, torch.ones(1000), parameters(), settings(UNSIGNED))
@@ -200,9 +220,10 @@ def test_a_parameter_changed_before_backward_is_noticed() -> None:
         y.sum().backward()
 
 
+@pytest.mark.parametrize("cap", [float("inf"), 0.7])
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.kind)
-def test_a_gradient_of_the_gradient_is_that_of_plain_operations(grid: Grid) -> None:
-    x, tensors, chosen = 2 * torch.randn(200), parameters(), settings(grid)
+def test_a_gradient_of_the_gradient_is_that_of_plain_operations(grid: Grid, cap: float) -> None:
+    x, tensors, chosen = 2 * torch.randn(200), parameters(), settings(grid, cap=cap)
     weight = torch.randn(200)
     found = []
     for function in (fused_noise_proxy, plain_noise_proxy):

@@ -57,6 +57,18 @@ def test_half_precision_is_computed_in_float32_and_rounded_once(dtype: torch.dty
     assert torch.equal(rounding.quantize(x, alpha, bits, SIGNED), expected)
 
 
+def test_the_cap_of_a_relu6_that_was_left_out() -> None:
+    x, grad, bits = 4 * torch.randn(5000), torch.randn(5000), torch.tensor([3.0])
+    for boundary in (3.0, 6.0, 8.0):
+        args = (x, grad, torch.tensor([boundary]), bits, UNSIGNED)
+        found = [
+            outcome(lambda x, a, b, grid: rounding.quantize(x, a, b, grid, 6.0), *args),
+            outcome(lambda x, a, b, grid: uniform.quantize(torch.nn.functional.relu6(x), a, b, grid), *args),
+        ]
+        for ours, theirs in zip(*found, strict=True):
+            assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-3)
+
+
 def test_a_gradient_of_the_gradient_is_that_of_plain_operations() -> None:
     found = []
     for quantize in (rounding.quantize, uniform.quantize):

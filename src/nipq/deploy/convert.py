@@ -12,7 +12,8 @@ from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer
 from nipq.errors import NonFiniteError, OrderError
 from nipq.layer_table import LayerRow, layer_table, quantizers
 from nipq.nn.integer import bias_of, fold, output_channels
-from nipq.nn.layers import float_weight, plain_shell
+from nipq.nn.layers import float_weight, plain_shell, quantization
+from nipq.nn.relu import unfold_relu
 from nipq.phases import Phase
 
 
@@ -71,6 +72,8 @@ def deploy_copy(model: nn.Module) -> nn.Module:
     owners: dict[nn.Module, nn.Module] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for row in layer_table(twin):
+        for relu in quantization(row.layer).relu:
+            unfold_relu(relu)
         owner = owners.setdefault(row.weight, row.layer)
         tied_to = None if owner is row.layer else names[owner]
         codes = _codes(row) if tied_to is None else replacements[owner].weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -20,6 +21,7 @@ class ProxySettings:
         choices: allowed whole bit-widths, ascending.
         stochastic: draw one of the two neighbouring choices, or take the nearest.
         channel_axis: axis of the boundaries where there are several.
+        cap: upper end of a ReLU6 in front that was left out, see ``nipq.nn.relu``.
     """
 
     grid: Grid
@@ -28,6 +30,7 @@ class ProxySettings:
     choices: tuple[int, ...]
     stochastic: bool
     channel_axis: int = 0
+    cap: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Call(ctypes.Structure):
         ("stochastic", ctypes.c_int32),
         ("grid", ctypes.c_int32),
         ("shift", ctypes.c_double),
+        ("cap", ctypes.c_double),
         ("key", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
         ("table_count", ctypes.c_void_p),
@@ -106,7 +107,7 @@ def proxy_backward(
     return dx, d_alpha_raw, d_bit_raw
 
 
-def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int) -> Tensor:
+def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int, cap: float) -> Tensor:
     """The true quantizer of ``nipq.functional.uniform``.
 
     Args:
@@ -115,18 +116,19 @@ def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_ax
         bits: whole bit-width, float32, shape (1,).
         grid: which levels.
         channel_axis: axis of the boundaries.
+        cap: what x is cut to before, infinity for nothing.
 
     Returns:
         Values on the grid, shape, type and layout of x.
     """
     y = torch.empty_like(x)
-    call = _round_call(x, alpha, bits, grid, channel_axis)
+    call = _round_call(x, alpha, bits, grid, channel_axis, cap)
     _library().nipq_round_forward(ctypes.byref(call), x.data_ptr(), y.data_ptr())
     return y
 
 
 def round_backward(
-    grad: Tensor, x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int
+    grad: Tensor, x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of :func:`round_forward`.
 
@@ -137,13 +139,14 @@ def round_backward(
         bits: as given to it.
         grid: as given to it.
         channel_axis: as given to it.
+        cap: as given to it.
 
     Returns:
         The gradients of x, alpha and bits.
     """
     grad = laid_out_like(grad, x)
     dx, d_alpha, d_bits = torch.empty_like(x), torch.empty_like(alpha), torch.empty_like(bits)
-    call = _round_call(x, alpha, bits, grid, channel_axis)
+    call = _round_call(x, alpha, bits, grid, channel_axis, cap)
     _library().nipq_round_backward(
         ctypes.byref(call), grad.data_ptr(), x.data_ptr(), dx.data_ptr(), d_alpha.data_ptr(), d_bits.data_ptr()
     )
@@ -181,14 +184,14 @@ def _proxy_call(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Ca
     call.bits, call.table, call.table_count = (
         _address(tensors.bits), _address(tensors.table), _address(tensors.table_count)
     )  # fmt: skip
-    call.low, call.high, call.shift = settings.low, settings.high, settings.grid.shift
-    call.grid, call.stochastic = _GRIDS[settings.grid.kind], settings.stochastic
+    call.low, call.high, call.cap = settings.low, settings.high, settings.cap
+    call.grid, call.shift, call.stochastic = _GRIDS[settings.grid.kind], settings.grid.shift, settings.stochastic
     call.choices = sum(1 << bits for bits in settings.choices)
     return call
 
 
-def _round_call(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int) -> Call:
+def _round_call(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int, cap: float) -> Call:
     call = _call(x, alpha.numel(), channel_axis)
     call.alpha, call.bits = alpha.data_ptr(), bits.data_ptr()
-    call.grid, call.shift = _GRIDS[grid.kind], grid.shift
+    call.grid, call.shift, call.cap = _GRIDS[grid.kind], grid.shift, cap
     return call

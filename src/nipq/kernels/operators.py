@@ -5,6 +5,7 @@ Eager code calls the kernels directly, which costs a third of what an operator w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ def _proxy(
     x: Tensor, alpha_raw: Tensor, key: Tensor, bit_raw: Tensor | None, bits_frozen: Tensor | None,
     bits: Tensor | None, table: Tensor | None, table_count: Tensor | None,
     grid: str, shift: float, low: float, high: float, choices: list[int], stochastic: bool, channel_axis: int,
+    cap: float,
 ) -> Tensor:  # fmt: skip
     tensors = ProxyTensors(alpha_raw, key, bit_raw, bits_frozen, bits, table, table_count)
-    settings = _settings(grid, shift, low, high, choices, stochastic, channel_axis)
+    settings = _settings(grid, shift, low, high, choices, stochastic, channel_axis, cap)
     return _kernels(x, alpha_raw, channel_axis).proxy_forward(x, tensors, settings)
 
 
@@ -40,18 +42,26 @@ def _proxy_backward(
     grad: Tensor, y: Tensor, alpha_raw: Tensor, key: Tensor, bit_raw: Tensor | None, bits_frozen: Tensor | None,
     bits: Tensor | None, table: Tensor | None, table_count: Tensor | None,
     grid: str, shift: float, low: float, high: float, choices: list[int], stochastic: bool, channel_axis: int,
+    cap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tensors = ProxyTensors(alpha_raw, key, bit_raw, bits_frozen, bits, table, table_count)
-    settings = _settings(grid, shift, low, high, choices, stochastic, channel_axis)
+    settings = _settings(grid, shift, low, high, choices, stochastic, channel_axis, cap)
     dx, d_alpha, d_bits = _kernels(y, alpha_raw, channel_axis).proxy_backward(grad, y, tensors, settings)
     return dx, d_alpha, alpha_raw.new_empty(0) if d_bits is None else d_bits
 
 
 def _settings(
-    grid: str, shift: float, low: float, high: float, choices: list[int], stochastic: bool, channel_axis: int
+    grid: str,
+    shift: float,
+    low: float,
+    high: float,
+    choices: list[int],
+    stochastic: bool,
+    channel_axis: int,
+    cap: float,
 ) -> ProxySettings:
     kind: GridKind = grid  # type: ignore[assignment]  # operators know no literals; Grid checks it
-    return ProxySettings(Grid(kind, shift), low, high, tuple(choices), stochastic, channel_axis)
+    return ProxySettings(Grid(kind, shift), low, high, tuple(choices), stochastic, channel_axis, cap)
 
 
 @_proxy.register_fake
@@ -74,7 +84,7 @@ def _proxy_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  
 def _proxy_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
     y, *tensors = ctx.saved_tensors
     dx, d_alpha, d_bits = _proxy_backward(grad, y, *tensors, *ctx.settings)
-    return dx, d_alpha, None, None if tensors[2] is None else d_bits, *([None] * 11)
+    return dx, d_alpha, None, None if tensors[2] is None else d_bits, *([None] * 12)
 
 
 _proxy.register_autograd(_proxy_gradients, setup_context=_proxy_context)
@@ -94,7 +104,7 @@ def proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Tensor:
     out: Tensor = _proxy(
         x, tensors.alpha_raw, tensors.key, tensors.bit_raw, tensors.bits_frozen, tensors.bits, tensors.table,
         tensors.table_count, settings.grid.kind, settings.grid.shift, settings.low, settings.high,
-        list(settings.choices), settings.stochastic, settings.channel_axis,
+        list(settings.choices), settings.stochastic, settings.channel_axis, settings.cap,
     )  # fmt: skip
     return out
 
@@ -103,18 +113,18 @@ def proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Tensor:
 
 
 @torch.library.custom_op("nipq::quantize", mutates_args=())
-def _quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: str, shift: float, channel_axis: int) -> Tensor:
+def _quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: str, shift: float, channel_axis: int, cap: float) -> Tensor:
     kind: GridKind = grid  # type: ignore[assignment]  # as above
-    return _kernels(x, alpha, channel_axis).round_forward(x, alpha, bits, Grid(kind, shift), channel_axis)
+    return _kernels(x, alpha, channel_axis).round_forward(x, alpha, bits, Grid(kind, shift), channel_axis, cap)
 
 
 @torch.library.custom_op("nipq::quantize_backward", mutates_args=())
 def _quantize_backward(
-    upstream: Tensor, x: Tensor, alpha: Tensor, bits: Tensor, grid: str, shift: float, channel_axis: int
+    upstream: Tensor, x: Tensor, alpha: Tensor, bits: Tensor, grid: str, shift: float, channel_axis: int, cap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     kind: GridKind = grid  # type: ignore[assignment]  # as above
     kernels = _kernels(x, alpha, channel_axis)
-    return kernels.round_backward(upstream, x, alpha, bits, Grid(kind, shift), channel_axis)
+    return kernels.round_backward(upstream, x, alpha, bits, Grid(kind, shift), channel_axis, cap)
 
 
 @_quantize.register_fake
@@ -133,13 +143,13 @@ def _quantize_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _quantize_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
-    return *_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None
+    return *_quantize_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None, None, None
 
 
 _quantize.register_autograd(_quantize_gradients, setup_context=_quantize_context)
 
 
-def quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int) -> Tensor:
+def quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int, cap: float = math.inf) -> Tensor:
     """``nipq.kernels.rounding.quantize`` as one operator.
 
     Args:
@@ -148,9 +158,10 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: i
         bits: whole bit-width, shape (1,).
         grid: which levels.
         channel_axis: axis of the boundaries.
+        cap: what x is cut to before.
 
     Returns:
         Values on the grid, shape, type and layout of x.
     """
-    out: Tensor = _quantize(x, alpha, bits, grid.kind, grid.shift, channel_axis)
+    out: Tensor = _quantize(x, alpha, bits, grid.kind, grid.shift, channel_axis, cap)
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -59,7 +60,8 @@ def plain_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings)
     Returns:
         The proxy, shape and type of x.
     """
-    alpha, bits, wide = alpha_from_raw(tensors.alpha_raw), _whole_bits(tensors, settings), widened(x)
+    alpha, bits = alpha_from_raw(tensors.alpha_raw), _whole_bits(tensors, settings)
+    wide = widened(x if settings.cap == math.inf else torch.where(x < settings.cap, x, settings.cap))
     if alpha.numel() > 1:
         shape = [1] * x.ndim
         shape[settings.channel_axis] = -1
@@ -89,9 +91,14 @@ def _differentiable_backward(
 ) -> tuple[Tensor | None, ...]:
     """The same gradients by plain operations, on a stand-in for x that is truncated where x was."""
     with torch.no_grad():
-        lower, upper = (plain_noise_proxy(torch.full_like(y, end), tensors, settings) for end in (-math.inf, math.inf))
-        inside = (lower + upper) / 2
-        stand_in = torch.where(y == lower, -math.inf, torch.where(y == upper, math.inf, inside))
+        uncapped = replace(settings, cap=math.inf)
+        lower, upper, cap = (
+            plain_noise_proxy(torch.full_like(y, end), tensors, uncapped)
+            for end in (-math.inf, math.inf, min(settings.cap, torch.finfo(y.dtype).max))
+        )
+        inside = (lower + upper.clamp(max=settings.cap)) / 2
+        stand_in = torch.where(y == cap, settings.cap, inside)
+        stand_in = torch.where(y == lower, -math.inf, torch.where(y == upper, math.inf, stand_in))
     stand_in.requires_grad_()
     inputs = [part for part in (stand_in, tensors.alpha_raw, tensors.bit_raw) if part is not None]
     out = plain_noise_proxy(stand_in, tensors, settings)

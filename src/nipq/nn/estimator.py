@@ -6,6 +6,7 @@ changes one word.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -127,7 +128,8 @@ class Estimator:
             )  # fmt: skip
         return self.round(x, alpha, bits, grid, count=count, offset=offset)
 
-    def round(self, x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, *, count: int, offset: Tensor | None) -> Tensor:
+    def round(self, x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, *, count: int, offset: Tensor | None,
+              cap: float = math.inf) -> Tensor:  # fmt: skip
         """The training forward of phase ``round``: the true quantizer, with the method's gradients.
 
         Args:
@@ -137,6 +139,7 @@ class Estimator:
             grid: which levels.
             count: elements of one sample (input) or of one boundary (weight).
             offset: low end of the range where it is learned.
+            cap: upper end of a ReLU6 in front that was left out; see ``has_fused_twin``.
 
         Returns:
             Values on the grid, shape of x.
@@ -147,4 +150,4 @@ class Estimator:
             return lsq_quantize(x, alpha, bits, grid, count, quantize)
         if self.method == "pact":
             return pact_quantize(widened(x), alpha, bits, grid).to(x.dtype)
-        return quantize(x, alpha, bits, grid)
+        return quantize(x, alpha, bits, grid, cap)

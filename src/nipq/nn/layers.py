@@ -24,6 +24,7 @@ from nipq.nn.integer import (
     weight_channel_axis,
 )
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.nn.relu import fold_relu, unfold_relu
 
 #: Layers with a weight and one input; subclasses with a forward of their own included.
 SUPPORTED = (
@@ -51,6 +52,7 @@ class LayerSpec:
         calls: how often one forward calls the layer.
         batchnorm: full name of the batch norm that alone reads the output, or None.
         is_input: whether the layer reads the model's own input.
+        relu: full name of the ReLU right in front, whose result the layer alone reads, or None.
     """
 
     name: str
@@ -62,6 +64,7 @@ class LayerSpec:
     calls: int
     batchnorm: str | None
     is_input: bool
+    relu: str | None = None
 
 
 class LayerQuantization(nn.Module):
@@ -80,6 +83,8 @@ class LayerQuantization(nn.Module):
         self.input = input_quantizer
         #: The batch norm folded into the layer while in phase ``int``; in a tuple, so that it is not a submodule.
         self.folded: tuple[nn.Module, ...] = ()
+        #: The ReLU in front that training leaves out, see ``nipq.nn.relu``; in a tuple likewise.
+        self.relu: tuple[nn.Module, ...] = ()
 
 
 def weight_quantizer(layer: nn.Module) -> WeightQuantizer:
@@ -119,14 +124,18 @@ def output_channel_axis(layer: nn.Module) -> int | None:
     return None if transposed and layer.groups != 1 else weight_channel_axis(layer)
 
 
-def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization) -> None:
+def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization, relu: nn.Module | None = None) -> None:
     """Quantize the layer's weight and input from now on.
 
     Args:
         layer: one of :data:`SUPPORTED`.
         weight: quantizer of its weight; layers with a tied weight get the same one.
         record: facts and input quantizer.
+        relu: the ReLU in front that the input quantizer may replace.
     """
+    if relu is not None and record.input is not None:
+        fold_relu(relu, record.input)
+        record.relu = (relu,)
     # unsafe: the safe form runs a forward, which needs a calibrated boundary and draws random numbers.
     parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
     layer.quantization = record
@@ -142,6 +151,8 @@ def detach(layer: nn.Module) -> None:
         layer: a prepared layer.
     """
     leave_integer_domain(layer)
+    for relu in quantization(layer).relu:
+        unfold_relu(relu)
     del layer.quantization
     others = [name for name in layer._parameters if name != "weight"]
     # A deep copy shares the class that torch made for the parametrization; changing that would break the other one.

@@ -16,6 +16,7 @@ phase        ``model.train()``          ``model.eval()``
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -56,6 +57,8 @@ class TensorQuantizer(QuantizerParameters):
 
     #: Share of the true error in the noise, 0 to 1, shape (1,); None stands for 0 at no cost. See ``temper_``.
     error_share: Tensor | None
+    #: Upper end of the ReLU6 that the tensor comes from, see ``nipq.nn.relu``.
+    cap: float = math.inf
     role: ClassVar[Role] = "input"
 
     def __init__(
@@ -115,7 +118,8 @@ class TensorQuantizer(QuantizerParameters):
 
     def _round(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
         alpha = self._spread(self.alpha, x.ndim)
-        return self.estimator.round(x, alpha, self._whole_bits(), self.grid, count=self._count(x), offset=offset)
+        bits, count = self._whole_bits(), self._count(x)
+        return self.estimator.round(x, alpha, bits, self.grid, count=count, offset=offset, cap=self.cap)
 
     def _learn(self, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
         """What training sees of ``x`` while the bit-width is learned."""
@@ -128,7 +132,7 @@ class TensorQuantizer(QuantizerParameters):
         """The same from one kernel, which takes the parameters themselves."""
         settings = ProxySettings(
             self.grid, self.bit_range.low, self.bit_range.high, self.bit_range.choices,
-            self.estimator.stochastic_bits, self.channel_axis,
+            self.estimator.stochastic_bits, self.channel_axis, self.cap,
         )  # fmt: skip
         tensors = ProxyTensors(self.alpha_raw, key, self._parameters.get("bit_raw"), self._buffers.get("bits_frozen"))
         if self.estimator.noise == "empirical":
@@ -205,3 +209,22 @@ class InputQuantizer(TensorQuantizer):
     ) -> None:
         super().__init__(name, bit_range, **settings)
         self.grid_choice = grid_choice
+
+    def replaces_relu(self, x: Tensor) -> bool:
+        """Whether a ReLU in front would change nothing about what the next call gives; see ``nipq.nn.relu``.
+
+        Args:
+            x: what the ReLU is given.
+        """
+        estimator = self.estimator
+        return (
+            self.training
+            and self.calibrated
+            and self.phase in (Phase.NOISE, Phase.ROUND)
+            and self.grid.kind == "unsigned"
+            and estimator.has_fused_twin
+            and self.error_share is None
+            and (self.cap == math.inf or estimator.noise == "uniform")  # a table is made of what a ReLU6 has cut
+            and "forward" not in self.__dict__
+            and backend(x, self.alpha_raw, self.channel_axis) is not None
+        )

@@ -23,6 +23,7 @@ struct Call {  // the same fields, in the same order, as nipq.kernels.cpu.Call
 
   std::int32_t grid;  // 0 signed, 1 unsigned, 2 shifted
   double shift;       // of a shifted grid
+  double cap;         // upper end of a ReLU6 in front that was left out, else infinity
 
   const std::uint64_t *key;         // of the noise
   const float *table;               // errors to draw from, or null for uniform noise

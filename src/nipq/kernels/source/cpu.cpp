@@ -13,7 +13,9 @@ template <class T> void run_proxy_forward(const Call &call, const void *x, void 
   const Noise noise(call);
   const auto ranges = ranges_of(call);
   for_segments(call, [&](Index, Index channel, Index begin, Index end) {
-    proxy_forward(static_cast<const T *>(x), static_cast<T *>(y), begin, end, ranges[channel], noise);
+    const Range &range = ranges[channel];
+    const auto run = call.cap < range.upper ? proxy_forward<T, true> : proxy_forward<T, false>;
+    run(static_cast<const T *>(x), static_cast<T *>(y), begin, end, range, noise, float(call.cap));
   });
 }
 
@@ -23,8 +25,10 @@ void run_proxy_backward(const Call &call, const void *grad, const void *y, void 
   const auto ranges = ranges_of(call);
   std::vector<Sums> parts(call.segments());
   for_segments(call, [&](Index s, Index channel, Index begin, Index end) {
-    parts[s] = proxy_backward(static_cast<const T *>(grad), static_cast<const T *>(y), static_cast<T *>(dx), begin,
-                              end, ranges[channel], noise);
+    const Range &range = ranges[channel];
+    const auto run = call.cap < range.upper ? proxy_backward<T, true> : proxy_backward<T, false>;
+    parts[s] = run(static_cast<const T *>(grad), static_cast<const T *>(y), static_cast<T *>(dx), begin, end, range,
+                   noise, float(call.cap));
   });
   finish_gradients(call, ranges, parts, d_alpha, d_bits);
 }
@@ -32,7 +36,8 @@ void run_proxy_backward(const Call &call, const void *grad, const void *y, void 
 template <class T> void run_round_forward(const Call &call, const void *x, void *y) {
   const auto ranges = ranges_of(call);
   for_segments(call, [&](Index, Index channel, Index begin, Index end) {
-    round_forward(static_cast<const T *>(x), static_cast<T *>(y), begin, end, ranges[channel]);
+    round_forward(static_cast<const T *>(x), static_cast<T *>(y), begin, end, ranges[channel],
+                  float(call.cap));
   });
 }
 
@@ -42,7 +47,7 @@ void run_round_backward(const Call &call, const void *grad, const void *x, void 
   std::vector<Sums> parts(call.segments());
   for_segments(call, [&](Index s, Index channel, Index begin, Index end) {
     parts[s] = round_backward(static_cast<const T *>(grad), static_cast<const T *>(x), static_cast<T *>(dx), begin,
-                              end, ranges[channel]);
+                              end, ranges[channel], float(call.cap));
   });
   finish_gradients(call, ranges, parts, d_alpha, d_bits);
 }

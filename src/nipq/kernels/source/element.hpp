@@ -31,8 +31,7 @@ template <> struct Element<float> {
   static float load(float value) { return value; }
   static float round(float value) { return value; }
   static float store(float value) { return value; }
-  static float above(float value) { return value == 0 ? 0x1p-126f : std::nextafterf(value, HUGE_VALF); }
-  static float below(float value) { return value == 0 ? -0x1p-126f : std::nextafterf(value, -HUGE_VALF); }
+  static constexpr std::uint32_t STEP = 1;
 };
 template <> struct Element<BFloat16> {
   static float load(BFloat16 value) { return as_float(std::uint32_t(value.bits) << 16); }
@@ -41,11 +40,14 @@ template <> struct Element<BFloat16> {
     return as_float(value == value ? (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u : 0x7fc00000u);
   }
   static BFloat16 store(float value) { return {std::uint16_t(as_bits(value) >> 16)}; }
-  // the neighbours: bfloat16 is the upper half of a float32
-  static float away(float value) { return as_float(as_bits(value) + 0x10000u); }
-  static float toward(float value) { return as_float(as_bits(value) - 0x10000u); }
-  static float above(float value) { return value == 0 ? 0x1p-126f : value > 0 ? away(value) : toward(value); }
-  static float below(float value) { return value == 0 ? -0x1p-126f : value > 0 ? toward(value) : away(value); }
+  static constexpr std::uint32_t STEP = 0x10000;  // the upper half of a float32
 };
+
+// The next number of a type in a direction; next to 0 the least one with full precision.
+template <class T> inline float above(float value) {
+  const std::uint32_t bits = as_bits(value);
+  return value == 0 ? 0x1p-126f : as_float(value > 0 ? bits + Element<T>::STEP : bits - Element<T>::STEP);
+}
+template <class T> inline float below(float value) { return -above<T>(-value); }
 
 }  // namespace nipq

@@ -9,33 +9,31 @@ namespace nipq {
 // code = clamp(round_half_even(x / step), low, high)
 inline float code_of(float x, const Range &r) { return std::min(std::max(std::nearbyint(x / r.step), r.low), r.high); }
 
-template <class T> void round_forward(const T *__restrict x, T *__restrict y, Index begin, Index end, const Range &r) {
+template <class T> void round_forward(const T *__restrict x, T *__restrict y, Index begin, Index end, const Range &r, float cap) {
 #pragma GCC ivdep
   for (Index i = begin; i < end; ++i) {
-    float value = Element<T>::load(x[i]), level = code_of(value, r) * r.step;
+    const float value = std::min(Element<T>::load(x[i]), cap), level = code_of(value, r) * r.step;
     y[i] = Element<T>::store(Element<T>::round(value == value ? level : value));
   }
 }
 
 template <class T>
 Sums round_backward(const T *__restrict grad, const T *__restrict x, T *__restrict dx, Index begin, Index end,
-                    const Range &r) {
+                    const Range &r, float cap) {
   Sums sums;
   for (Index at = begin; at < end; at += BLOCK) {
     const Index stop = std::min(at + BLOCK, end);
     float slope = 0, lower = 0, upper = 0;
 #pragma omp simd reduction(+ : slope, lower, upper)
     for (Index i = at; i < stop; ++i) {
-      float g = Element<T>::load(grad[i]), v = Element<T>::load(x[i]);
-      float inside = (v > r.lower) & (v < r.upper) ? g : 0;
-      dx[i] = Element<T>::store(inside);
+      const float g = Element<T>::load(grad[i]), given = Element<T>::load(x[i]), v = std::min(given, cap);
+      const float inside = (v > r.lower) & (v < r.upper) ? g : 0;
+      dx[i] = Element<T>::store(given < cap ? inside : 0);
       slope += inside * (code_of(v, r) - v / r.step);
       lower += v <= r.lower ? g : 0;
       upper += v >= r.upper ? g : 0;
     }
-    sums.slope += slope;
-    sums.lower += lower;
-    sums.upper += upper;
+    sums.add({slope, lower, upper});
   }
   return sums;
 }

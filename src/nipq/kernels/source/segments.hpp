@@ -9,6 +9,7 @@ namespace nipq {
 struct Sums {
   double slope = 0;             // in range: gradient * noise, or gradient * error
   double lower = 0, upper = 0;  // truncated: gradient
+
   void add(const Sums &other) {
     slope += other.slope;
     lower += other.lower;

@@ -1,0 +1,95 @@
+"""A ReLU in front of an unsigned quantizer does nothing that truncation at 0 does not: training leaves it out.
+
+min(max(x, 0), cap) before the noise proxy or the true quantizer on an unsigned grid gives the same value and the same
+gradients as the quantizer alone, told the cap of a ReLU6: below 0 both give 0 and pass no gradient. What is saved is a
+pass over memory in either direction and the ReLU's own result, which nothing keeps any more.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+
+from torch import Tensor, nn
+
+from nipq.nn.quantizer import InputQuantizer
+
+#: Modules that can be left out, with their upper ends.
+CAPS = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
+
+
+def cap_of(module: nn.Module) -> float | None:
+    """Upper end of a ReLU; None for any other module, subclasses included, as they may do more.
+
+    Args:
+        module: any module.
+    """
+    return next((cap for kind, cap in CAPS.items() if type(module) is kind), None)
+
+
+def reads_in_sequence(model: nn.Module, first: str, second: str) -> bool:
+    """Whether the result of one module goes to another because they stand in a row, whatever the model does besides.
+
+    True where only ``nn.Sequential`` containers decide what comes after the first. Then no other branch can read the
+    result in training that did not in evaluation, such as an auxiliary head.
+
+    Args:
+        model: holds both.
+        first: full name.
+        second: full name.
+    """
+    name = first
+    while name:
+        parent, _, child = name.rpartition(".")
+        container = model.get_submodule(parent)
+        if not _is_plain_sequence(container):
+            return False
+        children = list(container._modules)
+        place = children.index(child) + 1
+        if place < len(children):
+            following = ".".join(filter(None, (parent, children[place])))
+            while _is_plain_sequence(model.get_submodule(following)):
+                inner = next(iter(model.get_submodule(following)._modules), None)
+                if inner is None:
+                    return False
+                following = f"{following}.{inner}"
+            return following == second
+        name = parent
+    return False
+
+
+def _is_plain_sequence(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def fold_relu(relu: nn.Module, quantizer: InputQuantizer) -> None:
+    """Leave a ReLU out whenever the quantizer that alone reads it takes its place.
+
+    Args:
+        relu: of a kind in :data:`CAPS`.
+        quantizer: of the input of the layer behind it.
+    """
+    cap = cap_of(relu)
+    assert cap is not None
+    quantizer.cap = cap
+    relu.__dict__["folded_into"] = quantizer  # past __setattr__, so that it is not a submodule
+    relu.forward = types.MethodType(_forward_unless_folded, relu)
+
+
+def unfold_relu(relu: nn.Module) -> None:
+    """Undo :func:`fold_relu`.
+
+    Args:
+        relu: as given to it.
+    """
+    relu.__dict__.pop("forward", None)
+    relu.__dict__.pop("folded_into", None)
+
+
+def _forward_unless_folded(relu: nn.Module, x: Tensor) -> Tensor:
+    quantizer: InputQuantizer = relu.__dict__["folded_into"]
+    watched = relu._forward_hooks or relu._backward_hooks  # somebody wants the ReLU's own result
+    if relu.training and not watched and quantizer.replaces_relu(x):
+        return x
+    result: Tensor = type(relu).forward(relu, x)
+    return result

@@ -1,0 +1,173 @@
+"""Training leaves a ReLU out where nobody can tell, and only there."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nipq
+from nipq.kernels.library import library
+from nipq.nn.layers import quantization
+from nipq.nn.relu import cap_of, reads_in_sequence
+
+pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
+
+
+def stack(relu: type[nn.Module], *, inplace: bool = False) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), relu(inplace)),
+        nn.Sequential(nn.Sequential(nn.Conv2d(8, 8, 3)), relu(inplace), nn.Flatten(), nn.Linear(8 * 16, 4)),
+    )
+
+
+def prepared(model: nn.Module, config: nipq.Config | None = None) -> nn.Module:
+    x = 6 * torch.randn(16, 3, 8, 8)
+    nipq.prepare_(model, x, config)
+    nipq.calibrate_(model, [(x, torch.zeros(16))])
+    return model.train()
+
+
+def folded(model: nn.Module) -> list[str]:
+    return [row.name for row in nipq.layer_table.layer_table(model) if quantization(row.layer).relu]
+
+
+def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(5)
+    y = model(x)
+    y.square().sum().backward()
+    found = [y.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("phase", ["noise", "round"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("relu", [nn.ReLU, nn.ReLU6])
+def test_values_and_gradients_are_those_with_the_relu(relu: type[nn.Module], inplace: bool, phase: str) -> None:
+    model = prepared(stack(relu, inplace=inplace))
+    nipq.set_phase_(model, phase)
+    assert folded(model) == ["1.0.0"]  # the linear layer reads what Flatten has made
+    x, passed = 6 * torch.randn(16, 3, 8, 8), []
+    quantizer = quantization(model.get_submodule("1.0.0")).input
+    quantizer.register_forward_pre_hook(lambda _module, args: passed.append(args[0].detach().min().item()))
+    without = outcome(model, x)
+    handle = model[0][2].register_forward_hook(lambda *_: None)  # somebody looks at the ReLU: it runs
+    with_relu = outcome(model, x)
+    handle.remove()
+    assert passed[0] < 0 == passed[1]
+    for ours, theirs in zip(without, with_relu, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
+
+
+def test_nothing_of_the_relu_is_kept() -> None:
+    model = prepared(stack(nn.ReLU6))
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(torch.randn(16, 3, 8, 8))
+    assert sum(t.shape == (16, 8, 6, 6) for t in {t.data_ptr(): t for t in kept}.values()) == 2  # of BN, of the layer
+
+
+@pytest.mark.parametrize("case", ["eval", "float phase", "signed grid", "uncalibrated", "tempered", "other method"])
+def test_the_relu_runs_wherever_the_quantizer_does_not_take_its_place(case: str) -> None:
+    config = nipq.Config(method="lsq", weight_bits=4, activation_bits=4) if case == "other method" else None
+    model = prepared(stack(nn.ReLU), config)
+    quantizer = quantization(model.get_submodule("1.0.0")).input
+    x = torch.randn(4, 8, 6, 6)
+    assert quantizer.replaces_relu(x) is (case != "other method")
+    match case:
+        case "eval":
+            model.eval()
+        case "float phase":
+            nipq.set_phase_(model, "float")
+        case "signed grid":
+            quantizer.grid = nipq.functional.SIGNED
+        case "uncalibrated":
+            quantizer.calibrated = False
+        case "tempered":
+            nipq.temper_(model, 0.5)
+    assert not quantizer.replaces_relu(x)
+    relu = model[0][2]
+    assert torch.equal(relu(x), x.relu())
+
+
+class Auxiliary(nn.Module):
+    """Reads the ReLU a second time, but only while training: no trace of an evaluation sees it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.relu, self.second = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        return self.second(x) + (x.sum() if self.training else 0)
+
+
+class Twice(nn.Sequential):
+    """A container with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self:
+            x = module(x)
+        return x + 1
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Auxiliary(),
+        Twice(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 4), nn.LeakyReLU(), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(0.1), nn.Linear(4, 4)),
+        nn.Sequential(nn.Linear(4, 4), nn.ReLU()),
+    ],
+    ids=["a second reader", "another forward", "another function", "something in between", "nothing behind"],
+)
+def test_a_relu_that_may_have_another_reader_stays(model: nn.Module) -> None:
+    nipq.prepare_(model, torch.randn(2, 4))
+    assert folded(model) == []
+
+
+def test_a_relu_that_runs_twice_stays() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 4))
+    nipq.prepare_(model, torch.randn(2, 4))
+    assert folded(model) == []
+
+
+def test_copies_fold_for_themselves_and_restoring_puts_the_relu_back() -> None:
+    model = prepared(stack(nn.ReLU))
+    twin = copy.deepcopy(model)
+    quantization(twin.get_submodule("1.0.0")).input.calibrated = False
+    x = torch.randn(4, 8, 6, 6)
+    assert torch.equal(twin[0][2](x), x.relu())
+    assert torch.equal(model[0][2](x), x)
+    nipq.restore_(model)
+    assert torch.equal(model[0][2](x), x.relu())
+    assert set(vars(model[0][2])) == set(vars(nn.ReLU()))
+
+
+def test_a_deployed_model_has_plain_relus() -> None:
+    model = prepared(stack(nn.ReLU6))
+    nipq.freeze_bits_(model)
+    assert "forward" not in vars(nipq.convert(model)[0][2])
+
+
+def test_which_modules_are_relus() -> None:
+    class Mine(nn.ReLU):
+        pass
+
+    assert (cap_of(nn.ReLU()), cap_of(nn.ReLU6())) == (float("inf"), 6.0)
+    assert cap_of(Mine()) is None
+    assert cap_of(nn.Hardtanh(0, 6)) is None
+
+
+def test_a_row_of_modules_is_followed_through_nested_containers() -> None:
+    model = stack(nn.ReLU)
+    assert reads_in_sequence(model, "0.2", "1.0.0")
+    assert not reads_in_sequence(model, "0.2", "1.3")
+    assert not reads_in_sequence(model, "1.3", "0.0")
+    assert not reads_in_sequence(nn.Sequential(nn.ReLU(), nn.Sequential()), "0", "1")
