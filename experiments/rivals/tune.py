@@ -56,6 +56,12 @@ CANDIDATES: dict[str, list[dict[str, Any]]] = {
         {"bit_start": "noise", "stages": split(3, 2)},
         {"bit_start": "noise", "stages": {"finetune": {"lr": 0.03}}},
         {"bit_start": "noise", "optimizer": {"bits_lr": 0.005}},
+        {"stages": split(3, 2, 0.015)},
+        {"tempering": "linear"},
+        {"quantization": {"boundary_correction": True}},
+        {"quantization": {"noise": "empirical"}},
+        {"stages": {"finetune": {"lr": 0.02}}},
+        {"stages": split(2, 3, 0.03)},
     ],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nipq.cli.output import answer
+from nipq.kernels.library import SWITCH, library
 
 REQUIRED = ("nipq", "torch", "numpy", "scipy", "pydantic", "rich", "typer", "safetensors", "PyYAML")
 OPTIONAL = {
@@ -18,6 +20,8 @@ OPTIONAL = {
     "scikit-learn": "the digits data of the demo",
     "matplotlib": "plots",
     "tensorboard": "TensorBoard logs",
+    "onnxscript": "ONNX files",
+    "onnxruntime": "running ONNX files",
 }
 
 
@@ -30,6 +34,7 @@ class Examination:
         system: Operating system and processor.
         threads: Threads that torch uses.
         device: What ``device: auto`` means here.
+        kernels: Whether training on the CPU runs compiled kernels, or why not.
         required: Versions of the core dependencies, ``None`` where one is missing.
         optional: Versions of the optional ones.
     """
@@ -38,6 +43,7 @@ class Examination:
     system: str
     threads: int
     device: str
+    kernels: str
     required: dict[str, str | None]
     optional: dict[str, str | None]
 
@@ -54,6 +60,7 @@ def examine() -> Examination:
         system=f"{platform.system()} {platform.machine()}",
         threads=torch.get_num_threads(),
         device=f"cuda ({torch.cuda.get_device_name()})" if torch.cuda.is_available() else "cpu",
+        kernels=_kernels(),
         required={name: _version(name) for name in REQUIRED},
         optional={name: _version(name) for name in OPTIONAL},
     )
@@ -82,8 +89,18 @@ def show_examination(found: Examination, *, as_json: bool) -> bool:
         table.add_row(name, installed or "[yellow]not installed", OPTIONAL[name])
     console = Console()
     console.print(table)
+    console.print(f"CPU kernels: {found.kernels}", soft_wrap=True)
     console.print("ready" if ok else f"missing: {', '.join(found.missing)}; install nipq again")
     return ok
+
+
+def _kernels() -> str:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = library()
+    if found is not None:
+        return "compiled"
+    return str(said[0].message) if said else f"switched off by {SWITCH}"
 
 
 def _version(package: str) -> str | None:
