@@ -41,6 +41,7 @@ FLOORS = (
         "allocation",
         "inspection",
         "summary",
+        "runtime",
         "verify",
     ),
     ("train",),
@@ -109,8 +110,11 @@ SIDEWAYS = {
     "search": "budget controller limit optim",
     "snap": "bit_programme budget limit",
     "summary": "budget limit",
+    "runtime.inductor": "runtime.compiled",
+    "runtime.openvino": "runtime.compiled verify.onnx_cells verify.onnx_file",
     "verify.arrays_subject": "verify.archive verify.evidence verify.layers verify.reference verify.result verify.static "
     "verify.subject",
+    "verify.compiled_subject": "runtime.compiled verify.result verify.subject",
     "verify.deployed": "verify.distance verify.evidence verify.layers verify.reference verify.result verify.static "
     "verify.subject",
     "verify.distance": "verify.result",
@@ -122,7 +126,8 @@ SIDEWAYS = {
     "verify.onnx_static": "verify.onnx_cells verify.onnx_file verify.static",
     "verify.onnx_subject": "verify.evidence verify.onnx_cells verify.onnx_file verify.onnx_forced verify.onnx_static "
     "verify.reference verify.result verify.subject",
-    "verify.opening": "verify.arrays_subject verify.deployed verify.onnx_subject verify.program_subject verify.subject",
+    "verify.opening": "runtime.compiled verify.arrays_subject verify.compiled_subject verify.deployed verify.onnx_subject "
+    "verify.program_subject verify.subject",
     "verify.program_subject": "verify.archive verify.evidence verify.result verify.subject",
     "verify.reference": "calibrate verify.distance verify.layers",
     "verify.subject": "verify.distance verify.evidence verify.reference verify.result",

@@ -39,6 +39,7 @@ class Cell:
         quantizer: nodes from the float input to the quantized one, in order; empty when the input stays float.
         codes: tensor that holds the whole codes; None when the input stays float, or in QONNX, which has none.
         source: tensor that goes into the quantizer, or into the sum if there is none.
+        total: node that sums.
         output: tensor that leaves the layer.
         facts: numbers by name, as in :func:`nipq.verify.onnx_static.expected_facts`.
     """
@@ -47,6 +48,7 @@ class Cell:
     quantizer: tuple[NodeProto, ...]
     codes: str | None
     source: str
+    total: NodeProto
     output: str
     facts: dict[str, Any]
 
@@ -77,7 +79,7 @@ def _cell(file: OnnxFile, record: OnnxRecord) -> Cell:
         source = data
         while source in file.producers and file.producers[source].op_type == "Pad":
             source = file.producers[source].input[0]
-        return Cell(record.name, (), None, source, record.output, facts)
+        return Cell(record.name, (), None, source, total, record.output, facts)
     nodes = [end]
     if end.op_type == "Quant":
         facts |= _quant_facts(file, end, record.name)
@@ -92,7 +94,7 @@ def _cell(file: OnnxFile, record: OnnxRecord) -> Cell:
         facts |= _qcdq_facts(file, nodes, record.name)
         codes = end.input[0]
     facts["input bits"] = record.input_bits
-    return Cell(record.name, tuple(nodes), codes, nodes[0].input[0], record.output, facts)
+    return Cell(record.name, tuple(nodes), codes, nodes[0].input[0], total, record.output, facts)
 
 
 def _sum_before(file: OnnxFile, record: OnnxRecord) -> tuple[NodeProto, list[str], list[str]]:

@@ -13,8 +13,10 @@ from nipq.deploy.load import load
 from nipq.deploy.modules import deployed_layers
 from nipq.errors import ConfigError, FileFormatError
 from nipq.prepare import restore_
+from nipq.runtime.compiled import CompiledModel
 from nipq.trace import ExampleInputs
 from nipq.verify.arrays_subject import ArraysSubject
+from nipq.verify.compiled_subject import CompiledSubject
 from nipq.verify.deployed import DeployedSubject
 from nipq.verify.onnx_subject import OnnxSubject
 from nipq.verify.program_subject import ProgramSubject
@@ -47,6 +49,8 @@ def subject_of(
     """
     if not isinstance(artifact, nn.Module):
         return _file_subject(Path(artifact), model, layers, example)
+    if isinstance(artifact, CompiledModel):
+        return CompiledSubject(artifact, layers)
     if not deployed_layers(artifact):
         raise ConfigError(
             f"verify: expected a deployed {type(model).__name__}, found a {type(artifact).__name__} without deployed "

@@ -1,0 +1,88 @@
+"""OpenVINO computes the trained layers in integers, and what it does otherwise is said."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nipq.calibrate import calibrate_
+from nipq.config import Config
+from nipq.deploy.convert import convert
+from nipq.errors import ConfigError, FileFormatError
+from nipq.export.api import export
+from nipq.prepare import prepare_
+from nipq.runtime.openvino import openvino_model
+from nipq.verify import verify
+
+pytest.importorskip("openvino")
+onnx = pytest.importorskip("onnx")
+
+
+def test_every_layer_runs_in_integers_and_the_task_agrees(trained: Any, folder: Path) -> None:
+    model, data = trained
+    compiled = openvino_model(folder / "model.onnx", threads=1)
+    assert [kernel.name for kernel in compiled.kernels] == ["stem", "depthwise", "one", "two", "head"]
+    assert all(kernel.integer and kernel.expected for kernel in compiled.kernels), compiled.kernels
+    assert compiled.warnings == ()
+    result = verify(model, folder / "model.onnx", compiled, loader=data)
+    assert result, str(result)
+    with torch.no_grad():
+        expected = convert(model)(data[0][0])
+    found = compiled(data[0][0])
+    assert isinstance(found, Tensor)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_packed_weights_run_in_floats_and_are_refused_by_name(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"OpenVINO: expected integer kernels .* found floats for stem \(f32"):
+        openvino_model(folder / "packed.onnx")
+    compiled = openvino_model(folder / "packed.onnx", strict=False)
+    assert set(compiled.float_layers()) == {"stem", "depthwise", "one", "two", "head"}
+
+
+def test_wide_inputs_and_shared_ones_are_warned_of(tmp_path: Path) -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Conv2d(3, 8, 3)
+            self.left, self.right = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.wide(x))
+            return torch.relu(self.left(x)) + torch.relu(self.right(x))
+
+    x = torch.randn(4, 3, 8, 8)
+    config = Config(weight_bits=8, activation_bits=8, input_bits=12)
+    model = calibrate_(prepare_(Branches(), x, config), [x])
+    export(convert(model.eval()), tmp_path / "model.onnx", x)
+    compiled = openvino_model(tmp_path / "model.onnx")
+    assert [warning.split(":")[0] for warning in compiled.warnings] == ["wide", "left", "right"]
+    assert "drops the quantizer of 12-bit inputs" in compiled.warnings[0]
+    assert not any(kernel.expected for kernel in compiled.kernels)
+
+
+def test_a_shift_that_is_not_whole_is_warned_of(folder: Path, tmp_path: Path) -> None:
+    """As in files that put a float shift around the quantizer; ours hold whole zero points."""
+    model = onnx.load(folder / "model.onnx")
+    dequantize = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and len(node.input) == 3][3]
+    summed = next(node for node in model.graph.node if dequantize.output[0] in node.input)
+    model.graph.initializer.append(onnx.helper.make_tensor("shift", 1, [], [0.1]))
+    place = list(model.graph.node).index(summed)
+    model.graph.node.insert(place, onnx.helper.make_node("Sub", [dequantize.output[0], "shift"], ["lowered"]))
+    model.graph.node[place + 1].input[0] = "lowered"
+    onnx.save(model, tmp_path / "model.onnx")
+    compiled = openvino_model(tmp_path / "model.onnx", strict=False)
+    assert compiled.warnings[0].startswith("two: its input is not quantized with a whole zero point")
+
+
+def test_a_file_that_cannot_be_compiled_is_refused(folder: Path, tmp_path: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    model.graph.node[-1].op_type = "MatMul"
+    del model.graph.node[-1].attribute[:]
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(FileFormatError, match="expected"):
+        openvino_model(tmp_path / "model.onnx")
