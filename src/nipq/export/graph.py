@@ -25,6 +25,9 @@ from nipq.trace import ExampleInputs
 
 _MARKS = "nipq"
 
+#: Names of the tensors of a layer, by role; where two roles are one tensor, the last name stays.
+_NAMES = {"weight": "levels", "input": "input", "codes": "codes", "output": "output"}
+
 #: Builds what a deployed layer is replaced by, from the layer, its numbers and its name.
 Form = Callable[[Deployed, PortableLayer, str], nn.Module]
 
@@ -138,9 +141,11 @@ def _tidy(model: Any, calls: list[Binding]) -> None:  # noqa: ANN401  (as above)
     for index, value in enumerate(outputs):
         _rename(value, "output" if len(outputs) == 1 else f"output_{index}", taken)
     for call in calls:
-        for role in ("codes", "output"):
+        for role, name in _NAMES.items():
             if role in call and call[role] not in outputs:
-                _rename(call[role], full_name(call["name"], role), taken)
+                _rename(call[role], full_name(call["name"], name), taken)
+    for node in model.graph:
+        node.name = node.outputs[0].name
 
 
 def _rename(value: Any, name: str, taken: set[str]) -> None:  # noqa: ANN401  (as above)

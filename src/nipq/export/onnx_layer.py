@@ -56,7 +56,7 @@ class OnnxLayer(nn.Module):
         """
         args, kwargs, x = take_input(args, kwargs)
         if self.input is not None:
-            x = self.quantized_input(x, self.input)
+            x = mark(self.quantized_input(x, self.input), self.name, "input")
         parts = {"weight": mark(self.dequantized_weight(), self.name, "weight")}
         bias = None if self.bias is None else mark(self.bias, self.name, "bias")
         inside = self.bias_inside and not self.scale_after
