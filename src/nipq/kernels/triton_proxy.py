@@ -159,21 +159,19 @@ def proxy_forward_kernel(
     step, lower, upper, _, _, _ = range_of(channel, channels, alpha, alpha_raw, whole, shift, kind)
     element: tl.constexpr = x.dtype.element_ty
     low_end, up_end, after_low, before_up = ends_of(lower, upper, element)
+    cutting = tl.max((cap < upper).to(tl.int32), 0) > 0
     step, lower, upper = along_rows(step), along_rows(lower), along_rows(upper)
     for tile in range(start, stop):
         place, real = places_of(tile, channel, rows, channels, inner, tiles_inner, tile_rows, tile_inner)
         value = tl.load(x + place, mask=real, other=0).to(tl.float32)
         noise = noise_times(step, tile, place, low, high, table, count, tile_channels == 1)
         result = with_noise(value, noise, low_end, up_end, after_low, before_up, element)
-        truncated = value >= upper
-        if capped:  # an element at the cap keeps its noise; one below it that lands there moves down, as at an end
-            cuts = cap < upper
+        result = tl.where(value >= upper, up_end, result)
+        if capped and cutting:  # at the cap and beyond: the cap with noise; below it, what lands there moves down
             highest = with_noise(cap, noise, low_end, up_end, after_low, before_up, element)
             below_cap = tl.where(result == highest, inward(result.to(element), -1), result)
-            result = tl.where(cuts, tl.where(value >= cap, highest, below_cap), result)
-            truncated = truncated & (cap >= upper)
+            result = tl.where(cap < upper, tl.where(value >= cap, highest, below_cap), result)
         result = tl.where(value <= lower, low_end, result)
-        result = tl.where(truncated, up_end, result)
         tl.store(y + place, result.to(element), mask=real)
 
 
@@ -195,6 +193,7 @@ def proxy_backward_kernel(
     step, lower, upper, _, _, _ = range_of(channel, channels, alpha, alpha_raw, whole, shift, kind)
     element: tl.constexpr = y.dtype.element_ty
     low_end, up_end, after_low, before_up = ends_of(lower, upper, element)
+    cutting = tl.max((cap < upper).to(tl.int32), 0) > 0
     unit, cuts = along_rows(step * (1.0 / 65536)), along_rows(cap < upper)
     slopes = tl.zeros([tile_rows, tile_channels, tile_inner], tl.float32)
     lowers = tl.zeros([tile_rows, tile_channels, tile_inner], tl.float32)
@@ -207,7 +206,7 @@ def proxy_backward_kernel(
         below, above = value == low_end, value == up_end
         inside = tl.where(below | above, 0.0, g)
         passed = inside
-        if capped:
+        if capped and cutting:
             highest = with_noise(cap, noise * unit, low_end, up_end, after_low, before_up, element)
             passed = tl.where(cuts & (value == highest), 0.0, inside)
         tl.store(dx + place, passed.to(dx.dtype.element_ty), mask=real)
