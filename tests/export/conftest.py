@@ -135,6 +135,7 @@ def zoo() -> SimpleNamespace:
     return SimpleNamespace(
         kinds=KINDS,
         numbers=Numbers,
+        undeployed=Zoo,
         deployed=deployed_zoo,
         inputs=zoo_inputs,
         alone=deployed_alone,

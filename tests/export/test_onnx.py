@@ -40,9 +40,9 @@ each_layer = st.lists(
 class File:
     """An ONNX file taken apart, with the tensors that its metadata name as outputs of their own."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, full_check: bool = True) -> None:
         self.model = onnx.load(path)
-        onnx.checker.check_model(self.model, full_check=True)
+        onnx.checker.check_model(self.model, full_check=full_check)
         self.arrays = {each.name: onnx.numpy_helper.to_array(each) for each in self.model.graph.initializer}
         self.facts = json.loads(next(each.value for each in self.model.metadata_props if each.key == "nipq"))
         self.layers = {layer["name"]: layer for layer in self.facts["layers"]}
@@ -181,6 +181,21 @@ def test_negative_scales_turn_the_codes(zoo: SimpleNamespace) -> None:
         step = deployed.input_step.double()
         found = numbers.weight.double() * along_channels(numbers.weight_scale.double(), layer, deployed.weight) * step
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.qonnx.onnx"])
+def test_a_channel_that_is_always_its_offset(zoo: SimpleNamespace, tmp_path: Path, picture: Tensor, name: str) -> None:
+    """A gamma of 0 must not become a scale of 0, by which readers divide."""
+    model = zoo.alone(nn.Conv2d(4, 6, 3))
+    model[0].scale[2], model[0].scale[3] = 0.0, -0.0
+    export(model, tmp_path / name, picture)
+    file = File(tmp_path / name, full_check=name == "model.onnx")
+    assert (file.array("0", "weight_scale") > 0).all()
+    assert not file.array("0", "weight")[2:4].any()
+    if name == "model.onnx":
+        found = faithful_session(tmp_path / name).run(None, {"input": picture.numpy()})[0]
+        assert zoo.apart(found, model(picture)) < 1e-5
+        np.testing.assert_array_equal(found[:, 2:4], model(picture)[:, 2:4])
 
 
 def test_packed_weights(zoo: SimpleNamespace, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ formats give the input and the weight a scale of their own, both positive, and m
     weight scale        = |scale| / input_step               in float64, rounded once to float32
     bias                = offset                             to the bit
 
+A channel whose factor is 0, as its gamma is, gets codes 0 and scale 1: it computes the same, and nobody divides by 0.
 Every number is a function of the deployed layer, so a file can be compared with the model to the bit. The product of
 both scales is the trained one up to its last binary digit; nothing is recomputed from boundaries.
 """
@@ -60,7 +61,7 @@ class PortableLayer:
 
     Attributes:
         weight: whole codes, int8 or int16.
-        weight_scale: float32, zero or more, no dimensions or one per output channel.
+        weight_scale: float32, above zero, no dimensions or one per output channel.
         bias: float32, one per output channel, or None.
         weight_bits: bit-width.
         input: what becomes of the input; None when it stays float.
@@ -97,8 +98,10 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
             f"{name}: expected scale / input_step within the range of float32, found infinity. "
             "Look at the batch norm after the layer: its running variance may have collapsed."
         )
-    negative = along_channels(scale < 0, layer.layer, weight)
-    return PortableLayer(torch.where(negative, -weight, weight), weight_scale, bias, layer.weight_bits, _input(layer))
+    dead = weight_scale == 0
+    sign = torch.where(dead, 0, scale.sign()).to(weight.dtype)
+    weight, weight_scale = weight * along_channels(sign, layer.layer, weight), torch.where(dead, 1.0, weight_scale)
+    return PortableLayer(weight, weight_scale, bias, layer.weight_bits, _input(layer))
 
 
 def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
