@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 import nipq.kernels.cpu as cpu
+import nipq.kernels.triton_proxy as triton_proxy
+import nipq.kernels.triton_rounding as triton_rounding
 
 
 class Backend(NamedTuple):
@@ -21,6 +24,13 @@ class Backend(NamedTuple):
 
 
 _CPU = Backend(cpu.supported, cpu.proxy_forward, cpu.proxy_backward, cpu.round_forward, cpu.round_backward)
+_CUDA = Backend(
+    triton_proxy.supported,
+    triton_proxy.proxy_forward,
+    triton_proxy.proxy_backward,
+    triton_rounding.round_forward,
+    triton_rounding.round_backward,
+)
 
 
 def backend(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend | None:
@@ -31,4 +41,7 @@ def backend(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend | None:
         alpha: its boundary, or the parameter of it.
         channel_axis: axis of the boundaries where there are several.
     """
-    return next((kernels for kernels in (_CPU,) if kernels.supported(x, alpha, channel_axis)), None)
+    if x.is_cuda and torch.compiler.is_compiling():
+        return None  # there the compiler fuses the plain operations into what makes x
+    kernels = _CUDA if x.is_cuda else _CPU
+    return kernels if kernels.supported(x, alpha, channel_axis) else None

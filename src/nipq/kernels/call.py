@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from nipq.functional.grid import Grid
@@ -54,3 +55,18 @@ class ProxyTensors:
     bits: Tensor | None = None
     table: Tensor | None = None
     table_count: Tensor | None = None
+
+
+def laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient with the strides and the type of x.
+
+    Args:
+        grad: any layout, shape of x.
+        x: dense.
+
+    Returns:
+        The gradient itself where nothing had to change.
+    """
+    if grad.stride() == x.stride() and grad.dtype == x.dtype:
+        return grad
+    return torch.empty_like(x).copy_(grad)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nipq.functional.counter import is_dense
 from nipq.functional.grid import Grid
-from nipq.kernels.call import ProxySettings, ProxyTensors
+from nipq.kernels.call import ProxySettings, ProxyTensors, laid_out_like
 from nipq.kernels.library import available, library
 
 #: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.
@@ -151,13 +151,6 @@ def round_backward(
         ctypes.byref(call), grad.data_ptr(), x.data_ptr(), dx.data_ptr(), d_alpha.data_ptr(), d_bits.data_ptr()
     )
     return dx, d_alpha, d_bits
-
-
-def laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient with the strides and the type of x."""
-    if grad.stride() == x.stride() and grad.dtype == x.dtype:
-        return grad
-    return torch.empty_like(x).copy_(grad)
 
 
 def _library() -> ctypes.CDLL:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nipq.kernels.call import ProxySettings, ProxyTensors
-from nipq.kernels.cpu import laid_out_like
+from nipq.kernels.call import ProxySettings, ProxyTensors, laid_out_like
 from nipq.kernels.triton_device import (
     OPTIONS,
     along_rows,

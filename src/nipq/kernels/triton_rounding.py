@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nipq.functional.grid import Grid
-from nipq.kernels.cpu import laid_out_like
+from nipq.kernels.call import laid_out_like
 from nipq.kernels.triton_device import (
     OPTIONS,
     along_rows,
