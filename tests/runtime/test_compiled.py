@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 from nipq.deploy.convert import convert
@@ -61,7 +62,7 @@ def test_verify_notices_a_runtime_that_computes_otherwise(trained: Any) -> None:
 def test_openvino_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(MissingDependencyError, match=r"nipq\[openvino\]"):
-        openvino.openvino_model("model.onnx")
+        openvino.openvino_model("model.onnx", torch.zeros(1))
 
 
 def test_torchao_is_asked_for_where_it_is_not_installed(trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,20 @@ from nipq.config import Config
 from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, FileFormatError
 from nipq.export.api import export
+from nipq.layer_table import quantizers
 from nipq.prepare import prepare_
-from nipq.runtime.openvino import openvino_model
+from nipq.runtime.openvino import PRECISION, openvino_model
 from nipq.verify import verify
 
 pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
 
+INPUTS = torch.zeros(2, 2, 6, 6)
+
 
 def test_every_layer_runs_in_integers_and_the_task_agrees(trained: Any, folder: Path) -> None:
     model, data = trained
-    compiled = openvino_model(folder / "model.onnx", threads=1)
+    compiled = openvino_model(folder / "model.onnx", data[0][0][:8], threads=1)
     assert [kernel.name for kernel in compiled.kernels] == ["stem", "depthwise", "one", "two", "head"]
     assert all(kernel.integer and kernel.expected for kernel in compiled.kernels), compiled.kernels
     assert compiled.warnings == ()
@@ -37,10 +41,52 @@ def test_every_layer_runs_in_integers_and_the_task_agrees(trained: Any, folder: 
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_another_batch_size_is_compiled_when_it_comes(trained: Any, folder: Path) -> None:
+    """Not left open: with an open batch size a residual sum in deeper nets reads what was overwritten."""
+    model, data = trained
+    compiled = openvino_model(folder / "model.onnx", data[0][0][:8], threads=1)
+    with torch.no_grad():
+        expected = convert(model)(data[0][0])
+    for count in (8, 3, 40, 8):
+        found = compiled(data[0][0][:count])
+        assert isinstance(found, Tensor)
+        assert torch.allclose(found, expected[:count], rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert len(compiled.programs) == 3
+    assert all(not port.partial_shape.is_dynamic for program in compiled.programs.values() for port in program.inputs)
+
+
+@pytest.mark.slow
+def test_a_deep_net_with_residual_sums_agrees(tmp_path: Path) -> None:
+    """The fault of docs/openvino.md: with an open batch size the logits move by a quarter, with a fixed one not."""
+    models = pytest.importorskip("torchvision").models
+    runtime = pytest.importorskip("openvino")
+    x = torch.randn(4, 3, 96, 96)
+    model = calibrate_(prepare_(models.mobilenet_v2(), x, Config(granularity="channel")), [x])
+    draw = random.Random(0)
+    for quantizer in quantizers(model):
+        if not quantizer.is_frozen:
+            quantizer.freeze_bits_(draw.randint(3, 8))
+    deployed, path = convert(model.eval()), tmp_path / "model.onnx"
+    export(deployed, path, x)
+    compiled = openvino_model(path, x, threads=1)
+    assert len(compiled.kernels) == 53
+    with torch.no_grad():
+        expected = deployed(x)
+
+    def apart(found: Any) -> float:
+        return float((torch.as_tensor(found) - expected).abs().max() / expected.abs().max())
+
+    assert apart(compiled(x)) < 1e-5
+    core = runtime.Core()
+    as_it_is = core.compile_model(core.read_model(path), "CPU", PRECISION)
+    if apart(next(iter(as_it_is({0: x.numpy()}).values()))) < 0.1:
+        pytest.skip(f"OpenVINO {runtime.__version__} no longer has the fault: let the batch size open, and say so")
+
+
 def test_packed_weights_run_in_floats_and_are_refused_by_name(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"OpenVINO: expected integer kernels .* found floats for stem \(f32"):
-        openvino_model(folder / "packed.onnx")
-    compiled = openvino_model(folder / "packed.onnx", strict=False)
+        openvino_model(folder / "packed.onnx", INPUTS)
+    compiled = openvino_model(folder / "packed.onnx", INPUTS, strict=False)
     assert set(compiled.float_layers()) == {"stem", "depthwise", "one", "two", "head"}
 
 
@@ -59,7 +105,7 @@ def test_wide_inputs_and_shared_ones_are_warned_of(tmp_path: Path) -> None:
     config = Config(weight_bits=8, activation_bits=8, input_bits=12)
     model = calibrate_(prepare_(Branches(), x, config), [x])
     export(convert(model.eval()), tmp_path / "model.onnx", x)
-    compiled = openvino_model(tmp_path / "model.onnx")
+    compiled = openvino_model(tmp_path / "model.onnx", x)
     assert [warning.split(":")[0] for warning in compiled.warnings] == ["wide", "left", "right"]
     assert "drops the quantizer of 12-bit inputs" in compiled.warnings[0]
     assert not any(kernel.expected for kernel in compiled.kernels)
@@ -75,7 +121,7 @@ def test_a_shift_that_is_not_whole_is_warned_of(folder: Path, tmp_path: Path) ->
     model.graph.node.insert(place, onnx.helper.make_node("Sub", [dequantize.output[0], "shift"], ["lowered"]))
     model.graph.node[place + 1].input[0] = "lowered"
     onnx.save(model, tmp_path / "model.onnx")
-    compiled = openvino_model(tmp_path / "model.onnx", strict=False)
+    compiled = openvino_model(tmp_path / "model.onnx", INPUTS, strict=False)
     assert compiled.warnings[0].startswith("two: its input is not quantized with a whole zero point")
 
 
@@ -85,4 +131,4 @@ def test_a_file_that_cannot_be_compiled_is_refused(folder: Path, tmp_path: Path)
     del model.graph.node[-1].attribute[:]
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(FileFormatError, match="expected"):
-        openvino_model(tmp_path / "model.onnx")
+        openvino_model(tmp_path / "model.onnx", INPUTS)

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from nipq.errors import FileFormatError, require
+from nipq.export.inputs import call_arguments
 from nipq.runtime.compiled import CompiledModel, Kernel
+from nipq.trace import ExampleInputs
 from nipq.verify.onnx_cells import Cell, cells
 from nipq.verify.onnx_file import OnnxFile, read_onnx
 
@@ -25,39 +27,83 @@ PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class OpenVinoModel(CompiledModel):
-    """An ONNX file compiled by OpenVINO.
+    """An ONNX file in the hands of OpenVINO, compiled once for each shape of its inputs.
 
     Args:
-        compiled: an ``openvino.CompiledModel``.
-        kernels: how each layer is computed.
+        path: the file, for messages.
+        graph: the file's contents.
+        settings: of the runtime.
+        found: its layers.
+        example_inputs: what it is called with; compiled for their shapes now.
         warnings: what differs from the deployed model.
     """
 
-    def __init__(self, compiled: Any, kernels: Sequence[Kernel], warnings: Sequence[str]) -> None:  # noqa: ANN401
-        super().__init__("OpenVINO", kernels, warnings)
-        self.compiled = compiled
+    def __init__(
+        self,
+        path: Path,
+        graph: bytes,
+        settings: Mapping[str, Any],
+        found: Sequence[Cell],
+        example_inputs: ExampleInputs,
+        warnings: Sequence[str],
+    ) -> None:
+        super().__init__("OpenVINO", (), warnings)
+        openvino = require("openvino", extra="openvino", purpose="integer kernels from OpenVINO")
+        self.path, self.graph, self.settings, self.core = path, graph, dict(settings), openvino.Core()
+        self.programs: dict[tuple[tuple[int, ...], ...], Any] = {}
+        args, kwargs = call_arguments(example_inputs)
+        self.kernels = tuple(_kernels(self.program(self._tensors(args, kwargs)), found))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor | list[Tensor]:  # noqa: ANN401  (the model's own arguments)
-        """All outputs; one that is alone as it is.
+        """All outputs; one that is alone as it is. Another batch size compiles again.
 
         Args:
             *args: the model's arguments; whatever is no tensor lies in the graph.
             **kwargs: the same by name.
         """
-        given: dict[Any, Any] = dict(enumerate(value for value in args if isinstance(value, Tensor)))
-        given |= {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+        given = self._tensors(args, kwargs)
         feed = {key: value.detach().cpu().numpy() for key, value in given.items()}
-        outputs = [torch.from_numpy(np.array(value)) for value in self.compiled(feed).values()]
+        outputs = [torch.from_numpy(np.array(value)) for value in self.program(given)(feed).values()]
         return outputs[0] if len(outputs) == 1 else outputs
 
+    def program(self, given: Mapping[int | str, Tensor]) -> Any:  # noqa: ANN401  (the package that knows is optional)
+        """The compiled form for the shapes of some inputs.
 
-def openvino_model(path: str | Path, *, threads: int | None = None, strict: bool = True) -> OpenVinoModel:
+        Args:
+            given: tensors by place or name.
+
+        Raises:
+            FileFormatError: if OpenVINO cannot compile the file for them.
+        """
+        shapes = tuple(tuple(value.shape) for value in given.values())
+        if shapes not in self.programs:
+            try:
+                model = self.core.read_model(self.graph)
+                # With an open batch size OpenVINO 2026.4 overwrites what a residual sum has yet to read.
+                model.reshape({key: list(value.shape) for key, value in given.items()})
+                self.programs[shapes] = self.core.compile_model(model, "CPU", self.settings)
+            except Exception as error:  # the runtime raises plain RuntimeErrors
+                raise FileFormatError(
+                    f"{self.path}: expected an ONNX file that OpenVINO can compile for inputs of shape {shapes}, "
+                    f"found: {error}. Export it as .onnx, without packing."
+                ) from error
+        return self.programs[shapes]
+
+    def _tensors(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[int | str, Tensor]:
+        given: dict[int | str, Tensor] = dict(enumerate(value for value in args if isinstance(value, Tensor)))
+        return given | {key: value for key, value in kwargs.items() if isinstance(value, Tensor)}
+
+
+def openvino_model(
+    path: str | Path, example_inputs: ExampleInputs, *, threads: int | None = None, strict: bool = True
+) -> OpenVinoModel:
     """Compile a portable ONNX file for the CPU, in integers wherever its layers allow.
 
     Float parts are computed in float32. Which layers run in integers is read off the runtime's own execution graph.
 
     Args:
         path: what ``nipq.export(deployed, "model.onnx", ...)`` wrote.
+        example_inputs: what it is called with; compiled for this batch size now, for others when they come.
         threads: threads of one inference; as many as the machine has cores if not given.
         strict: refuse a model with a layer of at most 8 bits that the runtime computes in floats. Layers that read the
             same tensor as another layer are excused, as OpenVINO computes those in floats; ``warnings`` names them.
@@ -70,53 +116,42 @@ def openvino_model(path: str | Path, *, threads: int | None = None, strict: bool
         FileFormatError: if the file is not one of ours, or OpenVINO cannot read it.
         MissingDependencyError: if OpenVINO, or the package that reads ONNX, is not installed.
     """
-    openvino = require("openvino", extra="openvino", purpose="integer kernels from OpenVINO")
-    path = Path(path)
-    file = read_onnx(path)
+    require("openvino", extra="openvino", purpose="integer kernels from OpenVINO")
+    file = read_onnx(Path(path))
     found = cells(file)
-    marks = _named_after_layers(found)
-    settings: dict[str, Any] = dict(PRECISION)
-    if threads is not None:
-        settings |= {"INFERENCE_NUM_THREADS": threads}
-    try:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(file.model.SerializeToString()), "CPU", settings)
-    except Exception as error:  # the runtime raises plain RuntimeErrors
-        raise FileFormatError(
-            f"{path}: expected an ONNX file that OpenVINO can compile, found: {error}. "
-            "Export it as .onnx, without packing."
-        ) from error
-    model = OpenVinoModel(compiled, _kernels(compiled, found, marks), _warnings(file, found))
+    for number, cell in enumerate(found):
+        cell.total.name = _mark(number)
+    settings = PRECISION | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
+    graph = file.model.SerializeToString()
+    model = OpenVinoModel(file.path, graph, settings, found, example_inputs, _warnings(file, found))
     if strict:
         model.check_integer()
     return model
 
 
-def _named_after_layers(found: Sequence[Cell]) -> dict[str, str]:
-    """Give the node that sums a name of its own, which comes back in the execution graph: name by mark."""
-    marks = {}
-    for number, cell in enumerate(found):
-        mark = f"nipq_layer_{number}_"
-        marks[mark] = cell.name
-        cell.total.name = mark
-    return marks
+def _mark(number: int) -> str:
+    """A name for the node that sums, which comes back in the execution graph."""
+    return f"nipq_layer_{number}_"
 
 
-def _kernels(compiled: Any, found: Sequence[Cell], marks: Mapping[str, str]) -> list[Kernel]:  # noqa: ANN401
+def _kernels(compiled: Any, found: Sequence[Cell]) -> list[Kernel]:  # noqa: ANN401
     """One kernel for each call of a layer."""
-    seen: dict[str, tuple[str, str]] = {}
+    # What is fused may be called after the node or after the tensor that leaves the layer.
+    marks = {_mark(number): number for number in range(len(found))}
+    marks |= {cell.output: number for number, cell in enumerate(found)}
+    seen: dict[int, tuple[str, str]] = {}
     for node in compiled.get_runtime_model().get_ops():
         facts = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
         if facts.get("layerType") not in SUMS:
             continue
         for original in facts.get("originalLayersNames", "").split(","):
-            mark = original.split("/")[0]
-            if mark in marks:
-                seen[mark] = facts.get("runtimePrecision", "?"), facts.get("primitiveType", "?")
+            number = marks.get(original, marks.get(original.split("/")[0]))
+            if number is not None:
+                seen[number] = facts.get("runtimePrecision", "?"), facts.get("primitiveType", "?")
     readers = Counter(cell.source for cell in found)
     kernels = []
-    for cell, mark in zip(found, marks, strict=True):
-        precision, primitive = seen.get(mark, ("?", "not found in the execution graph"))
+    for number, cell in enumerate(found):
+        precision, primitive = seen.get(number, ("?", "not found in the execution graph"))
         narrow = bool(cell.quantizer) and cell.facts["weight bits"] <= 8 and (cell.facts["input bits"] or 99) <= 8
         expected = narrow and readers[cell.source] == 1
         kernels.append(Kernel(cell.name, f"{precision} {primitive}", precision in INTEGERS, expected))
