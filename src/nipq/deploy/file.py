@@ -40,6 +40,8 @@ KEY = "nipq"
 
 #: What stands in the checksum's place while it is computed.
 NO_CHECKSUM = "0" * 64
+#: Bytes that it takes with its name, escaped as JSON within JSON is; files of version 1 are so much shorter.
+CHECKSUM_BYTES = len(r"\"sha256\":\"\",") + len(NO_CHECKSUM)
 
 #: The longest that an input's record can be.
 _LONGEST_INPUT = {"bits": MOST_BITS, "grid": "unsigned", "zero_point": 65535}

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nipq.deploy.file import file_bytes
+from nipq.deploy.container import WITHOUT_CHECKSUM, read_container
+from nipq.deploy.file import CHECKSUM_BYTES, file_bytes
 from nipq.deploy.load import load
 from nipq.deploy.modules import deployed_layers
 from nipq.errors import FileFormatError
@@ -56,7 +57,10 @@ class DeployedSubject(Subject):
         if self.file is not None:
             numbers["bytes_promised"] = file_bytes(self.deployed)
             try:
-                loaded = load(self.file, restore_(copy.deepcopy(self.model)))
+                plain = restore_(copy.deepcopy(self.model))
+                loaded = load(self.file, plain)
+                if read_container(self.file, plain).version == WITHOUT_CHECKSUM:
+                    numbers["bytes_promised"] -= CHECKSUM_BYTES
                 numbers["bytes_found"] = self.file.stat().st_size
                 if numbers["bytes_found"] != numbers["bytes_promised"]:
                     found.append(
