@@ -1,0 +1,129 @@
+"""Timing several things side by side: interleaved rounds, medians and quartiles, ratios within a round."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.memory import give_back
+
+Samples = dict[str, list[float]]
+
+
+class Quartiles(NamedTuple):
+    """A quarter of the samples lies below ``low``, half below ``median``, a quarter above ``high``."""
+
+    low: float
+    median: float
+    high: float
+
+    def times(self, factor: float) -> Quartiles:
+        """In another unit."""
+        return Quartiles(*(value * factor for value in self))
+
+    def rounded(self) -> list[float]:
+        """Four digits each, for a result file."""
+        return [float(f"{value:.4g}") for value in self]
+
+
+def quartiles(samples: Sequence[float]) -> Quartiles:
+    """Quartiles by linear interpolation between the samples; of one sample, that sample thrice.
+
+    Args:
+        samples: at least one.
+    """
+    if len(samples) == 1:
+        return Quartiles(samples[0], samples[0], samples[0])
+    return Quartiles(*statistics.quantiles(samples, n=4, method="inclusive"))
+
+
+def ratio(samples: Sequence[float], reference: Sequence[float]) -> Quartiles:
+    """Quartiles of the ratio within each round: what slowed a whole round down falls out.
+
+    Args:
+        samples: one for each round.
+        reference: as many, of the same rounds.
+    """
+    return quartiles([sample / base for sample, base in zip(samples, reference, strict=True)])
+
+
+def total(*parts: Sequence[float]) -> list[float]:
+    """Sum within each round."""
+    return [sum(round_) for round_ in zip(*parts, strict=True)]
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """CPU time of this process for one thread, which others cannot lengthen by taking turns; else wall time."""
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+@contextmanager
+def on_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads, and no garbage be collected but by hand, which frozen objects do not slow down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        torch.set_num_threads(before)
+
+
+def interleaved(
+    tasks: Mapping[str, Callable[[], object]], rounds: int, *, threads: int = 1, least: float = 0.0, large: bool = False
+) -> Samples:
+    """Run all tasks in turn, round after round, each round beginning with another one.
+
+    Args:
+        tasks: what to time, by name; each leaves the machine as it found it.
+        rounds: samples of each.
+        threads: that torch may use; 1 counts CPU time, more count wall time.
+        least: seconds of one sample; a task that takes less is repeated within the sample.
+        large: the tasks need much memory: before each sample, what others left free is given back to the system, and
+            the task runs once, so that its own memory is at hand as in a loop of its own.
+
+    Returns:
+        Seconds of one call, by name and round.
+    """
+    samples: Samples = {name: [] for name in tasks}
+    with on_threads(threads):
+        repeats = {name: _repeats(task, least, clock(threads)) for name, task in tasks.items()}
+        for place in range(rounds):
+            for name in rotated(tasks, place):
+                if large:
+                    give_back()
+                    tasks[name]()
+                samples[name].append(_seconds(tasks[name], repeats[name], clock(threads)))
+                gc.collect()
+    return samples
+
+
+def rotated(names: Iterable[str], places: int) -> list[str]:
+    """The names from another start on, so that no task always follows the same cold cache."""
+    names = list(names)
+    places %= len(names)
+    return names[places:] + names[:places]
+
+
+def _seconds(task: Callable[[], object], repeats: int, now: Callable[[], float]) -> float:
+    start = now()
+    for _ in range(repeats):
+        task()
+    return (now() - start) / repeats
+
+
+def _repeats(task: Callable[[], object], least: float, now: Callable[[], float]) -> int:
+    for _ in range(2):
+        task()
+    gc.collect()
+    return max(1, round(least / max(_seconds(task, 1, now), 1e-7))) if least else 1
