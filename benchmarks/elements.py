@@ -1,6 +1,6 @@
 """What one element costs, and what one call costs: the quantizer against a copy, an add, a ReLU and torch's fake-quant.
 
-python -m benchmarks.elements --overwrite        # results/elements.json, in about two minutes
+python -m benchmarks.elements --overwrite        # results/elements.json, in about four minutes
 
 The limit of any element-wise function with a gradient is one copy forward (read, write a fresh result) and one add
 backward (read two, write one). All take turns in one process; with one thread CPU time counts, with two wall time.
@@ -31,7 +31,7 @@ TYPES = ("float32", "bfloat16")
 THREADS = (1, 2)
 TINY = 16
 #: Seconds of one sample; shorter calls are repeated within it.
-LEAST = 0.004
+LEAST = 0.02
 
 Function = Callable[[Tensor], Tensor]
 Pair = tuple[Callable[[], object], Callable[[], object]]

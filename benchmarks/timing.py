@@ -84,13 +84,15 @@ def interleaved(
 ) -> Samples:
     """Run all tasks in turn, round after round, each round beginning with another one.
 
+    Before each sample the task runs once, so that its memory is at hand and its data in the caches, as in a loop of its
+    own.
+
     Args:
         tasks: what to time, by name; each leaves the machine as it found it.
         rounds: samples of each.
         threads: that torch may use; 1 counts CPU time, more count wall time.
         least: seconds of one sample; a task that takes less is repeated within the sample.
-        large: the tasks need much memory: before each sample, what others left free is given back to the system, and
-            the task runs once, so that its own memory is at hand as in a loop of its own.
+        large: the tasks need much memory: before each sample, what others left free is given back to the system.
 
     Returns:
         Seconds of one call, by name and round.
@@ -102,7 +104,7 @@ def interleaved(
             for name in rotated(tasks, place):
                 if large:
                     give_back()
-                    tasks[name]()
+                tasks[name]()
                 samples[name].append(_seconds(tasks[name], repeats[name], clock(threads)))
                 gc.collect()
     return samples

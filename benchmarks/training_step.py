@@ -21,7 +21,7 @@ from benchmarks import record
 from benchmarks.memory import peak_growth, saved_bytes
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.timing import Samples, interleaved, on_threads, quartiles, ratio
-from benchmarks.variants import FLOAT, UNIFORM, VARIANTS, Training, prepared
+from benchmarks.variants import FLOAT, PEERS, UNIFORM, VARIANTS, Training, prepared
 from nipq.errors import MissingDependencyError
 
 #: What is compiled whole. Convolutional networks are in the format that the compiler prefers, too.
@@ -38,15 +38,23 @@ def faster_layout(network: Network) -> str:
 
 
 def trainings(network: Network, variants: list[str], faster: str) -> tuple[dict[Key, Training], list[str]]:
-    """What there is to time, by variant and layout, and notes on peers that are missing."""
-    found, notes = {}, []
+    """What there is to time, by variant and layout, and notes on peers that are missing or fail."""
+    found: dict[Key, Training] = {}
+    notes = []
     for variant in variants:
-        try:
-            for layout in network.layouts if variant in (FLOAT, UNIFORM) else (faster,):
-                found[variant, layout] = prepared(variant, network, layout)
-        except MissingDependencyError as error:
-            notes.append(f"{variant}: left out. {error}")
-            print(notes[-1], flush=True)
+        for layout in sorted(network.layouts, key=lambda layout: layout != faster):
+            if (variant, faster) in found and variant not in (FLOAT, UNIFORM):
+                continue
+            try:
+                training = prepared(variant, network, layout)
+                training.step()
+            except (MissingDependencyError, RuntimeError) as error:
+                if variant not in PEERS:
+                    raise
+                notes.append(f"{variant}, {layout}: {str(error).splitlines()[0]}")
+                print(notes[-1], flush=True)
+                continue
+            found[variant, layout] = training
     return found, notes
 
 

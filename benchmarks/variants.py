@@ -118,7 +118,7 @@ def _relu_kept(model: nn.Module, inputs: Tensor, labels: Tensor) -> Training:
 
 FLOAT, UNIFORM, EMPIRICAL, UNFOLDED = "float", "nipq", "nipq, empirical noise", "nipq, ReLU not folded"
 LSQ: dict[str, Any] = {"method": "lsq", "weight_bits": 4, "activation_bits": 4}
-VARIANTS: dict[str, Make] = {
+OWN: dict[str, Make] = {
     FLOAT: _float,
     UNIFORM: _own(),
     UNFOLDED: _relu_kept,
@@ -126,10 +126,13 @@ VARIANTS: dict[str, Make] = {
     "nipq, plain operations": _own(plain=True),
     "lsq": _own(**LSQ),
     "lsq, plain operations": _own(plain=True, **LSQ),
+}
+PEERS: dict[str, Make] = {
     "torch learnable fake-quant": _torch,
     "Brevitas": _brevitas,
     "DiffQ, weights only": _diffq,
 }
+VARIANTS = OWN | PEERS
 
 
 def prepared(variant: str, network: Network, layout: str, seed: int = 0) -> Training:

@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from benchmarks.many_quantizers import growth, own_parts, per_quantizer
 from benchmarks.memory import saved_bytes
 from benchmarks.networks import NETWORKS, Encoder, Network
-from benchmarks.training_step import measure
-from benchmarks.variants import EMPIRICAL, FLOAT, UNIFORM, VARIANTS, prepared
+from benchmarks.training_step import measure, trainings
+from benchmarks.variants import EMPIRICAL, FLOAT, UNIFORM, VARIANTS, Training, prepared
 from nipq.layer_table import quantizers
 
 SMALL = Network(lambda: Encoder(layers=1, width=24), (4, 24), 2, ("contiguous",), "small encoder")
-PEERS = {"Brevitas": "brevitas", "DiffQ, weights only": "diffq"}
+OPTIONAL = {"Brevitas": "brevitas", "DiffQ, weights only": "diffq"}
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in PEERS])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in OPTIONAL])
 def test_a_variant_trains(variant: str) -> None:
     training = prepared(variant, SMALL, "contiguous")
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
@@ -24,10 +25,10 @@ def test_a_variant_trains(variant: str) -> None:
     assert any((a != b).any() for a, b in zip(before, training.model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("variant", PEERS)
+@pytest.mark.parametrize("variant", OPTIONAL)
 @pytest.mark.filterwarnings("ignore")  # of their own
 def test_a_peer_trains(variant: str) -> None:
-    pytest.importorskip(PEERS[variant])
+    pytest.importorskip(OPTIONAL[variant])
     training = prepared(variant, SMALL, "contiguous")
     training.step()
     assert training.loss().isfinite()
@@ -68,3 +69,22 @@ def test_growth_is_one_when_each_quantizer_costs_the_same() -> None:
     assert costs["10"][1] == pytest.approx(1e5)
     assert growth(costs) == 2
     assert growth({"10": costs["10"]}) == 1
+
+
+def test_a_peer_that_fails_is_said_and_tried_in_the_other_format(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails_in_channels_last(model: nn.Module, inputs: Tensor, labels: Tensor) -> Training:
+        if inputs.is_contiguous(memory_format=torch.channels_last):
+            raise RuntimeError("no such format\nand details")
+        return VARIANTS[FLOAT](model, inputs, labels)
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 1000))
+
+    monkeypatch.setitem(VARIANTS, "Brevitas", fails_in_channels_last)
+    network = Network(build, (3, 8, 8), 2, ("contiguous", "channels_last"), "images")
+    found, notes = trainings(network, [FLOAT, "Brevitas"], "channels_last")
+    assert set(found) == {(FLOAT, "channels_last"), (FLOAT, "contiguous"), ("Brevitas", "contiguous")}
+    assert notes == ["Brevitas, channels_last: no such format"]
+    assert "no such format" in capsys.readouterr().out
