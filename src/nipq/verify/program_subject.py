@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -33,6 +33,36 @@ MEANINGLESS = frozenset({"hint", "metadata"})
 NUMBERS = frozenset({".data/serialization_id"})
 
 
+class ProgramModule(nn.Module):
+    """A program that is called like the model it was made of, and put into modes, which torch's programs refuse.
+
+    Args:
+        program: what ``torch.export.load`` returned.
+    """
+
+    def __init__(self, program: torch.export.ExportedProgram) -> None:
+        super().__init__()
+        self.program = program.module()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (the model's own arguments and output)
+        """The model's output.
+
+        Args:
+            *args: the model's arguments.
+            **kwargs: the same by name.
+        """
+        return self.program(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Self:
+        """Note the mode; the program was traced in evaluation mode and stays so.
+
+        Args:
+            mode: whether training is asked for.
+        """
+        self.training = mode
+        return self
+
+
 class ProgramSubject(Subject):
     """A ``.pt2`` file that ``nipq.export`` wrote.
 
@@ -51,7 +81,7 @@ class ProgramSubject(Subject):
         data = read(path, len(promised))
         ours, theirs = (_by_name(members(given, path)) for given in (promised, data))
         self.differences = list(_differences(ours, theirs, path))
-        module = torch.export.load(io.BytesIO(promised)).module()
+        module = ProgramModule(torch.export.load(io.BytesIO(promised)))
         super().__init__(path.name, module, layers, is_file=True)
         self.size = len(data)
 
