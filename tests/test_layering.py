@@ -19,7 +19,7 @@ ROOT = Path(nipq.__file__).parent
 
 #: From the ground up; a name stands for a module or for a folder with all its files.
 FLOORS = (
-    ("errors", "phases", "config"),
+    ("errors", "phases", "config", "files"),
     ("functional", "theory"),
     ("kernels",),
     ("nn",),
@@ -53,6 +53,7 @@ FLOORS = (
 #: Arrows on one floor: who imports, and what.
 SIDEWAYS = {
     "config": "errors",
+    "files": "errors",
     "functional.boundary": "functional.grid",
     "functional.empirical": "functional.counter functional.grid functional.truncation functional.uniform",
     "functional.noise": "functional.counter functional.empirical functional.grid functional.uniform",
@@ -83,7 +84,7 @@ SIDEWAYS = {
     "deploy.file": "deploy.convert deploy.modules",
     "deploy.container": "deploy.file",
     "deploy.load": "deploy.container deploy.modules",
-    "export.api": "deploy.modules export.arrays export.files export.onnx_file export.program export.report trace",
+    "export.api": "deploy.modules export.arrays export.onnx_file export.program export.report trace",
     "export.arrays": "deploy.modules export.inputs export.portable trace",
     "export.graph": "deploy.modules export.inputs export.portable trace",
     "export.inputs": "trace",

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from nipq.deploy import file as packed
 from nipq.deploy.convert import convert
 from nipq.deploy.file import contents, file_bytes, fixed_bytes, header_bytes, save
 from nipq.deploy.load import load
@@ -139,7 +138,7 @@ def test_nothing_is_left_behind_when_writing_fails(mixed: Any, tmp_path: Path, m
 
     deployed, path = convert(mixed.model), tmp_path / "model"
     path.write_text("precious")
-    monkeypatch.setattr(packed.os, "fsync", full)
+    monkeypatch.setattr("nipq.files.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         save(deployed, path, overwrite=True)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]

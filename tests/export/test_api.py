@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import nipq
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError, NonFiniteError
-from nipq.export import files
 from nipq.export.api import export
 from nipq.export.session import faithful_session
 
@@ -104,7 +103,7 @@ def test_a_write_that_fails_leaves_the_old_file(
 
     path = tmp_path / "model.npz"
     path.write_bytes(b"mine")
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr("nipq.files.os.fsync", full)
     with pytest.raises(OSError, match="no space left"):
         export(conv, path, picture, overwrite=True)
     assert path.read_bytes() == b"mine"

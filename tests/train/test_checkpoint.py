@@ -33,8 +33,8 @@ def test_failed_save_keeps_the_old_one(checkpoint: Checkpoint, tmp_path: Path, m
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path)
 
-    def half(_content: object, file: Any) -> None:
-        file.write(b"half")
+    def half(_content: object, file: Path) -> None:
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", half)

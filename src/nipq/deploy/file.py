@@ -17,12 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import torch
 from safetensors.torch import save as to_bytes
@@ -31,6 +29,7 @@ from torch import Tensor, nn
 from nipq.deploy.convert import deploy_copy
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
 from nipq.errors import ConfigError
+from nipq.files import check_free, written_whole
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
 
 #: What the metadata call this format, and its version; version 1 had no checksum.
@@ -78,25 +77,12 @@ def save(deployed: nn.Module, path: str | Path, *, overwrite: bool = False) -> P
             deployed layer, or it holds state that no file can.
     """
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise ConfigError(
-            f"save: expected a name that is free, found the file {path}. "
-            "Choose another one, or pass overwrite=True to replace it."
-        )
-    if not path.parent.is_dir():
-        raise ConfigError(f"save: expected the folder {path.parent} to exist, found none. Create it first.")
+    check_free(path, overwrite=overwrite, command="save")
     tensors, metadata = contents(deployed)
     data = seal(to_bytes(tensors, metadata))
     assert len(data) == file_bytes(deployed), "the header's length is computed as safetensors writes it"
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)
     return path
 
 

@@ -10,10 +10,10 @@ from torch import nn
 from nipq.deploy.modules import deployed_layers
 from nipq.errors import ConfigError
 from nipq.export.arrays import arrays_bytes
-from nipq.export.files import check_free, write_whole
 from nipq.export.onnx_file import FIXED_BATCH, onnx_bytes, qonnx_bytes
 from nipq.export.program import program_bytes
 from nipq.export.report import ExportedLayer, ExportReport
+from nipq.files import check_free, written_whole
 from nipq.trace import ExampleInputs
 
 Format = Literal["onnx", "qonnx", "arrays", "program"]
@@ -69,7 +69,7 @@ def export(
             f"export: expected a deployed model, found a {type(deployed).__name__} without a deployed layer. "
             "Call nipq.convert(model) first."
         )
-    check_free(path, overwrite=overwrite)
+    check_free(path, overwrite=overwrite, command="export")
     opset: int | None = None
     warnings: tuple[str, ...] = ()
     layers = _layers(deployed)
@@ -82,7 +82,8 @@ def export(
     else:
         data, any_batch = program_bytes(deployed, example_inputs)
         warnings = () if any_batch else (FIXED_BATCH,)
-    write_whole(path, data)
+    with written_whole(path) as temporary:
+        temporary.write_bytes(data)
     return ExportReport(path, chosen, len(data), opset, layers, warnings)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nipq.errors import FileFormatError
+from nipq.files import written_whole
 
 FORMAT = "nipq.train.checkpoint"
 VERSION = 1
@@ -62,14 +62,10 @@ class Checkpoint:
     oscillation: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
-        """Write to a file beside ``path``, flush it to the disk, then rename: a kill leaves the old or the new one."""
+        """Write the file; a kill leaves the old or the new one."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "progress"}
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, "progress": asdict(self.progress), **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with written_whole(path) as temporary:
+            torch.save({"format": FORMAT, "version": VERSION, "progress": asdict(self.progress), **content}, temporary)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:

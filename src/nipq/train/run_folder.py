@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError, FileFormatError
+from nipq.files import written_whole
 from nipq.train.config import TrainConfig
 from nipq.train.config_file import dump_config, load_config
 
@@ -140,26 +141,23 @@ class RunFolder:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_state(path: Path, state: Mapping[str, Tensor]) -> None:
     """Save a state dict, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save(dict(state), temporary)
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        torch.save(dict(state), temporary)
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows of equal keys as CSV, whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with written_whole(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
+        file.flush()
 
 
 def environment() -> dict[str, Any]:

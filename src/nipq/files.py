@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all, and replace nothing unless told to."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+from nipq.errors import ConfigError
+
+
+def check_free(path: Path, *, overwrite: bool, command: str) -> None:
+    """Refuse a name that is taken, or whose folder does not exist.
+
+    Args:
+        path: where a file is to be.
+        overwrite: whether an existing file may be replaced.
+        command: who asks, for the message.
+
+    Raises:
+        ConfigError: if it may not be written.
+    """
+    if path.is_dir():
+        raise ConfigError(f"{command}: expected a name that is free, found the folder {path}. Choose another one.")
+    if path.exists() and not overwrite:
+        raise ConfigError(
+            f"{command}: expected a name that is free, found the file {path}. "
+            "Choose another one, or pass overwrite=True (--overwrite) to replace it."
+        )
+    if not path.parent.is_dir():
+        raise ConfigError(f"{command}: expected the folder {path.parent} to exist, found none. Create it first.")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Write to a file beside the one that is meant, which it replaces at the end: a kill leaves the old or the new one.
+
+    Args:
+        path: the file; replaced if it exists.
+
+    Yields:
+        Where to write; what is there is on the disk before it takes the name. Nothing is left of it after an error.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,43 @@
+"""Files appear whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nipq.errors import ConfigError
+from nipq.files import check_free, written_whole
+
+
+def test_the_new_content_takes_the_name_at_the_end(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("old")
+    with written_whole(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:
+        temporary.write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_is_refused_where_it_would_cost_something(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    check_free(path, overwrite=False, command="save")
+    path.write_text("old")
+    with pytest.raises(ConfigError, match=r"save: expected a name that is free, found the file .*overwrite=True"):
+        check_free(path, overwrite=False, command="save")
+    check_free(path, overwrite=True, command="save")
+    with pytest.raises(ConfigError, match="found the folder"):
+        check_free(tmp_path, overwrite=True, command="save")
+    with pytest.raises(ConfigError, match="to exist, found none"):
+        check_free(tmp_path / "absent" / "model", overwrite=False, command="save")
