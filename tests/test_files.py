@@ -23,9 +23,14 @@ def test_the_new_content_takes_the_name_at_the_end(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "model"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), written_whole(path) as temporary:
-        temporary.write_text("half")
-        raise ZeroDivisionError
+
+    def fail() -> None:
+        with written_whole(path) as temporary:
+            temporary.write_text("half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
