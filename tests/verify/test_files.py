@@ -14,9 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+from nipq.calibrate import calibrate_
 from nipq.deploy.convert import convert
 from nipq.deploy.file import save
 from nipq.export.api import export
+from nipq.layer_table import quantizers
+from nipq.prepare import prepare_
 from nipq.verify import VerifyResult, verify
 from tests.deploy.conftest import CASES
 from tests.deploy.conftest import trained as prepared
@@ -52,6 +55,20 @@ def test_every_format_passes_its_rungs(trained: Any, exported: Exported) -> None
     json.dumps(result.to_dict())
     codes = {rung.artifact: rung.numbers["codes"] for rung in result.rungs if rung.name == "E1 layers"}
     assert codes["model.onnx"] == codes["model.qonnx.onnx"] == codes["model.nipq.safetensors"] > 0
+
+
+def test_what_overwrites_a_layer_s_output_is_not_held_against_it(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = prepare_(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.Conv2d(8, 4, 1)), x)
+    calibrate_(model, [x])
+    for quantizer in quantizers(model):
+        if not quantizer.is_frozen:
+            quantizer.freeze_bits_(4)
+    deployed, files = convert(model.eval()), [tmp_path / f"model{end}" for end in (".onnx", ".npz", ".pt2")]
+    for path in files:
+        export(deployed, path, x)
+    result = verify(model, deployed, *files, loader=[x])
+    assert result, str(result)
 
 
 def test_bytes_are_promised_and_found(trained: Any, exported: Exported) -> None:

@@ -106,8 +106,8 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
     """Compile a deployed model for an x86 CPU, in int8 wherever its layers allow.
 
     Layers that the passes do not know (other kinds, padding modes, more than 8 bits) stay as they are, exact in floats.
-    An input's code is ``round(x * (1 / step))`` in the compiler's kernels, not ``round(x / step)``: one code in a
-    million may differ by one level.
+    An input's code is ``round(x * (1 / step))`` in the compiler's kernels, not ``round(x / step)``: next to the
+    middle of two levels a code may differ by one.
 
     Args:
         deployed: what ``nipq.convert`` or ``nipq.load`` returned; it is not changed.

@@ -139,7 +139,7 @@ class ArraysSubject(Subject):
         """Outputs of the deployed layers on the trained inputs."""
         kept: dict[str, list[Tensor]] = defaultdict(list)
         handles = [
-            layer.register_forward_hook(lambda _layer, _args, y, name=name: kept[name].append(y))
+            layer.register_forward_hook(lambda _layer, _args, y, name=name: kept[name].append(y.clone()))
             for name, layer in deployed_layers(self.deployed).items()
             if isinstance(layer, DeployedLayer)
         ]
