@@ -25,6 +25,10 @@ GridChoice = Literal["auto", "signed", "unsigned", "shifted"]
 Method = Literal["nipq", "lsq", "lsq+", "pact", "diffq", "ste"]
 NoiseKind = Literal["uniform", "empirical", "histogram", "gaussian", "stochastic"]
 Init = Literal["mse", "max", "lsq", "release"]
+Target = Literal["onnxruntime", "openvino", "inductor"]
+
+#: Most bits of weights and inputs that a runtime computes in integers and as trained; one that is not here takes all.
+MOST_BITS: dict[Target | None, int] = {"openvino": 8, "inductor": 8}
 
 
 class Settings(BaseModel):
@@ -216,10 +220,13 @@ class Config(Settings):
         init: first boundary: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"lsq"`` LSQ's start,
             ``"release"`` the constants of the published code.
         quantize_inputs: ``False`` quantizes weights only.
+        target: the runtime that is to compute the deployed model, ``"onnxruntime"``, ``"openvino"`` or ``"inductor"``:
+            bit-widths that it does not compute in integers are refused, and ``validate`` and ``inspect`` name the
+            layers that it will not. ``None`` for any.
         rules: exceptions by layer name.
 
     Raises:
-        ConfigError: if a setting is wrong; the message names the field.
+        ConfigError: if a setting is wrong; the message names the field, or the rule.
 
     Example:
         >>> config = Config(weight_bits=(2, 6), rules=[Rule("conv1", weight_bits=8)])
@@ -238,7 +245,23 @@ class Config(Settings):
     boundary_correction: bool = False
     init: Init = "mse"
     quantize_inputs: bool = True
+    target: Target | None = None
     rules: tuple[Rule, ...] = ()
+
+    @model_validator(mode="after")
+    def _within_target(self) -> Self:
+        most, names = MOST_BITS.get(self.target, 16), ("weight_bits", "activation_bits")
+        asked = {name: getattr(self, name).max for name in names} | {"input_bits": self.input_bits}
+        for rule in self.rules:
+            given = {name: getattr(rule, name) for name in names}
+            asked |= {f"rule {rule.pattern!r}: {name}": bits.max for name, bits in given.items() if bits is not None}
+        faults = [f"{where} of up to {bits}" for where, bits in asked.items() if bits is not None and bits > most]
+        if faults:
+            raise ValueError(
+                f"expected at most {most} bits for target {self.target!r}, which computes no wider ones in integers, "
+                f"found {', '.join(faults)}; lower them, or leave target out"
+            )
+        return self
 
     if TYPE_CHECKING:  # type checkers would otherwise refuse the short forms
 

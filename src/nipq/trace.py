@@ -33,11 +33,13 @@ class Trace:
         layers: facts of every supported layer that ran, in order of first execution.
         float_pieces: what computes outside them.
         unused: full names of supported layers that did not run.
+        shared: names of the layers that read the same tensor, by the name of each of them.
     """
 
     layers: tuple[LayerSpec, ...]
     float_pieces: tuple[FloatPiece, ...]
     unused: tuple[str, ...]
+    shared: dict[str, tuple[str, ...]]
 
 
 def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:  # noqa: ANN401  (whatever the model returns)
@@ -93,6 +95,8 @@ class _Watcher(TorchFunctionMode):
             id(tensor): "constant" for tensor in (*model.parameters(), *model.buffers())
         }
         self.origin |= {id(tensor): "input" for tensor in _tensors(example_inputs)}
+        #: Names of the layers that read a tensor in one state of it, by its id and version.
+        self.layers_on: dict[tuple[int, int], dict[str, None]] = {}
         self.keep: list[object] = []  # ids stay unique only while the tensors live
 
     def __torch_function__(
@@ -142,6 +146,8 @@ class _Watcher(TorchFunctionMode):
             if type(module).forward is _BatchNorm.forward and module.running_mean is not None:
                 self.batchnorm_inputs[id(x)] = self.names[module]
             return
+        version = 0 if x.is_inference() else x._version
+        self.layers_on.setdefault((id(x), version), {})[self.names[module]] = None
         calls = self.layers.setdefault(module, _LayerCalls())
         calls.is_input &= self.origin.get(id(x)) == "input"
         calls.inputs += x.numel()
@@ -247,7 +253,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     unused = tuple(
         name for module, name in watcher.names.items() if isinstance(module, SUPPORTED) and module not in watcher.layers
     )
-    return Trace(layers, pieces, unused)
+    shared = {name: tuple(names) for names in watcher.layers_on.values() for name in names if len(names) > 1}
+    return Trace(layers, pieces, unused, shared)
 
 
 def _spec(model: nn.Module, layer: nn.Module, watcher: _Watcher, batch: int) -> LayerSpec:

@@ -15,6 +15,7 @@ from nipq.config import Config
 from nipq.errors import NotQuantizableError
 from nipq.nn.layers import SUPPORTED, is_prepared, output_channel_axis
 from nipq.plan import LayerPlan, plan_layers
+from nipq.target import target_notes
 from nipq.trace import ExampleInputs, Trace, trace
 
 # Wrappers that change how parameters are found; by name, so that none has to be imported.
@@ -132,6 +133,9 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
             once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
             yield Finding(spec.name, "note", once)
     yield from _tied(model, set(plans))
+    if config.target is not None:
+        for name, reason in target_notes(model, plans, traced.shared, config.target):
+            yield Finding(name, "note", reason)
 
 
 def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Finding]:

@@ -115,6 +115,18 @@ def test_errors(finished: Path, tmp_path: Path, arguments: tuple[str, ...], mess
     assert not list(tmp_path.iterdir())
 
 
+def test_packing_is_refused_for_a_target_that_cannot_use_it(finished: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    text = (folder / "config.yaml").read_text(encoding="utf-8")
+    (folder / "config.yaml").write_text(text.replace("target: null", "target: openvino"), encoding="utf-8")
+    status, answer = call_json("export", folder, tmp_path / "model.onnx", "--pack")
+    assert (status, answer["ok"]) == (1, False)
+    assert "expected no --pack for a run of target 'openvino'" in answer["message"]
+    assert call_json("export", folder, tmp_path / "model.onnx")[0] == 0
+
+
 def test_an_unfinished_and_an_unproven_run_are_refused(finished: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)

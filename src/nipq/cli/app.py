@@ -17,6 +17,8 @@ from nipq.cli.show import show_run
 from nipq.cli.train import run_train
 from nipq.cli.verify import verify_folder
 
+TARGET_HELP = "Runtime to deploy on: onnxruntime, openvino or inductor."
+
 app = typer.Typer(
     name="nipq",
     help="Mixed-precision quantization by noise: learn bit-widths, keep a budget, prove the result.",
@@ -57,11 +59,12 @@ def inspect(
     factory: Annotated[str, typer.Argument(help="torchvision name, or package.module:callable.")],
     input_shape: Annotated[str, typer.Option(help="Shape of the input, batch first.")] = "1,3,224,224",
     arguments: Annotated[str, typer.Option("--kwargs", help="Arguments of the factory, as YAML or JSON.")] = "{}",
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """List a model's layers, what stays float and why, and the budgets within reach."""
     with reporting(as_json):
-        show_inspection(factory, input_shape, arguments, as_json=as_json)
+        show_inspection(factory, input_shape, arguments, target=target, as_json=as_json)
 
 
 @app.command()
@@ -70,6 +73,7 @@ def train(
     folder: Annotated[Path, typer.Option("--run", help="Run folder; new, or with --resume an old one.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint.")] = False,
     data: Annotated[str | None, typer.Option("--data", help="Folder of the data (overrides data.path).")] = None,
+    target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
     assignments: Annotated[list[str] | None, typer.Option("--set", help="key=value; overrides a field.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
     as_json: JsonFlag = False,
@@ -81,6 +85,7 @@ def train(
             folder,
             resume=resume,
             data=data,
+            target=target,
             assignments=assignments or [],
             quiet=quiet or as_json,
             as_json=as_json,

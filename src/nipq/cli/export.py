@@ -52,7 +52,7 @@ def export_model(
         FileFormatError: If the packed file cannot be read.
     """
     if source.is_dir():
-        deployed, example = _from_run(RunFolder(source), input_shape)
+        deployed, example = _from_run(RunFolder(source), input_shape, pack=pack)
     else:
         deployed, example = _from_file(source, factory, arguments, input_shape)
     report = export(deployed, out, example, format=cast("Format | None", format), pack=pack, overwrite=overwrite)
@@ -62,9 +62,14 @@ def export_model(
         typer.echo(str(report))
 
 
-def _from_run(place: RunFolder, input_shape: str | None) -> tuple[nn.Module, Any]:
+def _from_run(place: RunFolder, input_shape: str | None, *, pack: bool) -> tuple[nn.Module, Any]:
     """Model and example inputs of a finished run."""
     config = place.read_config()
+    if pack and config.quantization.target == "openvino":
+        raise ConfigError(
+            f"expected no --pack for a run of target 'openvino', found it with {place.path}: OpenVINO computes packed "
+            "weights in floats, and cannot read those of 2 bits; leave --pack out"
+        )
     if not place.model.is_file() or not place.results.is_file():
         raise ConfigError(
             f"expected a finished run, found an unfinished one in {place.path}; continue it with --resume"

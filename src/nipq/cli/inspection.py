@@ -8,6 +8,7 @@ import torch
 import typer
 
 from nipq.cli.output import answer
+from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.inspection import inspect
 from nipq.train.config import ModelConfig
@@ -15,19 +16,20 @@ from nipq.train.config_file import parse_overrides
 from nipq.train.factory import build_model
 
 
-def show_inspection(factory: str, input_shape: str, arguments: str, *, as_json: bool) -> None:
+def show_inspection(factory: str, input_shape: str, arguments: str, *, target: str | None, as_json: bool) -> None:
     """Build a model with random weights and print what :func:`nipq.inspection.inspect` finds.
 
     Args:
         factory: torchvision name, or ``package.module:callable``.
         input_shape: Whole numbers with commas, batch first.
         arguments: Arguments of the factory, as YAML or JSON.
+        target: Runtime to deploy on, or ``None``.
         as_json: Print JSON.
 
     Raises:
-        ConfigError: If the model is unknown, or shape or arguments cannot be read or do not fit.
+        ConfigError: If model or target are unknown, or shape or arguments cannot be read or do not fit.
     """
-    shape = parse_shape(input_shape)
+    config, shape = Config(target=target), parse_shape(input_shape)
     model = build_model(ModelConfig(factory=factory, kwargs=parse_kwargs(arguments))).eval()
     example = torch.zeros(shape)
     try:
@@ -37,7 +39,7 @@ def show_inspection(factory: str, input_shape: str, arguments: str, *, as_json: 
         raise ConfigError(
             f"model {factory!r} cannot take an input of shape {shape}: {error}; correct --input-shape"
         ) from error
-    found = inspect(model, example)
+    found = inspect(model, example, config)
     if as_json:
         answer(found.to_dict())
     else:

@@ -13,7 +13,15 @@ from nipq.train.pipeline import run
 
 
 def run_train(
-    config: Path, folder: Path, *, resume: bool, data: str | None, assignments: list[str], quiet: bool, as_json: bool
+    config: Path,
+    folder: Path,
+    *,
+    resume: bool,
+    data: str | None,
+    target: str | None,
+    assignments: list[str],
+    quiet: bool,
+    as_json: bool,
 ) -> bool:
     """Train as a config file says and print the results.
 
@@ -22,6 +30,7 @@ def run_train(
         folder: Run folder.
         resume: Continue the run in the folder.
         data: Replaces ``data.path``.
+        target: Replaces ``quantization.target``.
         assignments: ``key=value`` texts that replace fields.
         quiet: No progress bar.
         as_json: Print JSON.
@@ -32,6 +41,8 @@ def run_train(
     overrides = parse_overrides(assignments)
     if data is not None:
         overrides["data.path"] = data
+    if target is not None:
+        overrides["quantization.target"] = target
     results = run(load_config(config, overrides), folder, resume=resume, quiet=quiet)
     if as_json:
         answer({"run": str(folder), **results}, ok=results["verified"])

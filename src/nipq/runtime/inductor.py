@@ -22,10 +22,9 @@ from nipq.deploy.modules import Deployed, DeployedLayer, deployed_layers, replac
 from nipq.errors import ConfigError, require
 from nipq.export.portable import PortableLayer, portable_layers
 from nipq.runtime.compiled import CompiledModel, Kernel
+from nipq.target import inductor_reason
 from nipq.trace import ExampleInputs, call_model
 
-#: Layers that the passes know.
-KINDS = (nn.Conv2d, nn.Linear)
 #: The compiler's counts of what it recognised.
 COUNTS = {nn.Conv2d: "qconv_weight_prepack_matcher_count", nn.Linear: "qlinear_weight_prepack_matcher_count"}
 #: Weights become constants of the compiled code, which is what the passes ask for; set around calls only.
@@ -159,10 +158,7 @@ def _reason(layer: Deployed) -> str | None:
         return "its input stays float"
     if max(layer.weight_bits, layer.input_bits) > 8:
         return "more than 8 bits"
-    if type(layer.layer) not in KINDS:
-        return f"a {layer.kind}, not a plain Conv2d or Linear"
-    mode = getattr(layer.layer, "padding_mode", "zeros")
-    return None if mode == "zeros" else f"padding mode {mode!r}"
+    return inductor_reason(layer.layer)
 
 
 def _kernels(
