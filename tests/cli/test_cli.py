@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from nipq.cli import app, demo
+from nipq.cli.doctor import OPTIONAL
 from nipq.train.config_file import check_config, load_config
 from nipq.train.pipeline import run
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 SETTINGS = """
 model: {factory: "nipq.train.models:digits_net", kwargs: {width: 8}}
 data: {kind: digits, train_limit: 256}
@@ -75,6 +79,12 @@ def test_doctor() -> None:
     assert "ready" in call("doctor")[1]
 
 
+def test_doctor_knows_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    packages = {re.split("[>=<]", text)[0] for name, extra in extras.items() if name != "dev" for text in extra}
+    assert set(OPTIONAL) == packages
+
+
 def test_doctor_fails_when_a_core_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nipq.cli.doctor.REQUIRED", ("torch", "no-such-package"))
     status, output = call("doctor")
@@ -88,6 +98,7 @@ def test_inspect() -> None:
     assert status == 0
     assert "classifier" in json.dumps(answer)
     assert "classifier" in call(*arguments)[1]
+    assert "faithful session" in json.dumps(call_json(*arguments, "--target", "onnxruntime")[1])
 
 
 @pytest.mark.parametrize(
@@ -97,11 +108,21 @@ def test_inspect() -> None:
         (("inspect", "nipq.train.models:digits_net"), "cannot take an input of shape (1, 3, 224, 224)"),
         (("inspect", "resnet18", "--input-shape", "1,3,big"), "expected a shape such as 1,3,224,224"),
         (("inspect", "resnet18", "--kwargs", "3"), "expected --kwargs to be a mapping"),
+        (("inspect", "resnet18", "--target", "tpu"), "Config.target: expected 'onnxruntime', 'openvino' or 'inductor'"),
         (("train", "absent.yaml", "--run", "absent"), "expected a YAML config file"),
         (("show", "absent"), "found no config.yaml"),
         (("verify", "absent"), "found no config.yaml"),
     ],
-    ids=["unknown_model", "wrong_shape", "unreadable_shape", "kwargs", "no_config", "show_nothing", "verify_nothing"],
+    ids=[
+        "unknown_model",
+        "wrong_shape",
+        "unreadable_shape",
+        "kwargs",
+        "target",
+        "no_config",
+        "show_nothing",
+        "verify_nothing",
+    ],
 )
 def test_own_errors_are_one_message_and_status_1(arguments: tuple[str, ...], message: str) -> None:
     status, answer = call_json(*arguments)
@@ -127,6 +148,13 @@ def test_train_overrides_and_refuses_to_overwrite(settings: Path, tmp_path: Path
     assert "already holds a run" in answer["message"]
     status, answer = call_json(*arguments, "--resume")
     assert (status, answer["ok"]) == (0, True)
+
+
+def test_train_takes_the_target(settings: Path, tmp_path: Path) -> None:
+    arguments = ("train", settings, "--run", tmp_path / "run", "--target", "openvino")
+    status, answer = call_json(*arguments, "--set", "quantization.weight_bits=[2, 9]")
+    assert (status, answer["ok"]) == (1, False)
+    assert "expected at most 8 bits for target 'openvino'" in answer["message"]
 
 
 def test_train_takes_the_data_folder(settings: Path, tmp_path: Path) -> None:

@@ -21,7 +21,16 @@ OPTIONAL = {
     "matplotlib": "plots",
     "tensorboard": "TensorBoard logs",
     "onnxscript": "ONNX files",
+    "onnx-ir": "ONNX files",
+    "onnx": "ONNX files",
+    "ml_dtypes": "packed ONNX files",
     "onnxruntime": "running ONNX files",
+    "qonnx": "executing and costing QONNX files",
+    "openvino": "integer kernels from OpenVINO",
+    "torchao": "integer kernels from PyTorch's compiler",
+    "curvlinops-for-pytorch": "curvature, HAWQ's allocation",
+    "timm": "EfficientNet-Lite0 of experiments/tasks",
+    "transformers": "MiniLM of experiments/tasks",
 }
 
 
