@@ -90,6 +90,21 @@ def test_packed_weights_run_in_floats_and_are_refused_by_name(folder: Path) -> N
     assert set(compiled.float_layers()) == {"stem", "depthwise", "one", "two", "head"}
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (4, 5, 8)])
+def test_linear_layers_of_any_axes_run_in_integers(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """OpenVINO fuses a chain of small ones into one node of another kind."""
+    x = torch.randn(shape)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+    calibrate_(prepare_(model, x, Config(weight_bits=8, activation_bits=6)), [x])
+    deployed = convert(model.eval())
+    export(deployed, tmp_path / "model.onnx", x)
+    compiled = openvino_model(tmp_path / "model.onnx", x)
+    assert [(kernel.name, kernel.integer) for kernel in compiled.kernels] == [("0", True), ("2", True)]
+    with torch.no_grad():
+        expected, found = deployed(x), compiled(x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_wide_inputs_and_shared_ones_are_warned_of(tmp_path: Path) -> None:
     class Branches(nn.Module):
         def __init__(self) -> None:

@@ -20,6 +20,8 @@ from nipq.verify.onnx_file import OnnxFile, read_onnx
 
 #: Kinds of node in OpenVINO's execution graph that sum products.
 SUMS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
+#: Kind of node that chains of small linear layers become.
+FUSED = "Subgraph"
 #: Types of what an integer kernel reads.
 INTEGERS = frozenset({"u8", "i8"})
 #: Without it a CPU that knows bfloat16 computes every float part in it, which moves codes.
@@ -142,12 +144,14 @@ def _kernels(compiled: Any, found: Sequence[Cell]) -> list[Kernel]:  # noqa: ANN
     seen: dict[int, tuple[str, str]] = {}
     for node in compiled.get_runtime_model().get_ops():
         facts = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
-        if facts.get("layerType") not in SUMS:
-            continue
+        kind, known = facts.get("layerType"), (facts.get("runtimePrecision", "?"), facts.get("primitiveType", "?"))
         for original in facts.get("originalLayersNames", "").split(","):
-            number = marks.get(original, marks.get(original.split("/")[0]))
-            if number is not None:
-                seen[number] = facts.get("runtimePrecision", "?"), facts.get("primitiveType", "?")
+            head, _, tail = original.partition("/")
+            number = marks.get(original, marks.get(head))
+            if number is not None and kind in SUMS:
+                seen[number] = known
+            elif number is not None and kind == FUSED and not tail.endswith("DequantizationMultiply"):
+                seen.setdefault(number, known)
     readers = Counter(cell.source for cell in found)
     kernels = []
     for number, cell in enumerate(found):
