@@ -23,7 +23,19 @@ FLOORS = (
     ("functional", "theory"),
     ("kernels",),
     ("nn",),
-    ("float_pieces", "trace", "plan", "validate", "prepare", "layer_table", "bit_table", "control", "deploy", "export"),
+    (
+        "float_pieces",
+        "trace",
+        "plan",
+        "target",
+        "validate",
+        "prepare",
+        "layer_table",
+        "bit_table",
+        "control",
+        "deploy",
+        "export",
+    ),
     (
         "limit",
         "bit_programme",
@@ -91,11 +103,13 @@ SIDEWAYS = {
     "export.onnx_file": "deploy.modules export.graph export.qcdq export.qonnx export.report trace",
     "export.onnx_layer": "deploy.modules export.graph export.portable",
     "export.portable": "deploy.modules",
+    "export.promise": "deploy.convert deploy.modules export.onnx_file layer_table trace",
     "export.program": "export.inputs trace",
     "export.qcdq": "deploy.modules export.graph export.onnx_layer export.portable",
     "export.qonnx": "deploy.modules export.graph export.onnx_layer export.portable",
     "prepare": "control layer_table plan trace validate",
-    "validate": "plan trace",
+    "target": "plan",
+    "validate": "plan target trace",
     "allocation": "analysis.curvature analysis.hessian analysis.network bit_programme budget calibrate snap",
     "analysis.corruption": "analysis.network analysis.sweep",
     "analysis.curvature": "analysis.hessian analysis.network",
@@ -113,8 +127,8 @@ SIDEWAYS = {
     "summary": "budget limit",
     "runtime.inductor": "runtime.compiled",
     "runtime.openvino": "runtime.compiled verify.onnx_cells verify.onnx_file",
-    "verify.arrays_subject": "verify.archive verify.evidence verify.layers verify.reference verify.result verify.static "
-    "verify.subject",
+    "verify.arrays_subject": "verify.archive verify.evidence verify.layers verify.reference verify.result "
+    "verify.static verify.subject",
     "verify.compiled_subject": "runtime.compiled verify.result verify.subject",
     "verify.deployed": "verify.distance verify.evidence verify.layers verify.reference verify.result verify.static "
     "verify.subject",
@@ -127,8 +141,8 @@ SIDEWAYS = {
     "verify.onnx_static": "verify.onnx_cells verify.onnx_file verify.static",
     "verify.onnx_subject": "verify.evidence verify.onnx_cells verify.onnx_file verify.onnx_forced verify.onnx_static "
     "verify.reference verify.result verify.subject",
-    "verify.opening": "runtime.compiled verify.arrays_subject verify.compiled_subject verify.deployed verify.onnx_subject "
-    "verify.program_subject verify.subject",
+    "verify.opening": "runtime.compiled verify.arrays_subject verify.compiled_subject verify.deployed "
+    "verify.onnx_subject verify.program_subject verify.subject",
     "verify.program_subject": "verify.archive verify.evidence verify.result verify.subject",
     "verify.reference": "calibrate verify.distance verify.layers",
     "verify.subject": "verify.distance verify.evidence verify.reference verify.result",

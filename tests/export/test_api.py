@@ -138,6 +138,21 @@ def test_a_broken_file_is_refused_by_the_session(tmp_path: Path) -> None:
         faithful_session(tmp_path / "broken.onnx")
 
 
+def test_the_session_takes_contents(conv: nn.Module, tmp_path: Path, picture: Tensor) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    path = export(conv, tmp_path / "model.onnx", picture).path
+    (expected,), (found,) = (
+        faithful_session(source, threads=1).run(None, {"input": picture.numpy()})
+        for source in (path, path.read_bytes())
+    )
+    assert (found == expected).all()
+    with pytest.raises(FileFormatError, match=r"^the contents: expected an ONNX file"):
+        faithful_session(b"not a model")
+    with pytest.raises(FileFormatError, match=r"^mine: expected an ONNX file"):
+        faithful_session(b"not a model", name="mine")
+
+
 def test_the_model_is_not_changed(conv: nn.Module, tmp_path: Path, picture: Tensor) -> None:
     before, state = conv(picture), {key: value.clone() for key, value in conv.state_dict().items()}
     export(conv, tmp_path / "model.npz", picture)

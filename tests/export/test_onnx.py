@@ -276,3 +276,11 @@ def test_a_fixed_batch_is_a_warning(zoo: SimpleNamespace, tmp_path: Path, pictur
             return self.conv(x.reshape(2, 4, 6, 5))
 
     assert export(Fixed(), tmp_path / "model.onnx", picture).warnings == (FIXED_BATCH,)
+
+
+def test_linear_layers_of_three_axes(zoo: SimpleNamespace, tmp_path: Path) -> None:
+    x = torch.randn(2, 5, 7)
+    model = nn.Sequential(zoo.alone(nn.Linear(7, 6)), nn.ReLU(), zoo.alone(nn.Linear(6, 4)))
+    path = export(model, tmp_path / "model.onnx", x).path
+    (found,) = faithful_session(path, threads=1).run(None, {"input": torch.cat([x, x]).numpy()})
+    assert zoo.apart(found, model(torch.cat([x, x]))) < 1e-6

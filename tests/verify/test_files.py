@@ -79,7 +79,25 @@ def test_bytes_are_promised_and_found(trained: Any, exported: Exported) -> None:
     assert portable["weight_bytes_promised"] == portable["weight_bytes_found"] == elements
     assert packed["weight_bytes_found"] < elements == packed["weight_bytes_promised"]
     assert qonnx["weight_bytes_found"] == 4 * elements
-    assert portable["bytes_found"] == exported[".onnx"].stat().st_size
+    for numbers, name in ((portable, ".onnx"), (packed, "packed.onnx"), (qonnx, ".qonnx.onnx")):
+        assert numbers["bytes_promised"] == numbers["bytes_found"] == exported[name].stat().st_size
+
+
+def test_more_bytes_than_promised_are_a_difference(trained: Any, exported: Exported, tmp_path: Path) -> None:
+    model, data = trained
+    file = onnx.load(exported[".onnx"])
+    file.doc_string = "what nobody trained"
+    onnx.save(file, tmp_path / "model.onnx")
+    rung = verify(model, tmp_path / "model.onnx", loader=data).rungs[0]
+    assert not rung.passed
+    assert rung.numbers["bytes_found"] > rung.numbers["bytes_promised"] == exported[".onnx"].stat().st_size
+    assert rung.first_difference is not None
+    assert "bytes on disk, promised" in rung.first_difference
+    file.producer_version = "torch 2.11.0, onnxscript 0.7.0"  # whose bytes nobody here can know
+    onnx.save(file, tmp_path / "model.onnx")
+    rung = verify(model, tmp_path / "model.onnx", loader=data).rungs[0]
+    assert rung.passed
+    assert "bytes_promised" not in rung.numbers
 
 
 def test_a_metric_runs_on_files(trained: Any, exported: Exported) -> None:

@@ -28,8 +28,17 @@ _MARKS = "nipq"
 #: Names of the tensors of a layer, by role; where two roles are one tensor, the last name stays.
 _NAMES = {"weight": "levels", "input": "input", "codes": "codes", "output": "output"}
 
+
+class LayerForm(nn.Module):
+    """What stands for a deployed layer while its model is exported."""
+
+    def trained(self) -> set[str]:
+        """Names of the buffers whose values training decides; all others follow from bits and grids."""
+        raise NotImplementedError
+
+
 #: Builds what a deployed layer is replaced by, from the layer, its numbers and its name.
-Form = Callable[[Deployed, PortableLayer, str], nn.Module]
+Form = Callable[[Deployed, PortableLayer, str], LayerForm]
 
 #: The tensors of one call of a layer, by role.
 Binding = dict[str, Any]
@@ -90,17 +99,36 @@ def onnx_graph(deployed: nn.Module, example_inputs: ExampleInputs, form: Form, o
     """
     require("onnxscript", extra="onnx", purpose="ONNX files")
     numbers, twin = portable_layers(deployed), copy.deepcopy(deployed)
-    forms: dict[nn.Module, nn.Module] = {
-        layer: form(layer, numbers[name], name) for name, layer in deployed_layers(twin).items()
-    }
-    program = exported_program(replace_modules(twin, forms).cpu().eval(), example_inputs)
+    layers = deployed_layers(twin)
+    forms = {name: form(layer, numbers[name], name) for name, layer in layers.items()}
+    twin = replace_modules(twin, {layer: forms[name] for name, layer in layers.items()})
+    program = exported_program(twin.cpu().eval(), example_inputs)
+    settings: dict[str, Any] = {"opset_version": opset, "verbose": False, "external_data": False, "optimize": False}
     with _quiet():
-        exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, external_data=False)
-    assert exported is not None
+        exported = torch.onnx.export(program, dynamo=True, **settings)
+        assert exported is not None
+        with _unseen(exported.model.graph, {full_name(name, key) for name in forms for key in forms[name].trained()}):
+            exported.optimize()
     model = exported.model
     bindings = _without_marks(model)
     _tidy(model, bindings)
     return model, bindings
+
+
+@contextmanager
+def _unseen(graph: Any, names: set[str]) -> Iterator[None]:  # noqa: ANN401  (the package that knows is optional)
+    """Keep values from the exporter's optimizer, which merges equal tensors: a file's size is not to depend on them."""
+    values = [value for name, value in graph.initializers.items() if name in names]
+    tensors = [value.const_value for value in values]
+    for value in values:
+        del graph.initializers[value.name]
+        value.const_value = None
+        graph.inputs.append(value)
+    yield
+    for value, tensor in zip(values, tensors, strict=True):
+        graph.inputs.remove(value)
+        value.const_value = tensor
+        graph.initializers[value.name] = value
 
 
 def _without_marks(model: Any) -> list[Binding]:  # noqa: ANN401  (the package that knows its type is optional)
@@ -130,10 +158,9 @@ def _tidy(model: Any, calls: list[Binding]) -> None:  # noqa: ANN401  (as above)
     sizes = [size for value in model.graph.inputs for size in value.shape if not isinstance(size, int)]
     symbols = "|".join({str(size) for size in sizes if not str(size).isdigit()}) or "$^"
     for value in values:
-        for axis, size in enumerate(value.shape or ()):
-            if not isinstance(size, int):
-                text = re.sub(rf"\b({symbols})\b", "batch", str(size))
-                value.shape[axis] = int(text) if text.isdigit() else text
+        if value.shape is not None:  # which may be frozen, so it is replaced
+            texts = [re.sub(rf"\b({symbols})\b", "batch", str(size)) for size in value.shape]
+            value.shape = type(value.shape)([int(text) if text.isdigit() else text for text in texts])
     for value in initializers:
         value.type = value.shape = None  # the tensor has them
     outputs = model.graph.outputs

@@ -100,9 +100,8 @@ def _written(
     containers: dict[str, str],
 ) -> tuple[bytes, int, tuple[ExportedLayer, ...]]:
     records = [_record(binding, layers[binding["name"]]) for binding in bindings]
-    text = json.dumps({"format": form, "version": VERSION, "layers": records}, separators=(",", ":"))
-    model.metadata_props[KEY] = text
-    model.ir_version, model.producer_name, model.producer_version = IR_VERSIONS[opset], "nipq", None
+    model.metadata_props[KEY] = _metadata(form, records).ljust(len(_metadata(form, [_longest(r) for r in records])))
+    model.ir_version, model.producer_name, model.producer_version = IR_VERSIONS[opset], "nipq", producer()
     ir = require("onnx_ir", extra="onnx", purpose="ONNX files")
     data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
     exported = tuple(
@@ -110,6 +109,24 @@ def _written(
         for name, layer in layers.items()
     )
     return data, opset, exported
+
+
+def producer() -> str:
+    """The packages on which the bytes of a file depend beside its model."""
+    exporter = require("onnxscript", extra="onnx", purpose="ONNX files")
+    return f"torch {torch.__version__}, onnxscript {exporter.__version__}"
+
+
+def _metadata(form: str, records: list[dict[str, Any]]) -> str:
+    return json.dumps({"format": form, "version": VERSION, "layers": records}, separators=(",", ":"))
+
+
+def _longest(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with the most digits that a zero point may have: a file's size is not to depend on where it falls."""
+    if record["grid"] != "shifted":
+        return record
+    levels = 2 ** record["input_bits"] - 1
+    return record | {"zero_point": levels, "code_low": -levels, "code_high": levels}
 
 
 def _record(binding: Binding, layer: Deployed) -> dict[str, Any]:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nipq.deploy.modules import Deployed, take_input
-from nipq.export.graph import mark
+from nipq.export.graph import LayerForm, mark
 from nipq.export.portable import PortableInput, PortableLayer, plain_kind
 from nipq.nn.integer import channel_dim
 
 
-class OnnxLayer(nn.Module):
+class OnnxLayer(LayerForm):
     """One deployed layer, about to be exported; it can be traced, not run.
 
     Args:
@@ -38,6 +38,11 @@ class OnnxLayer(nn.Module):
         self.scale_after = False
         # A subclass may do anything with its bias; the deployed layer adds it after the subclass's forward.
         self.bias_inside = plain_kind(self.shell) is not None or numbers.input is None
+
+    def trained(self) -> set[str]:
+        """The numbers of the layer; a zero point only where the grid may be shifted."""
+        names = {"weight", "weight_scale", "bias", "input_scale"}
+        return names | {"input_zero_point"} if self.input is not None and self.input.grid == "shifted" else names
 
     def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
         """The input on its levels, as operators of the format."""

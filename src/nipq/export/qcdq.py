@@ -52,6 +52,11 @@ class QcdqLayer(OnnxLayer):
         self.register_buffer("low", low)
         self.register_buffer("high", high)
 
+    def trained(self) -> set[str]:
+        """As in general; limits above 8 bits are floats, which follow the input's scale."""
+        names = super().trained()
+        return names | {"low", "high"} if self.input is not None and self.input.bits > 8 else names
+
     def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
         """QuantizeLinear, Clip where the container is wider than the range, DequantizeLinear."""
         parameters = (self.input_scale, self.input_zero_point)

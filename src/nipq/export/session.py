@@ -15,15 +15,18 @@ if TYPE_CHECKING:
 FAITHFUL = "session.disable_quant_qdq"
 
 
-def faithful_session(path: str | Path, *, threads: int | None = None) -> onnxruntime.InferenceSession:
+def faithful_session(
+    source: str | Path | bytes, *, threads: int | None = None, name: str | None = None
+) -> onnxruntime.InferenceSession:
     """Open an ONNX file in ONNX Runtime on the CPU, without rewriting of its quantizers.
 
     The codes of every layer's input are then those of the deployed model, and a layer's output is within float rounding
     of it. Speed is that of float32.
 
     Args:
-        path: what ``nipq.export`` wrote, or another ONNX file.
+        source: what ``nipq.export`` wrote, or another ONNX file: its path, or its contents.
         threads: threads of one operator; as many as the machine has cores if not given.
+        name: what to call the file in messages; its path if not given.
 
     Returns:
         An ``onnxruntime.InferenceSession``.
@@ -34,16 +37,17 @@ def faithful_session(path: str | Path, *, threads: int | None = None) -> onnxrun
     """
     runtime = require("onnxruntime", extra="onnx", purpose="running ONNX files")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what is an error is raised
     options.add_session_config_entry(FAITHFUL, "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     try:
         session: onnxruntime.InferenceSession = runtime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
+            source if isinstance(source, bytes) else str(source), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # the runtime's exceptions share no base class
+        name = name or ("the contents" if isinstance(source, bytes) else str(source))
         raise FileFormatError(
-            f"{path}: expected an ONNX file that ONNX Runtime can run, found: {error}. Export the model again."
+            f"{name}: expected an ONNX file that ONNX Runtime can run, found: {error}. Export the model again."
         ) from error
     return session

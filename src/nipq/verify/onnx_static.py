@@ -6,14 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed
+from nipq.errors import ConfigError
+from nipq.export.onnx_file import FIXED_BATCH, onnx_bytes, producer, qonnx_bytes
 from nipq.export.portable import PortableLayer, along_channels
+from nipq.trace import ExampleInputs
 from nipq.verify.onnx_cells import Cell
 from nipq.verify.onnx_file import OnnxFile
 from nipq.verify.static import differences
 
+#: ONNX's numbers of the types that share bytes.
+PACKED_TYPES = frozenset({21, 22, 25, 26})
 #: Bits of a stored element, by ONNX's number of its type.
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 11: 64, 21: 4, 22: 4, 25: 2, 26: 2}
 
@@ -100,6 +105,29 @@ def weight_bytes(file: OnnxFile, numbers: Mapping[str, PortableLayer], form: str
             count *= size
         found += -(-count * ELEMENT_BITS.get(tensor.data_type, 64) // 8)
     return promised, found
+
+
+def promised_file(file: OnnxFile, deployed: nn.Module, example: ExampleInputs) -> int | None:
+    """Bytes that the whole file should have: those that an export of the trained model has here and now.
+
+    Args:
+        file: the file.
+        deployed: what ``nipq.convert`` makes of the trained model.
+        example: one batch.
+
+    Returns:
+        Bytes; None if they cannot be known: other versions of the exporter wrote the file, or its batch is fixed.
+    """
+    if file.model.producer_version != producer():
+        return None
+    pack = any(tensor.data_type in PACKED_TYPES for tensor in file.initialisers.values())
+    try:
+        data, *_, warnings = (
+            qonnx_bytes(deployed, example) if file.form == "qonnx" else onnx_bytes(deployed, example, pack=pack)
+        )
+    except ConfigError:
+        return None  # exported elsewhere, from a form of the model that can be traced
+    return None if FIXED_BATCH in warnings else len(data)
 
 
 def _makes_weight(file: OnnxFile, kind: str, inputs: Sequence[str]) -> bool:

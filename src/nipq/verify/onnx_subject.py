@@ -13,14 +13,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nipq.deploy.modules import deployed_layers
-from nipq.errors import FileFormatError, require
+from nipq.errors import FileFormatError
 from nipq.export.portable import portable_layers
-from nipq.export.session import FAITHFUL
+from nipq.export.session import faithful_session
+from nipq.trace import ExampleInputs
 from nipq.verify.evidence import layer_rung
 from nipq.verify.onnx_cells import cells
 from nipq.verify.onnx_file import read_onnx
 from nipq.verify.onnx_forced import Probe, forced, runnable
-from nipq.verify.onnx_static import onnx_differences, weight_bytes
+from nipq.verify.onnx_static import onnx_differences, promised_file, weight_bytes
 from nipq.verify.reference import Observation
 from nipq.verify.result import Rung
 from nipq.verify.subject import Subject
@@ -101,14 +102,15 @@ class OnnxSubject(Subject):
         path: the file.
         deployed: what ``nipq.convert`` makes of the trained model, on the CPU.
         layers: full names of the trained layers.
+        example: one batch.
 
     Raises:
         FileFormatError: if it cannot be read.
         MissingDependencyError: if a package that reads or runs it is not installed.
     """
 
-    def __init__(self, path: Path, deployed: nn.Module, layers: Iterable[str]) -> None:
-        self.path, self.deployed = path, deployed
+    def __init__(self, path: Path, deployed: nn.Module, layers: Iterable[str], example: ExampleInputs) -> None:
+        self.path, self.deployed, self.example = path, deployed, example
         self.failure: str | None = None
         self.file = read_onnx(path)
         try:
@@ -133,19 +135,7 @@ class OnnxSubject(Subject):
 
     def _session(self, model: ModelProto) -> InferenceSession:
         """A faithful session of what was checked, not of what lies on the disk by now."""
-        runtime = require("onnxruntime", extra="onnx", purpose="running ONNX files")
-        options = runtime.SessionOptions()
-        options.log_severity_level = 4
-        options.add_session_config_entry(FAITHFUL, "1")
-        try:
-            session: InferenceSession = runtime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the runtime's exceptions share no base class
-            raise FileFormatError(
-                f"{self.path}: expected a file that ONNX Runtime can run, found: {error}. Export the model again."
-            ) from error
-        return session
+        return faithful_session(model.SerializeToString(), name=str(self.path))
 
     def static(self) -> Rung:
         """Rung E0: integers, scales, zero points and limits of the graph itself, and bytes of the weights."""
@@ -155,9 +145,13 @@ class OnnxSubject(Subject):
         promised, stored = weight_bytes(self.file, numbers, self.file.form)
         if stored > promised:
             found.append(f"{stored:,} bytes of weights, promised {promised:,}")
+        size, whole = self.path.stat().st_size, None if found else promised_file(self.file, self.deployed, self.example)
+        if whole is not None and size > whole:
+            found.append(f"{size:,} bytes on disk, promised {whole:,}")
         facts = {
             "layers": len({cell.name for cell in self.cells}),
-            "bytes_found": self.path.stat().st_size,
+            **({} if whole is None else {"bytes_promised": whole}),
+            "bytes_found": size,
             "weight_bytes_promised": promised,
             "weight_bytes_found": stored,
             "differences": len(found),

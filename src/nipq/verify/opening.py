@@ -65,7 +65,7 @@ def _file_subject(path: Path, model: nn.Module, layers: Iterable[str], example: 
             loaded = load(path, restore_(copy.deepcopy(model)))
             return DeployedSubject(path.name, loaded, layers, model, path, is_file=True)
         if path.name.endswith(".onnx"):
-            return OnnxSubject(path, convert(model).cpu(), layers)
+            return OnnxSubject(path, convert(model).cpu(), layers, example)
         if path.name.endswith(".npz"):
             return ArraysSubject(path, convert(model).cpu(), layers, example)
         if path.name.endswith(".pt2"):
