@@ -153,11 +153,12 @@ def fixed_cost(rounds: int, names: Collection[str] | None = None) -> dict[str, l
 
 def main() -> None:
     """Measure and write."""
-    options = record.parser(__doc__, "elements", 25)
+    options = record.parser(__doc__, "elements", 15)
+    options.add_argument("--threads", nargs="+", type=int, default=list(THREADS))
     given = options.parse_args()
     record.refuse_existing(given.out, overwrite=given.overwrite)
     load, cases = record.load(), []
-    for threads in THREADS:
+    for threads in given.threads:
         for dtype in TYPES:
             for size in SIZES:
                 cases.append(measure(size, dtype, threads, given.rounds))

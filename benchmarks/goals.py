@@ -84,12 +84,12 @@ GOALS = (
 
 
 def goals_table(records: Mapping[str, Record]) -> str:
-    """Each goal that was measured, on one line.
+    """Each goal that was measured, on one line; nothing if none was.
 
     Args:
         records: result files by name.
     """
-    lines = ["### Goals\n", "| on a CPU, one thread | goal, at most | found | |", "|---|---|---|---|"]
+    lines = []
     for goal in GOALS:
         try:
             found = goal.found(records[goal.file])
@@ -97,4 +97,5 @@ def goals_table(records: Mapping[str, Record]) -> str:
             continue
         verdict = "reached" if round(found, goal.digits) <= goal.limit else "**missed**"
         lines.append(f"| {goal.name} | {goal.limit:.{goal.digits}f} | {found:.{goal.digits}f} | {verdict} |")
-    return "\n".join(lines) + "\n"
+    head = ["### Goals\n", "| on a CPU, one thread | goal, at most | found | |", "|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + "\n" if lines else ""

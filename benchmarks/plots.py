@@ -65,7 +65,7 @@ def elements(content: Record) -> None:
     axis.set_xscale("log")
     axis.set_xlim(right=2.5 * max(max(pair) for pair in bars.values()))
     axis.set_xlabel(f"time of an element [ns], {case['elements']:,} elements of float32, one thread", color=INK)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="upper right")
     _save(figure, "elements")
 
 

@@ -21,7 +21,7 @@ def page() -> str:
     found = {name: record.read(name) for name in sections}
     parts = [goals_table({name: content for name, content in found.items() if content is not None})]
     parts += [sections[name](content) for name, content in found.items() if content is not None]
-    return "\n".join(parts)
+    return "\n".join(filter(None, parts))
 
 
 def table(headings: list[str], rows: list[list[str]]) -> str:
@@ -49,6 +49,8 @@ def origin(content: Record) -> str:
     machine = content["machine"]
     load = machine["load_before"]
     busy = "" if load is None else f" (load average before: {load[0]:g})"
+    if load is not None and load[0] > 1:
+        busy += ", **busy with other work: read the ratios with caution**"
     return (
         f"`{content['command']}`, {content['rounds']} rounds, revision {content['revision']}; "
         f"{machine['processor']}, {machine['cores']} cores{busy}; {versions}.\n"

@@ -139,14 +139,14 @@ def main() -> None:
     if given.compile and given.out == options.get_default("out"):
         given.out = given.out.with_name("compiled.json")
     record.refuse_existing(given.out, overwrite=given.overwrite)
-    load = record.load()
-    networks = {
-        name: measure_compiled(name, given.rounds)
-        if given.compile
-        else measure(name, given.variants, given.rounds, given.threads)
-        for name in given.networks
-    }
-    record.write(given.out, {**record.origin(load), "rounds": given.rounds, "networks": networks})
+    origin, networks = record.origin(record.load()), {}
+    for name in given.networks:
+        networks[name] = (
+            measure_compiled(name, given.rounds)
+            if given.compile
+            else measure(name, given.variants, given.rounds, given.threads)
+        )
+        record.write(given.out, {**origin, "rounds": given.rounds, "networks": networks})
 
 
 if __name__ == "__main__":

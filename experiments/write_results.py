@@ -15,12 +15,15 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE / "fashion_mnist"), str(HERE / "rivals"), str(HERE / "robustness")]
+sys.path[:0] = [str(HERE / "fashion_mnist"), str(HERE / "rivals"), str(HERE / "robustness"), str(ROOT)]
 
 import rivals_page  # noqa: E402  (scripts beside their results, not a package)
 import robustness_page  # noqa: E402
 import table as fashion  # noqa: E402
 from grid import EPOCHS  # noqa: E402
+
+from benchmarks import speed_page  # noqa: E402
+from experiments.export import page as export_page  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -149,7 +152,8 @@ def documents() -> dict[Path, str]:
         "README.md": f"{short}\nAll results: [docs/results.md](docs/results.md).\n",
         "docs/rivals.md": rivals_page.page(),
         "docs/robustness.md": robustness_page.page(),
-    }
+        "docs/speed.md": speed_page.page(),
+    } | export_page.pages()
     head = "# Results\n\nWritten by `python experiments/write_results.py` from the committed result files.\n\n"
     return {ROOT / name: filled(ROOT / name, results) for name, results in pages.items()} | {
         ROOT / "docs" / "results.md": head + sections().replace("ROOT/", "../")
