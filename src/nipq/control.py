@@ -95,6 +95,9 @@ def temper_(model: nn.Module, share: float) -> None:
     if not 0 <= share <= 1:
         raise ConfigError(f"temper_: expected a share from 0 to 1, found {share}. Give the share of the true error.")
     for quantizer in quantizers(model):
+        if share == 0:  # the kernels know the noise proxy alone
+            quantizer.error_share = None
+            continue
         if quantizer.error_share is None:
             quantizer.register_buffer(
                 "error_share", torch.zeros(1, device=quantizer.alpha_raw.device), persistent=False

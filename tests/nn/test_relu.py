@@ -45,10 +45,13 @@ def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("phase", ["noise", "round"])
+@pytest.mark.parametrize("noise", ["uniform", "empirical"])
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("relu", [nn.ReLU, nn.ReLU6])
-def test_values_and_gradients_are_those_with_the_relu(relu: type[nn.Module], inplace: bool, phase: str) -> None:
-    model = prepared(stack(relu, inplace=inplace))
+def test_values_and_gradients_are_those_with_the_relu(
+    relu: type[nn.Module], inplace: bool, noise: str, phase: str
+) -> None:
+    model = prepared(stack(relu, inplace=inplace), nipq.Config(noise=noise))
     nipq.set_phase_(model, phase)
     assert folded(model) == ["1.0.0"]  # the linear layer reads what Flatten has made
     x, passed = 6 * torch.randn(16, 3, 8, 8), []

@@ -6,6 +6,7 @@ the noise that keeps the gradient of the boundary right: T3 in ``docs/paper_map.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -15,7 +16,7 @@ from nipq.errors import ConfigError
 from nipq.functional.counter import counter_bits, counter_noise, draw_key, in_memory_order, is_dense
 from nipq.functional.grid import Grid, code_range, step_size, value_range
 from nipq.functional.truncation import inside_range
-from nipq.functional.uniform import integer_codes
+from nipq.functional.uniform import integer_codes, widened
 
 EmpiricalMethod = Literal["table", "histogram"]
 
@@ -39,7 +40,13 @@ class ErrorTable(NamedTuple):
 
 @torch.no_grad()
 def error_table(
-    x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid, generator: Generator | None = None
+    x: Tensor,
+    alpha: Tensor,
+    bits: Tensor | float,
+    grid: Grid,
+    generator: Generator | None = None,
+    *,
+    cap: float = math.inf,
 ) -> ErrorTable:
     """The rounding errors of 4,096 elements picked at random, or of all where there are no more.
 
@@ -54,6 +61,7 @@ def error_table(
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         generator: source of randomness; torch's own if left out.
+        cap: what x is cut to before: the upper end of a ReLU6 that was left out.
 
     Returns:
         The errors of the in-range ones among the picked elements, and how many they are.
@@ -69,7 +77,7 @@ def error_table(
     if alpha.numel() > 1:
         axis = next(axis for axis, length in enumerate(alpha.shape) if length > 1)
         alpha = alpha.flatten()[place // x.stride(axis) % alpha.numel()]
-    picked = flat[place]
+    picked = widened(flat[place]).clamp(max=cap)
     step = step_size(alpha, bits, grid)
     error = (integer_codes(picked, step, *code_range(alpha, bits, grid)) - picked / step).float()
     inside = inside_range(picked, *value_range(alpha, bits, grid)) > 0

@@ -137,7 +137,7 @@ class TensorQuantizer(QuantizerParameters):
         tensors = ProxyTensors(self.alpha_raw, key, self._parameters.get("bit_raw"), self._buffers.get("bits_frozen"))
         if self.estimator.noise == "empirical":
             bits, alpha = self._training_bits(key).detach(), self._spread(self.alpha.detach(), x.ndim)
-            table = error_table(widened(x.detach()), alpha, bits, self.grid)
+            table = error_table(x.detach(), alpha, bits, self.grid, cap=self.cap)
             tensors = replace(tensors, bits=bits, table=table.errors, table_count=table.inside)
         return fused_noise_proxy(x, tensors, settings, kernels)
 
@@ -216,15 +216,13 @@ class InputQuantizer(TensorQuantizer):
         Args:
             x: what the ReLU is given.
         """
-        estimator = self.estimator
         return (
             self.training
             and self.calibrated
             and self.phase in (Phase.NOISE, Phase.ROUND)
             and self.grid.kind == "unsigned"
-            and estimator.has_fused_twin
+            and self.estimator.has_fused_twin
             and self.error_share is None
-            and (self.cap == math.inf or estimator.noise == "uniform")  # a table is made of what a ReLU6 has cut
             and "forward" not in self.__dict__
             and backend(x, self.alpha_raw, self.channel_axis) is not None
         )
