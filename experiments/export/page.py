@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -65,8 +66,8 @@ def zoo() -> str:
         return NOTHING
     rows, held, reasons = [], 0, []
     for record in records:
-        name = record["name"].removeprefix("timm/")
-        source = "timm" if "/" in record["name"] else "torchvision"
+        name = re.sub("^timm[/-]", "", record["name"])
+        source = "timm" if record["name"].startswith("timm") else "torchvision"
         static, layers = (rung(record, wanted, "model.onnx") for wanted in ("E0 static", "E1 layers"))
         if static is None or layers is None:
             rows.append([f"{name} ({source})", record.get("size", ""), record.get("layers", ""), "", "", "", "", ""])
@@ -87,8 +88,8 @@ def zoo() -> str:
     return (
         f"E0 and E1 hold for {held} of {len(records)} networks with random weights, batch norms with gains of both "
         "signs, random bits of 2 to 8 for each weight and each input, and boundaries of weights by turns for tensors "
-        "and channels. Codes are those that arrive at the next quantizer; flipped means rounded to the other of two "
-        "levels, in units of which no code is further away; outputs are in units of a layer's largest.\n\n"
+        "and channels. Codes are those that arrive at the next quantizer; flipped ones were rounded to the other of "
+        "two levels; outputs are in units of a layer's largest.\n\n"
         + table(headings, rows)
         + (f"\nWhat does not hold:\n{failures}\n" if reasons else "")
         + f"\n`{records[0]['command'].rsplit(' ', 1)[0]}`, seed {records[0].get('seed', 0)}; {where(records)}.\n"
@@ -157,7 +158,7 @@ def runtimes() -> str:
             continue
         unit = sound[0]["task"]["unit"]
         ours = [record["differences"]["deployed"]["metric"] for record in sound]
-        rows.append([f"{group}, {len(sound)} models: deployed", "", "", f"{statistics.fmean(ours):.2f} {unit}"])
+        rows.append([f"{group}, models: {len(sound)}; deployed", "", "", f"{statistics.fmean(ours):.2f} {unit}"])
         for name, title in RUNTIMES.items():
             found = [record["differences"][name] for record in sound if name in record["differences"]]
             if found:
