@@ -71,9 +71,10 @@ def error_table(
     """
     x = x if is_dense(x) else x.contiguous()
     size, flat = x.numel(), in_memory_order(x.detach())
-    place = torch.arange(size, device=x.device)
     if size > ERROR_TABLE:
         place = torch.randint(size, (ERROR_TABLE,), device=x.device, generator=generator)
+    else:
+        place = torch.arange(size, device=x.device)
     if alpha.numel() > 1:
         axis = next(axis for axis, length in enumerate(alpha.shape) if length > 1)
         alpha = alpha.flatten()[place // x.stride(axis) % alpha.numel()]
