@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experiments.export.records import RESULTS, Record, read_all
+from experiments.export.zoo import NETWORKS
 
 NOTHING = "Nothing is measured yet.\n"
 RUNGS = ("E0 static", "E1 layers", "E2 noise", "E3 exact")
@@ -80,11 +81,13 @@ def zoo() -> str:
             for found in (static, layers)
             if found["first_difference"] is not None
         ]
-        worst = f"{numbers['worst_output']:.1e}"
-        cells = (record["size"], record["layers"], mark(static), mark(layers), f"{numbers['codes']:,}")
-        rows.append([f"{name} ({source})", *cells, f"{numbers['flips']:,}", worst])
+        found = (f"{numbers['codes']:,}", f"{numbers['flips']:,}", f"{numbers['worst_output']:.1e}") if numbers else ()
+        cells = (record["size"], record["layers"], mark(static), mark(layers), *(found or ("", "", "")))
+        rows.append([f"{name} ({source})", *cells])
     headings = ("network", "image", "layers", "E0", "E1", "codes compared", "of them flipped", "worst output")
     failures = "".join(f"\n- {reason}" for reason in reasons)
+    measured = {record["name"].replace("/", "-") for record in records}
+    missing = [name for name in NETWORKS if name.replace("/", "-") not in measured]
     return (
         f"E0 and E1 hold for {held} of {len(records)} networks with random weights, batch norms with gains of both "
         "signs, random bits of 2 to 8 for each weight and each input, and boundaries of weights by turns for tensors "
@@ -92,6 +95,7 @@ def zoo() -> str:
         "two levels; outputs are in units of a layer's largest.\n\n"
         + table(headings, rows)
         + (f"\nWhat does not hold:\n{failures}\n" if reasons else "")
+        + (f"\nNot measured yet: {', '.join(missing)}.\n" if missing else "")
         + f"\n`{records[0]['command'].rsplit(' ', 1)[0]}`, seed {records[0].get('seed', 0)}; {where(records)}.\n"
     )
 

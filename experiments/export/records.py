@@ -17,10 +17,13 @@ from typing import Any
 import nipq
 from nipq.compare.record import processor
 from nipq.train.run_folder import installed_version, write_text
+from nipq.verify import VerifyResult
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "torchao")
+#: Characters of an error.
+LONGEST = 450
 #: Paths say where a machine keeps things, and nothing about a result.
 PATH = re.compile(r"(?<![\w.])(?:/[\w.+-]+){2,}")
 
@@ -80,7 +83,7 @@ def read_all(folder: Path) -> list[Record]:
 
 
 def short(error: BaseException | str) -> str:
-    """The first lines of an error, without paths.
+    """An error on one line, its middle left out if it is long, without paths.
 
     Args:
         error: what went wrong, or its text.
@@ -91,7 +94,21 @@ def short(error: BaseException | str) -> str:
     """
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     lines = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    return PATH.sub(lambda found: found.group().rsplit("/", 1)[1], lines)[:400]
+    text = PATH.sub(lambda found: found.group().rsplit("/", 1)[1], lines)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 3]} ... {text[-2 * LONGEST // 3 :]}"
+
+
+def rungs_of(result: VerifyResult) -> list[Record]:
+    """Rungs as they are recorded: what a runtime said of a file holds its path and may be long.
+
+    Args:
+        result: of ``nipq.verify``.
+    """
+    found: list[Record] = result.to_dict()["rungs"]
+    for rung in found:
+        if rung["first_difference"] is not None:
+            rung["first_difference"] = short(rung["first_difference"])
+    return found
 
 
 def each(module: str, items: Sequence[tuple[Path, Sequence[str]]], command: str, options: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from experiments.export.records import Record, each, origin, parser, short, write
+from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
 from nipq.export.session import faithful_session
 from nipq.layer_table import layer_table
 from nipq.runtime.openvino import openvino_model
@@ -145,7 +145,7 @@ def compared(place: RunFolder, samples: int, folder: Path) -> Record:
         compiled = [runtime]
     files = [packed, *(folder / name for name in FILES)]
     result = nipq.verify(model, *files, *compiled, loader=batches, metric=metric)
-    facts["rungs"] = result.to_dict()["rungs"]
+    facts["rungs"] = rungs_of(result)
     # The run wrote its file with the library of its day, which may have computed boundaries to another last digit.
     own = nipq.verify(model, place.model, loader=batches[:1])
     facts["own_file"] = {"passed": bool(own), "first_difference": own.first_difference}

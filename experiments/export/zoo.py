@@ -19,7 +19,7 @@ import torch
 
 import nipq
 from experiments.export.random_nets import random_network
-from experiments.export.records import Record, each, origin, parser, short, write
+from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
 from nipq.layer_table import layer_table
 
 SEED, IMAGES = 0, 4
@@ -80,7 +80,7 @@ def measure(name: str) -> Record:
             report = nipq.export(nipq.convert(model), path, images[:2])
             facts |= {"bytes": report.bytes, "warnings": [short(warning) for warning in report.warnings]}
             result = nipq.verify(model, path, loader=[images])
-        facts["rungs"] = result.to_dict()["rungs"]
+        facts["rungs"] = rungs_of(result)
     except Exception as error:  # whatever it is, it is the result
         facts["error"] = short(error)
     return facts | origin(f"{COMMAND} {name}", time.perf_counter() - started)

@@ -65,11 +65,15 @@ def test_a_failure_is_shown_with_its_reason(results: Path) -> None:
     records.write(results / "zoo" / "b.json", zoo_record("timm/b", error="ConfigError: cannot be traced"))
     fault = [rung("E0 static", passed=False), rung("E1 layers", **LAYERS)]
     records.write(results / "zoo" / "c.json", zoo_record("c", rungs=fault))
+    stopped = [rung("E0 static"), rung("E1 layers", passed=False)]
+    records.write(results / "zoo" / "d.json", zoo_record("d", rungs=stopped))
     text = page.zoo()
-    assert "hold for 1 of 3 networks" in text
+    assert "hold for 1 of 4 networks" in text
+    assert "| d (torchvision) | 64 | 5 | holds | **fails** |  |  |  |" in text
     assert "| a (torchvision) | 64 | 5 | holds | holds | 1,000 | 3 | 2.0e-07 |" in text
     assert "| c (torchvision) | 64 | 5 | **fails** | holds |" in text
-    assert "- b: ConfigError: cannot be traced\n- c: stem: E0 static differs\n" in text
+    assert "Not measured yet: alexnet, " in text
+    assert "- b: ConfigError: cannot be traced\n- c: stem: E0 static differs\n- d: stem: E1" in text
 
 
 def test_trained_runs_are_counted_by_rung(results: Path) -> None:
