@@ -186,9 +186,11 @@ def test_a_model_without_floating_outputs_is_refused() -> None:
 # ---------------------------------------------------------------------- limits of the rungs
 
 
-def test_one_flip_of_one_level_is_allowed_among_few_codes_and_no_more() -> None:
+def test_one_flip_of_one_level_is_allowed_and_no_more() -> None:
     assert Evidence(codes=100, flips=1, jump=1).layer_fault() is None
     assert "flipped" in str(Evidence(codes=100, flips=2, jump=1).layer_fault())
+    assert Evidence(codes=50_000, flips=5, jump=1).layer_fault() is None
+    assert "flipped" in str(Evidence(codes=50_000, flips=6, jump=1).layer_fault())
     assert "by up to 2 levels" in str(Evidence(codes=50_000, flips=1, jump=2).layer_fault())
 
 
@@ -316,12 +318,3 @@ def test_a_file_goes_with_one_module(trained: Any, tmp_path: Path) -> None:
     model, data = trained
     with pytest.raises(ConfigError, match="expected one deployed module with file='x', found 2"):
         verify(model, convert(model), convert(model), loader=data, file="x")
-
-
-@pytest.mark.parametrize(("codes", "most"), [(100, 1), (18_432, 7), (1_000_000, 132)])
-def test_few_codes_show_a_share_of_flips_only_roughly(codes: int, most: int) -> None:
-    """Reference: the largest count that a Poisson number of mean 1e-4 * codes exceeds in one of 1,000."""
-    at_most = Evidence(codes=codes, flips=most, jump=1, largest=1)
-    assert at_most.layer_fault() is None
-    at_most.flips += 1
-    assert "flipped, more than 0.0001 of them" in str(at_most.layer_fault())

@@ -6,15 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from scipy.stats import poisson
 from torch import Tensor
 
 from nipq.verify.result import Rung
 
 #: Largest share of codes that may flip by one level between two layers: sums run in another order.
 FLIPS = 1e-4
-#: How seldom a layer with just that share may be held at fault: few codes show a share only roughly.
-FALSE_ALARM = 1e-3
 #: The same for each level of the grid: a float32 sum that is off by so much of the range flips that share of codes.
 FLIPS_PER_LEVEL = 4e-7
 #: Largest difference of a layer's output, relative to its largest value: some float32 roundings of a long sum.
@@ -54,11 +51,6 @@ class Evidence:
         """Share of codes that may flip."""
         return max(FLIPS, FLIPS_PER_LEVEL * self.levels)
 
-    @property
-    def most_flips(self) -> int:
-        """Flips of so many codes that a larger number proves a larger share; one at least."""
-        return max(1, int(poisson.isf(FALSE_ALARM, self.allowed * self.codes)))
-
     def add_codes(self, expected: Tensor, same_input: Tensor, arrived: Tensor) -> None:
         """Add the codes of one call (E1).
 
@@ -84,11 +76,11 @@ class Evidence:
         """Why E1 fails here, or None."""
         if self.calls_differ:
             return "called differently often, or on other shapes, than in the trained model"
-        if self.wrong > (self.most_flips if self.inexact else 0):
+        if self.wrong > (math.ceil(self.allowed * self.codes) if self.inexact else 0):
             return f"{self.wrong:,} of {self.codes:,} codes differ on the same input"
         if not self.jump <= 1:
             return f"codes of what arrived differ by up to {self.jump:g} levels"
-        if self.flips > self.most_flips:
+        if self.flips > math.ceil(self.allowed * self.codes):
             return f"{self.flips:,} of {self.codes:,} codes of what arrived flipped, more than {self.allowed:g} of them"
         if not self.error <= OUTPUT_TOLERANCE * self.largest:
             return f"the output differs by {self.error:.3g}, more than {OUTPUT_TOLERANCE:g} of its largest value"

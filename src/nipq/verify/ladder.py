@@ -40,9 +40,8 @@ def verify(
     E0  static: integers, scales, zero points, limits and what stays float are bit-equal; so is the file read back,
         and its size is the promised one
     E1  layers: on the same input the same codes, and an output within 1e-5 of its largest value; what the trained
-        outputs become on the way to the next layer has the same codes there, but for a share of 1e-4 (more above 8
-        bits) that may flip by one level, as float sums run in another order: a number of flips fails that such a share
-        exceeds in one of 1,000 layers, and one flip never
+        outputs become on the way to the next layer has the same codes there, but for 1e-4 of them (one at least, more
+        above 8 bits) that may flip by one level, as float sums run in another order
     E2  noise: the mean distance of the logits is at most 3 times the trained model's distance to itself when the batch
         size or the kernels change, or what three flipped codes in three samples make, 3 % of the largest logit each;
         top-1 agrees on 99.5 % (on all but one of few), or disagrees at most 3 times as often as the trained model does
