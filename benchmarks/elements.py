@@ -21,7 +21,7 @@ from benchmarks.memory import saved_bytes
 from benchmarks.peers import TorchFakeQuantize
 from benchmarks.plain import plain_operations
 from benchmarks.timing import interleaved, quartiles, ratio, total
-from nipq.config import BitRange
+from nipq.config import BitRange, NoiseKind
 from nipq.nn.estimator import Estimator
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.phases import Phase
@@ -37,9 +37,9 @@ Function = Callable[[Tensor], Tensor]
 Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
-def quantizer(noise: str = "uniform", phase: Phase = Phase.NOISE) -> TensorQuantizer:
+def quantizer(noise: NoiseKind = "uniform", phase: Phase = Phase.NOISE) -> TensorQuantizer:
     """A quantizer of this library in training, its boundary inside normal data, 4 bits in the middle of its range."""
-    module = TensorQuantizer("x", BitRange(min=2, max=6), estimator=Estimator(noise=noise))  # type: ignore[arg-type]
+    module = TensorQuantizer("x", BitRange(min=2, max=6), estimator=Estimator(noise=noise))
     module.set_alpha_(torch.tensor([2.5]))
     module.phase = phase
     return module.train()

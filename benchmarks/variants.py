@@ -58,7 +58,7 @@ class Training:
 
     def step(self) -> None:
         """Forward, backward, optimizer, and what the method does after it."""
-        self.loss().backward()  # type: ignore[no-untyped-call]
+        self.loss().backward()  # type: ignore[no-untyped-call]  # torch gives it no type
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.after()

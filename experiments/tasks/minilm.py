@@ -44,7 +44,7 @@ class SentenceNetwork(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(width, outputs)
-        self.register_load_state_dict_pre_hook(_keep_head)  # type: ignore[no-untyped-call]  # untyped in torch
+        self.register_load_state_dict_pre_hook(_keep_head)  # type: ignore[no-untyped-call]  # torch
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Map tokens [N, L] and their mask [N, L], 1 for a token and 0 for padding, to answers [N, outputs]."""
@@ -114,7 +114,7 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    _, place, count = values.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]  # too
+    _, place, count = values.unique(return_inverse=True, return_counts=True)  # type: ignore[no-untyped-call]  # torch
     middle: Tensor = count.cumsum(0) - (count - 1) / 2.0
     return middle.double()[place]
 

@@ -10,6 +10,7 @@ import copy
 import itertools
 import logging
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,12 +30,12 @@ _MARKS = "nipq"
 _NAMES = {"weight": "levels", "input": "input", "codes": "codes", "output": "output"}
 
 
-class LayerForm(nn.Module):
+class LayerForm(nn.Module, ABC):
     """What stands for a deployed layer while its model is exported."""
 
+    @abstractmethod
     def trained(self) -> set[str]:
         """Names of the buffers whose values training decides; all others follow from bits and grids."""
-        raise NotImplementedError
 
 
 #: Builds what a deployed layer is replaced by, from the layer, its numbers and its name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -44,13 +45,13 @@ class OnnxLayer(LayerForm):
         names = {"weight", "weight_scale", "bias", "input_scale"}
         return names | {"input_zero_point"} if self.input is not None and self.input.grid == "shifted" else names
 
+    @abstractmethod
     def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
         """The input on its levels, as operators of the format."""
-        raise NotImplementedError
 
+    @abstractmethod
     def dequantized_weight(self) -> Tensor:
         """The weight on its levels, as operators of the format."""
-        raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
         """The layer as operators.
