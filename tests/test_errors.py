@@ -20,6 +20,7 @@ from nipq.phases import Phase
         errors.BudgetError,
         errors.NonFiniteError,
         errors.FileFormatError,
+        errors.DistributedError,
         errors.MissingDependencyError,
     ],
 )

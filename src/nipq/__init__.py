@@ -19,6 +19,7 @@ from nipq.deploy.load import load
 from nipq.errors import (
     BudgetError,
     ConfigError,
+    DistributedError,
     FileFormatError,
     MissingDependencyError,
     NipqError,
@@ -84,6 +85,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     # Errors
     "BudgetError",
     "ConfigError",
+    "DistributedError",
     "FileFormatError",
     "MissingDependencyError",
     "NipqError",

@@ -38,6 +38,10 @@ class FileFormatError(NipqError):
     """A file is not what its name or header promises."""
 
 
+class DistributedError(NipqError):
+    """Ranks do not hold the same model, or one of them is gone."""
+
+
 class MissingDependencyError(NipqError, ImportError):
     """An optional dependency is not installed."""
 

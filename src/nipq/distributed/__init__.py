@@ -1,0 +1,42 @@
+"""What several processes do together: sums, samples, decisions of rank 0, and errors that reach every rank.
+
+Everything here works on torch's default process group, whoever made it (``torchrun``, ``accelerate``, Lightning), and
+does nothing, at no cost, when there is none. All functions are collective where ranks are many: every rank has to call
+them in the same order.
+"""
+
+from __future__ import annotations
+
+from nipq.distributed.numbers import broadcast_, gather_samples, is_sharded, part, reduce_mean_, reduce_sum_, whole
+from nipq.distributed.ranks import (
+    all_or_none,
+    all_present,
+    barrier,
+    from_rank_zero,
+    gather_objects,
+    is_distributed,
+    rank,
+    rank_seed,
+    world_size,
+)
+from nipq.distributed.same import check_same_
+
+__all__ = [
+    "all_or_none",
+    "all_present",
+    "barrier",
+    "broadcast_",
+    "check_same_",
+    "from_rank_zero",
+    "gather_objects",
+    "gather_samples",
+    "is_distributed",
+    "is_sharded",
+    "part",
+    "rank",
+    "rank_seed",
+    "reduce_mean_",
+    "reduce_sum_",
+    "whole",
+    "world_size",
+]
