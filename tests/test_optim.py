@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler as schedulers
 
+from nipq.config import Config
 from nipq.errors import OrderError
 from nipq.layer_table import quantizers
-from nipq.optim import check_optimizer, drop_frozen_, param_groups, weight_groups
+from nipq.optim import check_optimizer, drop_frozen_, drop_frozen_on_load_, param_groups, weight_groups
 from nipq.prepare import prepare_
 
 
@@ -37,7 +41,7 @@ def test_boundaries_and_bits_may_have_rates_of_their_own() -> None:
     assert (rates["boundaries"], rates["bits"]) == (0.2, 0.3)
 
 
-def test_groups_shrink_as_parameters_do() -> None:
+def test_groups_lose_parameters_and_bits_that_were_learned_leave_an_empty_one() -> None:
     model = net()
     for quantizer in quantizers(model):
         quantizer.freeze_bits_(4)
@@ -46,7 +50,13 @@ def test_groups_shrink_as_parameters_do() -> None:
         ("weights", 1),
         ("no_decay", 4),
         ("boundaries", 4),
+        ("bits", 0),
     ]
+
+
+def test_bits_that_are_fixed_from_the_start_have_no_group() -> None:
+    model = prepare_(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4), Config(weight_bits=4, activation_bits=4))
+    assert [group["name"] for group in param_groups(model, lr=0.1)] == ["weights", "no_decay", "boundaries"]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
@@ -89,5 +99,65 @@ def test_frozen_bits_leave_the_optimizer_and_other_momentum_stays() -> None:
         check_optimizer(model, optimizer)
     drop_frozen_(optimizer, model)
     check_optimizer(model, optimizer)
-    assert {g["name"] for g in optimizer.param_groups} == {"weights", "no_decay", "boundaries"}
+    assert [(g["name"], len(g["params"])) for g in optimizer.param_groups] == [
+        ("weights", 2),
+        ("no_decay", 4),
+        ("boundaries", 4),
+        ("bits", 0),
+    ]
     assert set(optimizer.state) == set(model.parameters())
+
+
+def learn_(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def frozen_and_dropped(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for quantizer in quantizers(model):
+        quantizer.freeze_bits_(4)
+    drop_frozen_(optimizer, model)
+
+
+SCHEDULERS = {
+    "LambdaLR": lambda o: schedulers.LambdaLR(o, [lambda step: 0.9**step] * 4),
+    "OneCycleLR": lambda o: schedulers.OneCycleLR(o, [0.1, 0.2, 0.3, 0.4], total_steps=20),
+    "CyclicLR": lambda o: schedulers.CyclicLR(o, [0.01] * 4, [0.1] * 4, cycle_momentum=False),
+    "ReduceLROnPlateau": lambda o: schedulers.ReduceLROnPlateau(o, patience=0, min_lr=[0.001] * 4),
+    "SequentialLR": lambda o: schedulers.SequentialLR(
+        o, [schedulers.LinearLR(o, total_iters=4), schedulers.CosineAnnealingLR(o, 10)], [4]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULERS)
+@pytest.mark.parametrize("build", [torch.optim.AdamW, partial(torch.optim.SGD, momentum=0.9)])
+def test_schedulers_outlive_the_freeze_and_give_what_they_would_have_given(kind: str, build) -> None:
+    rates = []
+    for freeze in (False, True):
+        model = net()
+        optimizer = build(param_groups(model, lr=0.1, bits_lr=0.4), lr=0.1)
+        scheduler = SCHEDULERS[kind](optimizer)
+        for step in range(12):
+            if freeze and step == 6:
+                frozen_and_dropped(model, optimizer)
+            learn_(model, optimizer)
+            scheduler.step(*([1.0] if kind == "ReduceLROnPlateau" else []))
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        if freeze:
+            assert set(optimizer.state) == set(model.parameters())
+    assert rates[0] == rates[1]
+
+
+def test_an_optimizer_of_the_search_loads_a_state_from_after_the_freeze() -> None:
+    model, later = net(), net()
+    optimizers = [torch.optim.AdamW(param_groups(m, lr=0.1), lr=0.1) for m in (model, later)]
+    frozen_and_dropped(model, optimizers[0])
+    learn_(model, optimizers[0])
+    drop_frozen_on_load_(optimizers[1], later)
+    later.load_state_dict(model.state_dict())
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    check_optimizer(later, optimizers[1])
+    for ours, theirs in zip(model.parameters(), later.parameters(), strict=True):
+        assert torch.equal(optimizers[0].state[ours]["exp_avg"], optimizers[1].state[theirs]["exp_avg"])

@@ -13,6 +13,7 @@ from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, 
 from nipq.calibrate import calibrate_
 from nipq.config import BitRange, Config, Rule
 from nipq.control import set_bits_, set_phase_, temper_
+from nipq.course import Course
 from nipq.deploy.convert import convert
 from nipq.deploy.file import file_bytes, save
 from nipq.deploy.load import load
@@ -68,6 +69,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "costs",
     "start_bits_",
     "Search",
+    "Course",
     "WeightAverage",
     "temper_",
     "Oscillations",

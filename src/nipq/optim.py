@@ -5,10 +5,12 @@ from __future__ import annotations
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from nipq.errors import OrderError
+from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import quantizers
 from nipq.nn.quantizer import TensorQuantizer
 
@@ -64,7 +66,9 @@ def param_groups(
         boundary_decay: decay of boundaries, for PACT.
 
     Returns:
-        Up to four groups, named ``"weights"``, ``"no_decay"``, ``"boundaries"`` and ``"bits"``; empty ones left out.
+        Up to four groups, named ``"weights"``, ``"no_decay"``, ``"boundaries"`` and ``"bits"``; empty ones left out,
+        except that bits which were learned and are frozen leave an empty group, as :func:`drop_frozen_` does: groups do
+        not depend on the place in training, so states of optimizers and schedulers fit when training resumes.
 
     Raises:
         OrderError: if the model is not prepared, so that its quantizers' parameters would be missed.
@@ -75,10 +79,12 @@ def param_groups(
     boundaries = [parameter for name, parameter in learned if name != "bit_raw"]  # alpha_raw, and LSQ+'s offset
     boundary_lr = BOUNDARY_RATE * lr if boundary_lr is None else boundary_lr
     bits_lr = BITS_RATE * lr if bits_lr is None else bits_lr
-    return weight_groups(model, lr, weight_decay) + _non_empty(
-        {"name": "boundaries", "params": boundaries, "lr": boundary_lr, "weight_decay": boundary_decay},
-        {"name": "bits", "params": bits, "lr": bits_lr, "weight_decay": 0.0},
+    groups = weight_groups(model, lr, weight_decay) + _non_empty(
+        {"name": "boundaries", "params": boundaries, "lr": boundary_lr, "weight_decay": boundary_decay}
     )
+    if bits or any(quantizer.is_frozen and quantizer.bit_range.fixed is None for quantizer in found):
+        groups.append({"name": "bits", "params": bits, "lr": bits_lr, "weight_decay": 0.0})
+    return groups
 
 
 def check_optimizer(model: nn.Module, *optimizers: Optimizer) -> None:
@@ -109,11 +115,28 @@ def check_optimizer(model: nn.Module, *optimizers: Optimizer) -> None:
         )
 
 
+def check_float32(model: nn.Module) -> None:
+    """Refuse boundaries and bits in half precision.
+
+    Args:
+        model: a prepared model.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    for quantizer in quantizers(model):
+        if quantizer.alpha_raw.dtype in (torch.float16, torch.bfloat16):
+            raise ConfigError(
+                f"{quantizer.name}: expected boundaries and bits in float32, found {quantizer.alpha_raw.dtype}; "
+                "half precision would swallow their steps. Train with autocast (mixed precision) instead."
+            )
+
+
 def drop_frozen_(optimizer: Optimizer, model: nn.Module) -> Optimizer:
     """Take parameters that are no longer the model's out of an optimizer, with their momentum.
 
     After ``freeze_bits_`` the bit parameters are gone from the model; here they leave the optimizer. Everything else
-    keeps its state. A group that is left empty is removed.
+    keeps its state. A group that is left empty stays: learning-rate schedulers hold one number for each group.
 
     Args:
         optimizer: any torch optimizer.
@@ -128,8 +151,27 @@ def drop_frozen_(optimizer: Optimizer, model: nn.Module) -> Optimizer:
             optimizer.state.pop(parameter, None)
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) in own]
-    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     return optimizer
+
+
+def drop_frozen_on_load_(optimizer: Optimizer, model: nn.Module) -> RemovableHandle:
+    """Let an optimizer drop frozen parameters by itself before it loads a state.
+
+    A model that loads the checkpoint of a fine-tune stage freezes its bits; an optimizer that was built before still
+    holds them, and would refuse a state that does not.
+
+    Args:
+        optimizer: any torch optimizer.
+        model: its model.
+
+    Returns:
+        The handle of the hook.
+    """
+
+    def drop(own: Optimizer, _state: dict[str, Any]) -> None:
+        drop_frozen_(own, model)
+
+    return optimizer.register_load_state_dict_pre_hook(drop)
 
 
 def _held(*optimizers: Optimizer) -> list[nn.Parameter]:

@@ -37,7 +37,8 @@ class Optimizers:
             boundary_lr, bits_lr = (
                 None if rate is None else rate * peak / config.lr for rate in (config.boundary_lr, config.bits_lr)
             )
-            groups = param_groups(model, peak, config.weight_decay, boundary_lr, bits_lr, config.boundary_decay)
+            found = param_groups(model, peak, config.weight_decay, boundary_lr, bits_lr, config.boundary_decay)
+            groups = [group for group in found if group["params"]]  # a stage builds anew: nothing waits for frozen bits
         else:
             groups = weight_groups(model, peak, config.weight_decay)
         for group in groups:
