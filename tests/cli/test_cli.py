@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from nipq.cli import app, demo
@@ -90,6 +91,13 @@ def test_doctor_fails_when_a_core_package_is_missing(monkeypatch: pytest.MonkeyP
     status, output = call("doctor")
     assert status == 1
     assert "missing: no-such-package" in output
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is for machines without a GPU")
+def test_doctor_cannot_tune_without_a_gpu() -> None:
+    status, answer = call_json("doctor", "--tune")
+    assert status == 1
+    assert "expected an NVIDIA GPU" in answer["message"]
 
 
 def test_inspect() -> None:

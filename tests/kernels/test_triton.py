@@ -24,7 +24,9 @@ from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.kernels.backend import Backend
 from nipq.kernels.call import ProxySettings, ProxyTensors
 from nipq.kernels.proxy import fused_noise_proxy, plain_noise_proxy
-from nipq.kernels.triton_device import interpreting, tiling, tl, triton
+from nipq.kernels.triton_device import interpreting, tl, triton
+from nipq.kernels.triton_tiles import Sizes, on_trial, tiling
+from nipq.kernels.triton_tuning import proxy_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -229,16 +231,14 @@ def test_nan_infinity_and_an_empty_tensor() -> None:
     assert (dx.shape, float(d_alpha), float(d_bits)) == ((0, 3), 0, 0)
 
 
-def test_many_programs_of_several_tiles_each(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_programs_of_several_tiles_each() -> None:
     """Tiles cut as for a large tensor: two programs share the sums of 6 tiles, for one boundary and for some."""
-    monkeypatch.setattr("nipq.kernels.triton_device.TILE", 256)
-    monkeypatch.setattr("nipq.kernels.triton_device.PROGRAMS", 2)
-    monkeypatch.setattr("nipq.kernels.triton_device.PROGRAMS_PER_CHANNEL", 2)
-    for shape, channels in (((1401,), 1), ((2, 701), 2), ((9, 2, 60), 2)):
-        x = torch.randn(shape, device=DEVICE)
-        axis = x.ndim - 2 if channels > 1 else 0
-        assert tiling(x, channels, axis).share > 1
-        assert_equal(x, parameters(channels), settings(channel_axis=axis))
+    with on_trial(Sizes(tile=256, programs=2, programs_per_channel=2)):
+        for shape, channels in (((1401,), 1), ((2, 701), 2), ((9, 2, 60), 2)):
+            x = torch.randn(shape, device=DEVICE)
+            axis = x.ndim - 2 if channels > 1 else 0
+            assert tiling(x, channels, axis).share > 1
+            assert_equal(x, parameters(channels), settings(channel_axis=axis))
 
 
 # ------------------------------------------------------------------------------------------------- rounding
@@ -298,3 +298,14 @@ def test_what_there_is_no_kernel_for() -> None:
     assert not KERNELS.supported(x[:, ::2], x[0], 1)
     assert not any(KERNELS.supported(other, one, 0) for other in (x.double(), x.to("meta")))
     assert not KERNELS.supported(x, one.half(), 0)
+
+
+def test_sizes_change_no_value() -> None:
+    """What is tuned: result and gradient of x stay as they are, sums move by rounding alone."""
+    step = proxy_step((6, 300), torch.float32, 6, DEVICE)
+    usual = step()
+    with on_trial(Sizes(tile=512, programs=1024, programs_per_channel=256, warps=2)):
+        others = step()
+    assert torch.equal(usual[0], others[0])
+    assert torch.equal(usual[1], others[1])
+    torch.testing.assert_close(usual[2], others[2], rtol=1e-5, atol=1e-6)

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from nipq.kernels import triton_device
-from nipq.kernels.triton_device import OPTIONS, tiling
 from nipq.kernels.triton_proxy import proxy_backward_kernel, proxy_forward_kernel
 from nipq.kernels.triton_rounding import round_backward_kernel, round_forward_kernel
 from nipq.kernels.triton_scalars import finish_kernel
+from nipq.kernels.triton_tiles import tiling
 
 
 def before(*version: int) -> bool:
@@ -64,7 +64,7 @@ def signature_of(kernel, arguments: dict[str, object]) -> tuple[dict[str, str], 
     return types, values
 
 
-def compiled(kernel, arguments: dict[str, object]):
+def compiled(kernel, arguments: dict[str, object], options: dict[str, object]):
     types, values = signature_of(kernel, arguments)
     aligned = [
         place for place, name in enumerate(types) if types[name].startswith("*") or name in ("inner", "channels")
@@ -72,7 +72,7 @@ def compiled(kernel, arguments: dict[str, object]):
     attributes = {(place,): [["tt.divisibility", 16]] for place in aligned if (place,) not in values}
     triton = triton_device.triton
     source = triton.compiler.ASTSource(fn=kernel, signature=types, constexprs=values, attrs=attributes)
-    return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32), options=dict(OPTIONS))
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32), options=options)
 
 
 SCALARS = {
@@ -99,7 +99,7 @@ def test_they_compile_for_a_gpu_as_meant(shape: tuple[int, ...], dtype: str, tmp
         (round_forward_kernel, SCALARS | ROUNDING | elements | uniform | tiles.arguments),
         (round_backward_kernel, SCALARS | ROUNDING | elements | uniform | tiles.arguments),
     ):
-        code = compiled(kernel, arguments).asm["ptx"]
+        code = compiled(kernel, arguments, tiles.options).asm["ptx"]
         assert "fma.rn.f32" not in code
         assert not any(f"{operation}.ftz.f32" in code for operation in ("add", "mul", "div.rn"))
         assert "div.full" not in code
@@ -116,4 +116,5 @@ def test_the_last_step_of_backward_compiles_for_a_gpu(tmp_path: Path, monkeypatc
     for channels in (1, 128):
         tiles = tiling(torch.empty(128, 64, 3, 3, device="meta"), channels, 0)
         for scalars in (SCALARS, SCALARS | ROUNDING):
-            assert "ld.global" in compiled(finish_kernel, scalars | arguments | tiles.sum_arguments).asm["ptx"]
+            given = scalars | arguments | tiles.sum_arguments
+            assert "ld.global" in compiled(finish_kernel, given, tiles.options).asm["ptx"]

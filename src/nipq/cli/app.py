@@ -9,7 +9,7 @@ import typer
 
 from nipq.cli.compare import run_compare
 from nipq.cli.demo import run_demo
-from nipq.cli.doctor import examine, show_examination
+from nipq.cli.doctor import examine, show_examination, show_tuned
 from nipq.cli.export import export_model
 from nipq.cli.inspection import show_inspection
 from nipq.cli.output import FAILURE, JsonFlag, reporting
@@ -34,10 +34,17 @@ def main() -> None:
 
 
 @app.command()
-def doctor(as_json: JsonFlag = False) -> None:
+def doctor(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Find sizes of the kernels that suit the GPU; a minute.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Show versions, the device and which optional parts are installed."""
     with reporting(as_json):
-        if not show_examination(examine(), as_json=as_json):
+        if tune:
+            show_tuned(as_json=as_json)
+        elif not show_examination(examine(), as_json=as_json):
             raise typer.Exit(FAILURE)
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nipq.cli.output import answer
 from nipq.kernels.library import SWITCH, library
+from nipq.kernels.triton_tuning import tune
 
 REQUIRED = ("nipq", "torch", "numpy", "scipy", "pydantic", "rich", "typer", "safetensors", "PyYAML")
 OPTIONAL = {
@@ -31,6 +32,7 @@ OPTIONAL = {
     "curvlinops-for-pytorch": "curvature, HAWQ's allocation",
     "timm": "EfficientNet-Lite0 of experiments/tasks",
     "transformers": "MiniLM of experiments/tasks",
+    "rdata": "the novels of experiments/tasks",
 }
 
 
@@ -101,6 +103,22 @@ def show_examination(found: Examination, *, as_json: bool) -> bool:
     console.print(f"CPU kernels: {found.kernels}", soft_wrap=True)
     console.print("ready" if ok else f"missing: {', '.join(found.missing)}; install nipq again")
     return ok
+
+
+def show_tuned(*, as_json: bool) -> None:
+    """Find sizes of the kernels for this GPU and print them.
+
+    Args:
+        as_json: Print JSON.
+
+    Raises:
+        MissingDependencyError: If there is no GPU.
+    """
+    found = tune()
+    if as_json:
+        answer({**asdict(found), "file": str(found.file)}, ok=True)
+    else:
+        Console().print(str(found), soft_wrap=True)
 
 
 def _kernels() -> str:

@@ -66,7 +66,7 @@ def _compiled() -> Path:
     sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.?pp")))
     parts = (*sources, " ".join(FLAGS), _output([compiler, "--version"]), _processor())
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = _cache_folder() / f"kernels-{name}.so"
+    target = cache_folder() / f"kernels-{name}.so"
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,8 @@ def _undefined_allowed() -> list[str]:
     return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where what was compiled or measured on this machine is kept."""
     if CACHE in os.environ:
         return Path(os.environ[CACHE])
     base = os.environ.get("XDG_CACHE_HOME")

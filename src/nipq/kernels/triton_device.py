@@ -1,17 +1,17 @@
-"""What the Triton kernels have in common over the elements: tiles, noise, and the sums of a gradient.
+"""What the Triton kernels have in common over the elements: places, noise, and the sums of a gradient.
 
 Importable without Triton; the kernels are then functions that nobody calls. What stands under ``@jit`` runs on the
 device, or on the CPU in Triton's interpreter, where the tests hold it to the plain maths.
 
-Two rules keep it equal to torch bit for bit: no multiply and add fused into one (``OPTIONS``), true divisions only.
+Two rules keep it equal to torch bit for bit: no multiply and add fused into one (``Tiling.options``), and true
+divisions only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -26,19 +26,9 @@ except ImportError:
     triton = tl = None
 
 __all__ = [
-    "OPTIONS", "Tiling", "along_rows", "halves_of", "interpreting", "jit", "mixed", "noise_times", "on_device_of",
-    "places_of", "put_sums", "rounded", "share_of", "sum_of", "supported", "tiling", "tl",
+    "along_rows", "halves_of", "interpreting", "jit", "mixed", "noise_times", "on_device_of", "places_of", "put_sums",
+    "rounded", "share_of", "sum_of", "supported", "tl", "triton",
 ]  # fmt: skip
-
-#: Of every launch: threads / 32, and a multiply and an add that round twice, as in torch.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-
-#: Elements of a tile, 8 a thread: one load of 16 bytes in half precision, two in single.
-TILE = 1024
-
-#: Programs of a launch, about, for one boundary and for several. Each takes several tiles in a row, so that its scalars
-#: in float64 and its sums cost little.
-PROGRAMS, PROGRAMS_PER_CHANNEL = 4096, 1024
 
 #: Oldest generation of NVIDIA's that Triton compiles for, and the first with bfloat16.
 GENERATION, BFLOAT16_GENERATION = (7, 0), (8, 0)
@@ -90,87 +80,6 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
 
 
 # ---------------------------------------------------------------------------------------------------- tiles
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """A dense tensor in the order of memory, seen as (rows, channels, inner), and how it is cut.
-
-    Attributes:
-        size: the three lengths; element (r, c, i) lies at place (r channels + c) inner + i and has boundary c.
-        shape: of a tile, powers of two.
-        tiles: of one group of channels, a group being as many as a tile has.
-        tiles_inner: tiles side by side in a row.
-        share: tiles that one program takes, one after the other.
-        chunks: programs of one group.
-        groups: how many.
-    """
-
-    size: tuple[int, int, int]
-    shape: tuple[int, int, int]
-    tiles: int
-    tiles_inner: int
-    share: int
-    chunks: int
-    groups: int
-
-    @property
-    def grid(self) -> tuple[int]:
-        """Programs to launch."""
-        return (self.chunks * self.groups,)
-
-    @property
-    def arguments(self) -> dict[str, int]:
-        """Of a kernel that goes over the elements."""
-        names = ("rows", "channels", "inner", "tile_rows", "tile_channels", "tile_inner")
-        return dict(zip(names, self.size + self.shape, strict=True)) | {
-            "tiles": self.tiles, "tiles_inner": self.tiles_inner, "share": self.share, "chunks": self.chunks,
-        }  # fmt: skip
-
-    @property
-    def sum_arguments(self) -> dict[str, int]:
-        """Of a kernel that adds up what the programs found."""
-        channels = min(_power(self.size[1]), 128)
-        return {
-            "channels": self.size[1], "chunks": self.chunks,
-            "tile_channels": channels, "tile_chunks": min(_power(self.chunks), 1024 // channels),
-        }  # fmt: skip
-
-
-def tiling(x: Tensor, channels: int, channel_axis: int) -> Tiling:
-    """How a tensor is cut: by its size and layout alone, so that sums are added in one order on every device.
-
-    Args:
-        x: dense.
-        channels: number of boundaries.
-        channel_axis: their axis.
-    """
-    inner = x.numel() if channels == 1 else x.stride(channel_axis)
-    return _tiling(x.numel() // max(channels * inner, 1), channels, inner)
-
-
-@lru_cache(4096)
-def _tiling(rows: int, channels: int, inner: int) -> Tiling:
-    if channels == 1:
-        shape = (1, 1, TILE)
-    else:  # a few rows at least, so that a channel's scalars are not computed for every element; then what fits
-        tile_inner = min(_power(inner), TILE // 2)
-        tile_rows = min(_power(rows), max(1, 32 // tile_inner))
-        tile_channels = min(_power(channels), TILE // (tile_inner * tile_rows))
-        shape = (min(_power(rows), TILE // (tile_inner * tile_channels)), tile_channels, tile_inner)
-    tiles_inner, groups = _parts(inner, shape[2]), _parts(channels, shape[1])
-    tiles = _parts(rows, shape[0]) * tiles_inner
-    share = max(1, _parts(tiles * groups, PROGRAMS if channels == 1 else PROGRAMS_PER_CHANNEL))
-    return Tiling((rows, channels, inner), shape, tiles, tiles_inner, share, _parts(tiles, share), groups)
-
-
-def _parts(count: int, size: int) -> int:
-    return -(-count // size)
-
-
-def _power(count: int) -> int:
-    """The next power of two."""
-    return 1 << max(count - 1, 0).bit_length()
 
 
 @jit

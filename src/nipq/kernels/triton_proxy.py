@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nipq.kernels.call import ProxySettings, ProxyTensors, laid_out_like
 from nipq.kernels.triton_device import (
-    OPTIONS,
     along_rows,
     halves_of,
     jit,
@@ -24,10 +23,10 @@ from nipq.kernels.triton_device import (
     put_sums,
     share_of,
     supported,
-    tiling,
     tl,
 )
 from nipq.kernels.triton_scalars import KINDS, bits_of, finish_kernel, range_of
+from nipq.kernels.triton_tiles import tiling
 
 __all__ = ["proxy_backward", "proxy_forward", "supported"]
 
@@ -48,7 +47,7 @@ def proxy_forward(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> 
     tiles = tiling(x, tensors.alpha_raw.numel(), settings.channel_axis)
     with on_device_of(x):
         proxy_forward_kernel[tiles.grid](
-            x, y, **_noise(tensors, settings), **scalars, **tiles.arguments, **OPTIONS
+            x, y, **_noise(tensors, settings), **scalars, **tiles.arguments, **tiles.options
         )  # fmt: skip
     return y
 
@@ -75,9 +74,9 @@ def proxy_backward(
     scalars = _scalars(tensors, settings)
     with on_device_of(y):
         proxy_backward_kernel[tiles.grid](
-            grad, y, dx, sums, **_noise(tensors, settings), **scalars, **tiles.arguments, **OPTIONS
+            grad, y, dx, sums, **_noise(tensors, settings), **scalars, **tiles.arguments, **tiles.options
         )  # fmt: skip
-        finish_kernel[(1,)](sums, d_alpha_raw, d_bit_raw, **scalars, **tiles.sum_arguments, **OPTIONS)
+        finish_kernel[(1,)](sums, d_alpha_raw, d_bit_raw, **scalars, **tiles.sum_arguments, **tiles.options)
     return dx, d_alpha_raw, d_bit_raw
 
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from nipq.functional.grid import Grid
 from nipq.kernels.call import laid_out_like
 from nipq.kernels.triton_device import (
-    OPTIONS,
     along_rows,
     jit,
     on_device_of,
@@ -19,10 +18,10 @@ from nipq.kernels.triton_device import (
     rounded,
     share_of,
     supported,
-    tiling,
     tl,
 )
 from nipq.kernels.triton_scalars import KINDS, finish_kernel, range_of
+from nipq.kernels.triton_tiles import tiling
 
 __all__ = ["round_backward", "round_forward", "supported"]
 
@@ -45,7 +44,7 @@ def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_ax
     tiles = tiling(x, alpha.numel(), channel_axis)
     with on_device_of(x):
         round_forward_kernel[tiles.grid](
-            x, y, cap=float(cap), **_scalars(alpha, bits, grid), **tiles.arguments, **OPTIONS
+            x, y, cap=float(cap), **_scalars(alpha, bits, grid), **tiles.arguments, **tiles.options
         )
     return y
 
@@ -73,8 +72,8 @@ def round_backward(
     sums = torch.empty(3, tiles.chunks, alpha.numel(), device=x.device)
     scalars = _scalars(alpha, bits, grid)
     with on_device_of(x):
-        round_backward_kernel[tiles.grid](grad, x, dx, sums, **scalars, cap=cap, **tiles.arguments, **OPTIONS)
-        finish_kernel[(1,)](sums, d_alpha, d_bits, **_NO_PARAMETERS, **scalars, **tiles.sum_arguments, **OPTIONS)
+        round_backward_kernel[tiles.grid](grad, x, dx, sums, **scalars, cap=cap, **tiles.arguments, **tiles.options)
+        finish_kernel[(1,)](sums, d_alpha, d_bits, **_NO_PARAMETERS, **scalars, **tiles.sum_arguments, **tiles.options)
     return dx, d_alpha, d_bits
 
 
