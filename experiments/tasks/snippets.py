@@ -130,18 +130,19 @@ def snippets(folder: str | Path | None) -> list[tuple[float, str]]:
     return sorted(rows, key=lambda row: (zlib.crc32(row[1].encode()), row[1]))
 
 
-def tokenised(texts: list[str], tokenizer: Any) -> Arrays:  # noqa: ANN401 - tokenizers has no types
+def tokenised(texts: list[str], tokenizer: Any, length: int = LENGTH) -> Arrays:  # noqa: ANN401 - no types there
     """Tokens of one length.
 
     Args:
         texts: Sentences.
         tokenizer: A ``tokenizers.Tokenizer``.
+        length: How many tokens; longer sentences are cut, shorter ones padded.
 
     Returns:
-        ``input_ids`` [N, 56] int32 and ``attention_mask`` [N, 56] uint8.
+        ``input_ids`` [N, length] int32 and ``attention_mask`` [N, length] uint8.
     """
-    tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(length=LENGTH)
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(length=length)
     found = tokenizer.encode_batch(texts)
     return {
         "input_ids": np.array([each.ids for each in found], np.int32),
