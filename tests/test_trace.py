@@ -102,8 +102,26 @@ def test_which_layers_read_the_models_own_input() -> None:
 
 def test_an_embedding_is_not_the_models_own_input() -> None:
     model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 2))
-    assert not specs(model, torch.tensor([[1, 2, 3]]))["1"].is_input
-    assert ("0", "embedding", 1) in pieces(model, torch.tensor([[1, 2, 3]]))
+    found = specs(model, torch.tensor([[1, 2, 3]]))
+    assert not found["1"].is_input
+    assert not found["0"].is_input
+
+
+def test_a_table_is_looked_up_and_not_multiplied_with() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+    model[1].weight = model[0].weight
+    table, layer = specs(model, torch.tensor([[1, 2, 3]])).values()
+    assert (table.macs, table.activation_count, table.weight_count, table.output_count) == (0, 0, 40, 12)
+    assert table.is_table
+    assert not layer.is_table
+    assert table.tied_to == "1"
+    assert layer.tied_to is None
+    assert not pieces(model, torch.tensor([[1, 2, 3]]))
+
+
+def test_a_table_that_is_no_module_of_its_own_stays_float() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(10, 4), nn.Linear(4, 2))
+    assert ("0", "embedding_bag", 1) in pieces(model, torch.tensor([[1, 2, 3]]))
 
 
 def test_an_addition_in_place_makes_features_of_the_input() -> None:

@@ -103,7 +103,8 @@ class _Joint(Budget):
 class AverageBits(Budget):
     """Average bit-width, separately of weights and of activations.
 
-    sum N b / sum N over the weights, each tensor once however many layers share it, first and last layer included; and
+    sum N b / sum N over the weights, each tensor once however many layers share it, first and last layer included,
+    without embedding tables, which are looked up, unless a layer multiplies with one, too; and
     sum M b / sum M over the layers' inputs, M the elements for one sample, **without the model's own input**, which has
     the bits of its source (an image has 8). Layers and inputs that stay float are counted in neither.
 
@@ -141,10 +142,11 @@ class AverageBits(Budget):
         table = BitTable(rows)
         limits = []
         if self.weights is not None:
-            counts = [spec.weight_count for spec in weight_specs(rows, table)]
-            total = sum(counts)
+            counts = [0 if spec.is_table else spec.weight_count for spec in weight_specs(rows, table)]
+            total, tensors = sum(counts), sum(count > 0 for count in counts)
             form = cost_form(table, [count / total for count in counts])
-            what = f"over {total:,} weights in {len(counts)} tensors, first and last layer included"
+            tables = f", {len(counts) - tensors} embedding tables not" if tensors < len(counts) else ""
+            what = f"over {total:,} weights in {tensors} tensors, first and last layer included{tables}"
             limits.append(Limit("average weight bits", "bit", float(self.weights), self.mode, form, total, what))
         if self.activations is not None:
             inputs = [row.spec for row in rows if row.input is not None]
@@ -157,9 +159,8 @@ class AverageBits(Budget):
                 )
             form = cost_form(table, None, [count / total for count in counts])
             what = f"over {total:,} inputs of {hidden} layers per sample, the last included, the model's own input not"
-            limits.append(
-                Limit("average activation bits", "bit", float(self.activations), self.mode, form, total, what)
-            )
+            target = float(self.activations)
+            limits.append(Limit("average activation bits", "bit", target, self.mode, form, total, what))
         return limits
 
 
@@ -168,7 +169,7 @@ class ModelSize(Budget):
     """Bytes of the saved file.
 
     What does not depend on bits (names, scales, float tensors, header) plus sum ceil(N / 8) b over the weights, each
-    stored as b bit-planes; first and last layer included.
+    stored as b bit-planes; first and last layer included, embedding tables, too.
 
     Args:
         size: bytes, or text with a unit: ``"1.2 MB"`` (10^6), ``"1.2 MiB"`` (2^20), ``"900 kB"``.
@@ -241,7 +242,7 @@ class BitOps(Budget):
         product = [row.spec.macs for row in rows if row.input is not None]
         form = cost_form(table, weight, product=product)
         accounting = (
-            f"per sample over {len(rows)} layers, first and last included; "
+            f"per sample over {sum(not row.spec.is_table for row in rows)} layers, first and last included; "
             f"a float input counts {IMAGE_BITS} bits if it is the model's own, else {FLOAT_BITS}"
         )
         return [Limit("bit-operations", "BOP", self.count, self.mode, form, 1, accounting)]

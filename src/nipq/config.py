@@ -206,7 +206,10 @@ class Config(Settings):
         weight_bits: bit-widths of weights.
         activation_bits: bit-widths of layer inputs.
         input_bits: fixed bit-width of the model's own input (an image has 8); ``None`` leaves it float.
-        granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``.
+        embedding_bits: bit-widths of embedding tables, whose weight alone is quantized; ``None`` leaves them float. A
+            table that a layer multiplies with, too (tied embeddings), has that layer's settings instead.
+        granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``. Tables
+            have one, unless a rule gives each row its own by ``"channel"``.
         method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
             ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through, fixed range); see
             ``nipq.functional.rivals``.
@@ -237,6 +240,7 @@ class Config(Settings):
     weight_bits: BitRange = BitRange()
     activation_bits: BitRange = BitRange()
     input_bits: Bits | None = 8
+    embedding_bits: BitRange | None = BitRange(fixed=8)
     granularity: Granularity = "tensor"
     method: Method = "nipq"
     noise: NoiseKind = "uniform"

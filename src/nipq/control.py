@@ -113,8 +113,8 @@ def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
         model: a prepared model.
         bits: one number for all layers, or glob pattern of layer names -> number, or -> ``{"weights": 4,
             "activations": 8}`` with either name. A bare number sets weight and input, except that the input of a layer
-            which reads the model's own input keeps its bit-width; name ``"activations"`` to change that one too. Later
-            patterns win.
+            which reads the model's own input keeps its bit-width, and so does an embedding table that no layer
+            multiplies with; give ``"activations"`` or ``"weights"`` by name to change them, too. Later patterns win.
 
     Raises:
         ConfigError: if a pattern matches no layer, a name is unknown, or a bit-width is not from 2 to 16.
@@ -135,7 +135,8 @@ def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
 
 def _set_row(row: LayerRow, choice: LayerBits) -> None:
     if isinstance(choice, int):
-        row.weight.freeze_bits_(choice)
+        if not row.spec.is_table:
+            row.weight.freeze_bits_(choice)
         if row.input is not None and not row.spec.is_input:
             row.input.freeze_bits_(choice)
         return

@@ -28,7 +28,7 @@ _OPERATIONS = {
     "torch's fused attention reads its projections' weights past their modules": "multi_head_attention_forward",
     "normalisation stays float (a batch norm is folded where it alone reads what one layer made)": """
         layer_norm batch_norm group_norm instance_norm rms_norm local_response_norm""",
-    "table look-ups have no input to quantize; the table stays float": "embedding embedding_bag",
+    "it is looked up as a function or in bags, so the table stays float": "embedding embedding_bag",
     "it is called as a function, not as a module, so there is nothing to attach quantizers to": """
         conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear""",
 }

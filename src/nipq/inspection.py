@@ -223,9 +223,11 @@ def _policy(rows: Sequence[LayerRow]) -> str:
         reads = "float" if row.input is None else _choices(row.input.bit_range.choices)
         return f"{row.name}: weight {_choices(row.weight.bit_range.choices)}, input {reads}"
 
+    multiplying = [row for row in rows if not row.spec.is_table]
+    tables = "" if len(multiplying) == len(rows) else " Embedding tables count in the model's size alone."
     return (
-        f"First and last layer count in every average and cost ({bits(rows[0])}; {bits(rows[-1])}). "
-        "The model's own input counts in bit-operations with its bits, and in no average."
+        f"First and last layer count in every average and cost ({bits(multiplying[0])}; {bits(multiplying[-1])}). "
+        f"The model's own input counts in bit-operations with its bits, and in no average.{tables}"
     )
 
 

@@ -213,9 +213,9 @@ def cost_form(
 
 
 def weight_specs(rows: Sequence[LayerRow], table: BitTable) -> list[LayerSpec]:
-    """The facts of the layer that each weight tensor was first found in, in the order of ``table.weights``."""
+    """The facts of each weight tensor's first layer, one that multiplies if any does, in ``table.weights``' order."""
     first: dict[object, LayerSpec] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: row.spec.is_table):
         first.setdefault(row.weight, row.spec)
     return [first[quantizer] for quantizer in table.weights]
 

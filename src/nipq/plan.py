@@ -50,15 +50,25 @@ def plan_layers(layers: Iterable[LayerSpec], config: Config) -> list[tuple[Layer
                 f"Rule {rule.pattern!r}: expected it to match a layer, found none. "
                 f"Correct the pattern; layers are {names}{', ...' if len(layers) > 5 else ''}."
             )
-    plans = [(spec, _plan(spec, config)) for spec in layers]
-    return [(spec, plan) for spec, plan in plans if plan is not None]
+    multiplying = {spec.name: _plan(spec, config) for spec in layers if not spec.is_table}
+    tables = {
+        spec.name: _table_plan(spec, multiplying.get(spec.tied_to or ""), config) for spec in layers if spec.is_table
+    }
+    plans = multiplying | tables
+    return [(spec, plan) for spec in layers if (plan := plans[spec.name]) is not None]
 
 
-def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
+def _settings(spec: LayerSpec, config: Config) -> dict[str, Any]:
+    """What the rules say of a layer."""
     settings: dict[str, Any] = {}
     for rule in config.rules:
         if fnmatchcase(spec.name, rule.pattern):
             settings |= {name: value for name, value in rule if value is not None}
+    return settings
+
+
+def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
+    settings = _settings(spec, config)
     if settings.get("quantize") is False:
         return None
     activation_bits = settings.get("activation_bits", config.activation_bits)
@@ -74,3 +84,13 @@ def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
         granularity=settings.get("granularity", config.granularity),
         grid=settings.get("grid", "auto"),
     )
+
+
+def _table_plan(spec: LayerSpec, tied: LayerPlan | None, config: Config) -> LayerPlan | None:
+    """Settings of a table; one that a layer multiplies with has that layer's."""
+    settings = _settings(spec, config)
+    weight_bits, granularity = (tied.weight_bits, tied.granularity) if tied else (config.embedding_bits, "tensor")
+    weight_bits = settings.get("weight_bits", weight_bits)
+    if settings.get("quantize") is False or weight_bits is None:
+        return None
+    return LayerPlan(weight_bits, None, settings.get("granularity", granularity), "auto")

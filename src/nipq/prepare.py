@@ -13,7 +13,8 @@ from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.layer_table import layer_table
 from nipq.nn.estimator import Estimator
 from nipq.nn.initial import SHIFTS, start_weight_boundary_
-from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared, output_channel_axis
+from nipq.nn.kinds import output_channel_axis
+from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared
 from nipq.nn.offset import OffsetInputQuantizer
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
 from nipq.phases import Phase
@@ -31,7 +32,7 @@ _FIRST_GRIDS = {
 
 
 def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> nn.Module:
-    """Give every convolution and linear layer a learned bit-width and boundary for its weight and for its input.
+    """Give every convolution and linear layer bit-widths and boundaries to learn, every embedding those of its table.
 
     The model is changed in place and keeps its classes and its forward; float checkpoints still load strictly. Every
     parameter exists when this returns, so build the optimizer afterwards, from ``nipq.param_groups``. If anything is
@@ -64,7 +65,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
             "Call nipq.restore_(model) first, or go on with this one."
         )
     plans = plan_layers(checked_trace(model, example_inputs, config).layers, config)
-    if not plans:
+    if all(spec.is_table for spec, _ in plans):
         raise NotQuantizableError(
             f"{type(model).__name__}: expected a convolution or linear layer to quantize, found none that runs and "
             "that no rule excludes. Look at nipq.validate(model, example_inputs)."

@@ -63,7 +63,7 @@ class Summary:
 
     Attributes:
         layers: one entry per prepared layer.
-        weight_bits: average over all weights, each counted once.
+        weight_bits: average over the weights of layers that multiply, each counted once.
         activation_bits: average over all inputs but the model's own, the paper's accounting.
         activation_bits_with_input: average over all inputs, the model's own included.
         weight_payload_bytes: bytes of the weights' bit-planes, without scales and header.

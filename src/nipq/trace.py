@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from nipq.errors import NotQuantizableError
 from nipq.float_pieces import BETWEEN_ACTIVATIONS, REASONS, FloatPiece, operation_of
-from nipq.nn.layers import SUPPORTED, LayerSpec
+from nipq.nn.kinds import TRANSPOSED, is_supported, is_table, output_channels
+from nipq.nn.layers import LayerSpec
 from nipq.nn.relu import cap_of, reads_in_sequence
 
 #: What a model is called with: one tensor, several positional ones, or keywords.
@@ -117,7 +118,7 @@ class _Watcher(TorchFunctionMode):
         for tensor in operands:
             self.readers.setdefault(id(tensor), set()).add(where)
         operation = operation_of(func)
-        if isinstance(inner, SUPPORTED):
+        if inner is not None and is_supported(inner):
             return self._made(results, None, result)
         if operation in REASONS and (len(operands) > 1 or operation not in BETWEEN_ACTIVATIONS):
             self.pieces[where, operation] += 1
@@ -136,7 +137,7 @@ class _Watcher(TorchFunctionMode):
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.stack.append(module)
-        if not isinstance(module, (*SUPPORTED, _BatchNorm)):
+        if not (is_supported(module) or isinstance(module, _BatchNorm)):
             return
         (x, *_) = _tensors((args, kwargs))
         self.keep.append(x)
@@ -149,8 +150,8 @@ class _Watcher(TorchFunctionMode):
         version = 0 if x.is_inference() else x._version
         self.layers_on.setdefault((id(x), version), {})[self.names[module]] = None
         calls = self.layers.setdefault(module, _LayerCalls())
-        calls.is_input &= self.origin.get(id(x)) == "input"
-        calls.inputs += x.numel()
+        calls.is_input &= self.origin.get(id(x)) == "input" and not is_table(module)
+        calls.inputs += 0 if is_table(module) else x.numel()  # numbers of rows have no bits
         calls.input = x
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
@@ -160,7 +161,7 @@ class _Watcher(TorchFunctionMode):
             self.keep.append(y)
             self.relu_outputs[id(y)] = self.names[module]
             self.relu_calls[self.names[module]] += 1
-        if isinstance(module, SUPPORTED):
+        if is_supported(module):
             calls = self.layers[module]
             (x, *_), (y, *_) = _tensors((args, kwargs)), _tensors(output)
             calls.calls += 1
@@ -172,11 +173,15 @@ class _Watcher(TorchFunctionMode):
         """Name of the batch norm that alone reads what the layer makes, and reads nothing else."""
         calls = self.layers[layer]
         y = calls.output
-        if y is None or calls.calls != 1 or (isinstance(layer, nn.Linear) and y.ndim != 2):
+        if y is None or calls.calls != 1 or (not hasattr(layer, "kernel_size") and y.ndim != 2):
             return None  # behind a linear layer, channels of a batch norm are the features only in two dimensions
         name = self.batchnorm_inputs.get(id(y))
         alone = name is not None and self.readers.get(id(y)) == {name} and self.batchnorm_calls[name] == 1
         return name if alone else None
+
+    def multiplying(self) -> Iterator[tuple[nn.Module, str]]:
+        """Layers that multiply with their weight, and their names."""
+        return ((layer, self.names[layer]) for layer in self.layers if not is_table(layer))
 
     def foldable_relu(self, model: nn.Module, layer: nn.Module) -> str | None:
         """Name of the ReLU whose result the layer alone reads, and reads nothing else."""
@@ -190,12 +195,11 @@ class _Watcher(TorchFunctionMode):
 
 def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:
     """How often the whole weight is used in one call, over the whole batch."""
-    if isinstance(layer, nn.Linear):
-        return x.numel() // layer.in_features
-    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+    if is_table(layer):
+        return 0  # looked up, not multiplied with
+    if isinstance(layer, TRANSPOSED):
         return x.numel() // layer.in_channels  # every input pixel meets the whole kernel
-    assert isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-    return y.numel() // layer.out_channels
+    return y.numel() // output_channels(layer)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
@@ -243,7 +247,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
             module.training = training
     for tensor in _tensors(output):
         watcher.readers.setdefault(id(tensor), set()).add("")  # whoever called the model
-    layers = tuple(_spec(model, layer, watcher, tensors[0].shape[0]) for layer in watcher.layers)
+    multiplying = {id(layer.weight): name for layer, name in watcher.multiplying()}
+    layers = tuple(_spec(model, layer, watcher, tensors[0].shape[0], multiplying) for layer in watcher.layers)
     folded = {spec.batchnorm for spec in layers}
     pieces = tuple(
         FloatPiece(name, operation, REASONS[operation], count)
@@ -251,13 +256,15 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         if name not in folded
     )
     unused = tuple(
-        name for module, name in watcher.names.items() if isinstance(module, SUPPORTED) and module not in watcher.layers
+        name for module, name in watcher.names.items() if is_supported(module) and module not in watcher.layers
     )
     shared = {name: tuple(names) for names in watcher.layers_on.values() for name in names if len(names) > 1}
     return Trace(layers, pieces, unused, shared)
 
 
-def _spec(model: nn.Module, layer: nn.Module, watcher: _Watcher, batch: int) -> LayerSpec:
+def _spec(
+    model: nn.Module, layer: nn.Module, watcher: _Watcher, batch: int, multiplying: Mapping[int, str]
+) -> LayerSpec:
     calls = watcher.layers[layer]
     assert isinstance(layer.weight, Tensor)
     return LayerSpec(
@@ -271,4 +278,5 @@ def _spec(model: nn.Module, layer: nn.Module, watcher: _Watcher, batch: int) -> 
         batchnorm=watcher.foldable_batchnorm(layer),
         is_input=calls.is_input,
         relu=watcher.foldable_relu(model, layer),
+        tied_to=multiplying.get(id(layer.weight)) if is_table(layer) else None,
     )

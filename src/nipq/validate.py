@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 
 from nipq.config import Config
 from nipq.errors import NotQuantizableError
-from nipq.nn.layers import SUPPORTED, is_prepared, output_channel_axis
+from nipq.nn.kinds import is_plain, is_supported, is_table, output_channel_axis
+from nipq.nn.layers import is_prepared
 from nipq.plan import LayerPlan, plan_layers
 from nipq.target import target_notes
 from nipq.trace import ExampleInputs, Trace, trace
@@ -113,7 +114,7 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
     for name, module in model.named_modules():
         if name in plans:
             yield from _layer_findings(name, module, plans[name][1])
-        elif not isinstance(module, SUPPORTED):
+        elif not is_supported(module):
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 1:
                     where = f"{name}.{key}".lstrip(".")
@@ -122,8 +123,10 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
         yield Finding(name, "float", "the example forward does not call it")
     for spec in traced.layers:
         if spec.name not in plans:
-            yield Finding(spec.name, "float", "a rule excludes it")
-        elif plans[spec.name][1].activation_bits is None:
+            asked = spec.is_table and config.embedding_bits is None
+            reason = "the settings leave embeddings float" if asked else "a rule excludes it"
+            yield Finding(spec.name, "float", reason)
+        elif plans[spec.name][1].activation_bits is None and not spec.is_table:
             yield Finding(f"{spec.name}.input", "float", "the settings leave this input float")
     for piece in traced.float_pieces:
         times = f" ({piece.count} times)" if piece.count > 1 else ""
@@ -159,10 +162,19 @@ def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Fi
             "boundaries per channel of a grouped transposed convolution do not lie along one axis",
             f"Use Rule({name!r}, granularity='tensor').",
         )
-    (kind,) = (kind for kind in SUPPORTED if isinstance(layer, kind))
-    if type(layer).forward is not kind.forward:
+    if is_table(layer):
+        yield from _table_findings(name, layer)
+    if not is_plain(layer):
         own = f"{type(layer).__name__} has a forward of its own; it sees the quantized weight and first input"
         yield Finding(name, "note", own)
+
+
+def _table_findings(name: str, table: nn.Module) -> Iterator[Finding]:
+    remedy = f"Use Rule({name!r}, quantize=False), or build the embedding without it."
+    if getattr(table, "max_norm", None) is not None:
+        yield Finding(name, "error", "its max_norm writes into the table in the forward, past the quantizer", remedy)
+    if getattr(table, "sparse", False):
+        yield Finding(name, "error", "its sparse gradients cannot pass the quantizer, which reads the table", remedy)
 
 
 def _tied(model: nn.Module, planned: set[str]) -> Iterator[Finding]:

@@ -48,9 +48,9 @@ def test_layers_hold_the_trained_codes(every: Any) -> None:
     for row in rows:
         layer = layers[names[row.layer]]
         assert isinstance(layer, DeployedWeightOnlyLayer if row.input is None else DeployedLayer)
-        assert layer.weight.dtype == (torch.int8 if row.weight.bits_rounded <= 8 else torch.int16)
+        assert layer.weight_codes.dtype == (torch.int8 if row.weight.bits_rounded <= 8 else torch.int16)
         original = row.layer.parametrizations.weight.original
-        assert torch.equal(layer.weight.float(), row.weight.codes(original))
+        assert torch.equal(layer.weight_codes.float(), row.weight.codes(original))
         assert f"weight_bits={row.weight.bits_rounded}" in layer.extra_repr()
 
 
@@ -94,10 +94,10 @@ def test_a_wrapped_model_converts_alike(mixed: Any) -> None:
 
 def test_tied_weights_are_one_tensor(get: Get) -> None:
     deployed = convert(get("tied").model)
-    assert deployed.second.weight is deployed.first.weight
+    assert deployed.second.weight_codes is deployed.first.weight_codes
     assert deployed.second.tied_to == "first"
     assert deployed.again is deployed.table
-    assert copy.deepcopy(deployed).second.weight is not deployed.first.weight
+    assert copy.deepcopy(deployed).second.weight_codes is not deployed.first.weight_codes
 
 
 def test_a_copy_a_state_dict_and_a_change_of_type_keep_the_codes(mixed: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_copy_a_state_dict_and_a_change_of_type_keep_the_codes(mixed: Any) -> 
         buffer.zero_()
     twin.load_state_dict(deployed.state_dict())
     assert torch.equal(twin(mixed.inputs), expected)
-    assert twin.to(torch.float64).stem.weight.dtype == deployed.stem.weight.dtype
+    assert twin.to(torch.float64).stem.weight_codes.dtype == deployed.stem.weight_codes.dtype
 
 
 def test_half_precision_inputs_are_divided_in_float32(get: Get) -> None:

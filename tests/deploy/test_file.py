@@ -68,7 +68,7 @@ def test_fixed_bytes_do_not_depend_on_the_bits(get: Get) -> None:
                 quantizer.freeze_bits_(bits or draw.randint(2, 16))
         deployed = convert(model)
         found.add(fixed_bytes(model))
-        payload = sum(payload_bytes(v.weight.numel(), v.weight_bits) for v in deployed_layers(deployed).values())
+        payload = sum(payload_bytes(v.weight_codes.numel(), v.weight_bits) for v in deployed_layers(deployed).values())
         tensors, metadata = contents(deployed)
         found.add(len(to_bytes(tensors, metadata)) - payload)
     assert len(found) == 1
@@ -114,12 +114,12 @@ def test_other_programs_can_read_it(mixed: Any, tmp_path: Path) -> None:
     layer = record["layers"]["stem"]
     assert (record["format"], record["version"]) == ("nipq-packed", 2)
     assert layer["input"] == {"bits": 8, "grid": deployed.stem.grid, "zero_point": deployed.stem.zero_point}
-    codes = torch.zeros(deployed.stem.weight.numel(), dtype=torch.int64)
+    codes = torch.zeros(deployed.stem.weight_codes.numel(), dtype=torch.int64)
     for i in range(layer["bits"]):
         for j in range(codes.numel()):
             codes[j] += ((int(planes[i, j // 8]) >> (j % 8)) & 1) << i
     codes -= 2 ** (layer["bits"] - 1) - 1
-    assert torch.equal(codes.reshape(layer["shape"]), deployed.stem.weight.long())
+    assert torch.equal(codes.reshape(layer["shape"]), deployed.stem.weight_codes.long())
 
 
 def test_an_existing_file_is_kept_unless_told_otherwise(mixed: Any, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nipq.deploy.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
 from nipq.functional.grid import Grid, levels
-from nipq.nn.integer import output_channels
+from nipq.nn.kinds import output_channels
 from nipq.nn.layers import plain_shell
 
 KINDS = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")

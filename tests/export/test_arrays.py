@@ -89,7 +89,7 @@ def test_the_smallest_accumulator_is_reached(zoo: SimpleNamespace, tmp_path: Pat
     """``sum_bits`` is no wider than needed: inputs that follow the weight's signs reach past half of it."""
     model = zoo.alone(nn.Linear(7, 6), zoo.numbers(8, 8, "signed"))
     layer = deployed_layers(model)["0"]
-    x = layer.weight.sign().float() * 100
+    x = layer.weight_codes.sign().float() * 100
     export(model, tmp_path / "linear.npz", x)
     facts = reference.load(tmp_path / "linear.npz")["0"]
     largest = np.abs(reference.sums(facts, reference.codes(facts, x.numpy()))).max()
@@ -120,7 +120,7 @@ def test_what_stays_float_is_in_the_file(zoo: SimpleNamespace, tmp_path: Path) -
 
 def test_tied_weights_are_there_once(zoo: SimpleNamespace, tmp_path: Path) -> None:
     model = nn.Sequential(zoo.alone(nn.Linear(7, 7)), zoo.alone(nn.Linear(7, 7)))
-    model[1][0].layer.weight, model[1][0].tied_to = model[0][0].weight, "0.0"
+    model[1][0].layer.weight, model[1][0].tied_to = model[0][0].weight_codes, "0.0"
     export(model, tmp_path / "tied.npz", torch.randn(2, 7))
     layers = reference.load(tmp_path / "tied.npz")
     assert layers["1.0"]["arrays"]["weight"] == layers["0.0"]["arrays"]["weight"] == "0.0.weight"

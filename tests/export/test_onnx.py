@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from nipq.deploy.modules import DeployedLayer, deployed_layers
 from nipq.export.api import export
 from nipq.export.onnx_file import FIXED_BATCH, PACKED, PACKED_INT2, WIDE, onnx_bytes
-from nipq.export.portable import along_channels, portable_layers
+from nipq.export.portable import portable_layers
+from nipq.nn.kinds import along_channels
 from nipq.export.report import ExportReport
 from nipq.export.session import faithful_session
 
@@ -177,9 +178,9 @@ def test_negative_scales_turn_the_codes(zoo: SimpleNamespace) -> None:
         deployed, numbers = model[0], portable_layers(model)["0"]
         assert bool((deployed.scale < 0).any())
         assert bool((numbers.weight_scale > 0).all())
-        expected = deployed.weight.double() * along_channels(deployed.scale.double(), layer, deployed.weight)
+        expected = deployed.weight_codes.double() * along_channels(deployed.scale.double(), layer, deployed.weight_codes)
         step = deployed.input_step.double()
-        found = numbers.weight.double() * along_channels(numbers.weight_scale.double(), layer, deployed.weight) * step
+        found = numbers.weight.double() * along_channels(numbers.weight_scale.double(), layer, deployed.weight_codes) * step
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
 
@@ -226,7 +227,7 @@ def test_four_bits_need_no_newer_operators(zoo: SimpleNamespace, tmp_path: Path)
 
 def test_tied_weights_are_one_initialiser(zoo: SimpleNamespace, tmp_path: Path) -> None:
     model = nn.Sequential(zoo.alone(nn.Linear(7, 7)), zoo.alone(nn.Linear(7, 7)))
-    model[1][0].layer.weight, model[1][0].tied_to = model[0][0].weight, "0.0"
+    model[1][0].layer.weight, model[1][0].tied_to = model[0][0].weight_codes, "0.0"
     model[1][0].scale = model[0][0].scale.abs()
     model[0][0].scale = model[0][0].scale.abs()
     export(model, tmp_path / "tied.onnx", torch.randn(2, 7), pack=True)

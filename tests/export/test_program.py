@@ -34,7 +34,7 @@ def test_it_computes_the_same_bits_for_any_batch(zoo: SimpleNamespace, tmp_path:
 def test_weights_stay_integers(conv: nn.Module, tmp_path: Path, picture: Tensor) -> None:
     export(conv, tmp_path / "model.pt2", picture)
     state = torch.export.load(tmp_path / "model.pt2").state_dict
-    assert torch.equal(state["0.layer.weight"], conv[0].weight)
+    assert torch.equal(state["0.layer.weight"], conv[0].weight_codes)
     assert state["0.layer.weight"].dtype == torch.int8
 
 

@@ -7,15 +7,8 @@ import torch
 from torch import nn
 from torch.nn.functional import conv2d
 
-from nipq.nn.integer import (
-    bias_of,
-    channel_dim,
-    fold,
-    integer_forward,
-    needs_float64,
-    output_channels,
-    weight_channel_axis,
-)
+from nipq.nn.integer import bias_of, fold, integer_forward, needs_float64
+from nipq.nn.kinds import channel_dim, output_channels, weight_channel_axis
 
 
 def random_batchnorm(channels: int, *, affine: bool = True) -> nn.BatchNorm2d:

@@ -14,12 +14,29 @@ from nipq.errors import OrderError
 from nipq.functional.grid import SIGNED
 from nipq.functional.uniform import quantize
 from nipq.layer_table import layer_table
-from nipq.nn.layers import SUPPORTED, is_prepared, output_channel_axis, plain_shell, quantization, weight_quantizer
+from nipq.nn.kinds import is_supported, output_channel_axis
+from nipq.nn.layers import is_prepared, plain_shell, quantization, weight_quantizer
 from nipq.prepare import prepare_, restore_
+
+
+class Conv1D(nn.Module):
+    """GPT-2's linear layer, as in the transformers library."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf))
+        self.bias = nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size_out = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+
 
 LAYERS = {
     "linear": (nn.Linear(6, 4), (5, 6)),
     "linear over tokens": (nn.Linear(6, 4), (2, 7, 6)),
+    "GPT-2's linear": (Conv1D(4, 6), (2, 7, 6)),
     "conv1d": (nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
     "conv2d grouped, dilated, strided": (nn.Conv2d(4, 6, 3, 2, 2, 2, groups=2, bias=False), (2, 4, 9, 9)),
     "conv2d reflected": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 2, 5, 5)),
@@ -236,7 +253,7 @@ def test_the_shell_keeps_settings_but_no_weights() -> None:
 
 def test_channel_axes() -> None:
     axes = {kind: output_channel_axis(layer) for kind, (layer, _) in LAYERS.items()}
-    assert axes["transposed 1d"] == axes["transposed 3d"] == 1
+    assert axes["transposed 1d"] == axes["transposed 3d"] == axes.pop("GPT-2's linear") == 1
     assert axes["transposed 2d, grouped"] is None
     assert {axis for kind, axis in axes.items() if "transposed" not in kind} == {0}
-    assert all(isinstance(layer, SUPPORTED) for layer, _ in LAYERS.values())
+    assert all(is_supported(layer) for layer, _ in LAYERS.values())

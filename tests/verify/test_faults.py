@@ -35,7 +35,7 @@ def swapped_weights(deployed: Any) -> None:
 
 
 def one_code(deployed: Any) -> None:
-    deployed.two.weight[0, 0] += 1
+    deployed.two.weight_codes[0, 0] += 1
 
 
 def one_bit_more(deployed: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nipq.analysis.network import Scores, intact, layers, stored_weights
 from nipq.analysis.sweep import Point, Sweep
-from nipq.nn.layers import output_channel_axis
+from nipq.nn.kinds import output_channel_axis
 
 
 def filter_normalised_direction(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from nipq.control import set_phase_
 from nipq.layer_table import layer_table
-from nipq.nn.layers import SUPPORTED, float_weight, is_prepared
+from nipq.nn.kinds import is_supported
+from nipq.nn.layers import float_weight, is_prepared
 from nipq.phases import Phase
 from nipq.prepare import restore_
 
@@ -36,9 +37,9 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
         model: prepared or not.
 
     Returns:
-        Convolutions and linear layers in the order of their registration.
+        Convolutions, linear layers and tables in the order of their registration.
     """
-    chosen = is_prepared if is_quantized(model) else lambda module: isinstance(module, SUPPORTED)
+    chosen = is_prepared if is_quantized(model) else is_supported
     return {name: module for name, module in model.named_modules() if chosen(module)}
 
 

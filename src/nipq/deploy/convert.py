@@ -11,7 +11,8 @@ from nipq.control import set_phase_
 from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
 from nipq.errors import NonFiniteError, OrderError
 from nipq.layer_table import LayerRow, layer_table, quantizers
-from nipq.nn.integer import bias_of, fold, output_channels
+from nipq.nn.integer import bias_of, fold
+from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight, plain_shell, quantization
 from nipq.nn.relu import unfold_relu
 from nipq.phases import Phase
@@ -76,7 +77,7 @@ def deploy_copy(model: nn.Module) -> nn.Module:
             unfold_relu(relu)
         owner = owners.setdefault(row.weight, row.layer)
         tied_to = None if owner is row.layer else names[owner]
-        codes = _codes(row) if tied_to is None else replacements[owner].weight
+        codes = _codes(row) if tied_to is None else replacements[owner].weight_codes
         assert isinstance(codes, Tensor)
         batchnorm = None if row.batchnorm is None or row.input is None else names[row.batchnorm]
         replacements[row.layer] = _deployed(row, codes, tied_to, batchnorm)

@@ -98,8 +98,8 @@ def file_bytes(deployed: nn.Module) -> int:
     Raises:
         ConfigError: as :func:`save`.
     """
-    owners = _owners(deployed).values()
-    return _fixed_bytes(deployed) + sum(payload_bytes(layer.weight.numel(), layer.weight_bits) for layer in owners)
+    sizes = [(layer.weight_codes.numel(), layer.weight_bits) for layer in _owners(deployed).values()]
+    return _fixed_bytes(deployed) + sum(payload_bytes(count, bits) for count, bits in sizes)
 
 
 def fixed_bytes(model: nn.Module) -> int:
@@ -132,7 +132,7 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     tensors = {key: value.cpu().contiguous().clone() for key, value in _other_tensors(deployed).items()}
     for name, layer in _owners(deployed).items():
-        tensors[full_name(name, "planes")] = torch.from_numpy(pack(layer.weight.cpu().numpy(), layer.weight_bits))
+        tensors[full_name(name, "planes")] = torch.from_numpy(pack(layer.weight_codes.cpu().numpy(), layer.weight_bits))
     text = _text({name: _record(layer) for name, layer in deployed_layers(deployed).items()})
     missing = _longest_header(deployed) - header_bytes(tensors, {KEY: text})
     return tensors, {KEY: text + " " * missing}
@@ -200,7 +200,7 @@ def _text(layers: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _record(layer: Deployed) -> dict[str, Any]:
     """What the metadata say of a layer."""
-    record: dict[str, Any] = {"kind": layer.kind, "bits": layer.weight_bits, "shape": list(layer.weight.shape)}
+    record: dict[str, Any] = {"kind": layer.kind, "bits": layer.weight_bits, "shape": list(layer.weight_codes.shape)}
     if layer.tied_to is not None:
         record["tied_to"] = layer.tied_to
     if not isinstance(layer, DeployedLayer):
@@ -246,6 +246,6 @@ def _longest_header(deployed: nn.Module) -> int:
             record["input"] = _LONGEST_INPUT
     tensors = {key: value.to("meta") for key, value in _other_tensors(deployed).items()}
     for name, layer in _owners(deployed).items():
-        shape = (MOST_BITS, payload_bytes(layer.weight.numel(), 1))
+        shape = (MOST_BITS, payload_bytes(layer.weight_codes.numel(), 1))
         tensors[full_name(name, "planes")] = torch.empty(shape, dtype=torch.uint8, device="meta")
     return header_bytes(tensors, {KEY: _text(records)})

@@ -24,8 +24,9 @@ from nipq.deploy.modules import (
 from nipq.errors import ConfigError, FileFormatError
 from nipq.functional.grid import Grid, levels
 from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
-from nipq.nn.integer import bias_of, output_channels
-from nipq.nn.layers import SUPPORTED, is_prepared, plain_shell
+from nipq.nn.integer import bias_of
+from nipq.nn.kinds import is_supported, output_channels
+from nipq.nn.layers import is_prepared, plain_shell
 
 Bits = Annotated[int, Field(ge=FEWEST_BITS, le=MOST_BITS)]
 
@@ -80,9 +81,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     for name, record in reader.records.items():
         layer = reader.find(twin, name)
         kind, shape = type(layer).__name__, list(getattr(layer, "weight", torch.empty(0)).shape)
-        if not isinstance(layer, SUPPORTED) or (kind, shape) != (record.kind, record.shape):
+        if not is_supported(layer) or (kind, shape) != (record.kind, record.shape):
             raise reader.error(name, f"a {record.kind} with a weight of shape {record.shape}", f"a {kind} with {shape}")
-        replacements[layer] = reader.layer(layer, name).to(layer.weight.device)
+        replacements[layer] = reader.layer(layer, name).to(next(layer.parameters()).device)
         if record.batchnorm is not None:
             replacements[reader.batchnorm(twin, record.batchnorm)] = nn.Identity()
     twin = replace_modules(twin, replacements).eval().requires_grad_(False)

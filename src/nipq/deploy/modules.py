@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
-from nipq.nn.integer import channel_dim, integer_forward, needs_float64, weight_channel_axis
+from nipq.nn.integer import integer_forward, needs_float64
+from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table, weight_channel_axis
 
 
-class _Deployed(nn.Module):
+class _Deployed(nn.Module, ABC):
     """What both kinds of deployed layer hold.
 
     Args:
@@ -22,6 +24,8 @@ class _Deployed(nn.Module):
         tied_to: full name of the layer whose codes these are, or None when they are its own.
     """
 
+    scale: Tensor
+
     def __init__(self, layer: nn.Module, weight: Tensor, weight_bits: int, tied_to: str | None) -> None:
         super().__init__()
         layer.register_buffer("weight", weight)
@@ -30,11 +34,32 @@ class _Deployed(nn.Module):
         self.tied_to = tied_to
 
     @property
-    def weight(self) -> Tensor:
-        """Whole weight codes."""
+    def weight_codes(self) -> Tensor:
+        """Whole weight codes, int8 or int16."""
         codes = self.layer.weight
         assert isinstance(codes, Tensor)
         return codes
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, for models that look at it (often at its type alone); nothing computes with it here."""
+        codes = self.weight_codes
+        return codes.to(self.scale.dtype) * along_channels(self.weight_scale, self.layer, codes)
+
+    @property
+    @abstractmethod
+    def weight_scale(self) -> Tensor:
+        """What a code of the weight stands for, one element or one for each channel."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (as torch's own)
+        """Settings of the trained layer, such as ``in_features``, for models that look at them."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            settings = vars(self._modules["layer"]) if "layer" in self.__dict__.get("_modules", {}) else {}
+            if name.startswith("_") or name not in settings:
+                raise
+            return settings[name]
 
     @property
     def kind(self) -> str:
@@ -114,7 +139,12 @@ class DeployedLayer(_Deployed):
             return result
 
         dim = channel_dim(self.layer)
-        return integer_forward(run, self.codes(x), self.weight, self.scale, self.offset, dim, self.float64)
+        return integer_forward(run, self.codes(x), self.weight_codes, self.scale, self.offset, dim, self.float64)
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """``scale`` without the input's step: with a batch norm folded in, the weight holds that, too."""
+        return self.scale / self.input_step
 
     def extra_repr(self) -> str:
         """Bit-widths and grid."""
@@ -160,13 +190,23 @@ class DeployedWeightOnlyLayer(_Deployed):
             *args: the input and what else the trained layer takes.
             **kwargs: the same by name.
         """
-        shape = [1] * self.weight.ndim
-        shape[weight_channel_axis(self.layer)] = -1
-        parts = {"weight": self.weight.to(self.scale.dtype) * self.scale.reshape(shape)}
+        if is_table(self.layer) and is_plain(self.layer):  # look the codes up: a table is larger than what is read
+            rows, steps = (
+                torch.func.functional_call(self.layer, {"weight": part}, args, kwargs)
+                for part in (self.weight_codes, self.scale.reshape(-1, 1).expand(len(self.weight_codes), 1))
+            )
+            looked_up: Tensor = rows.to(steps.dtype) * steps
+            return looked_up
+        parts = {"weight": self.weight}
         if self.offset is not None:
             parts["bias"] = self.offset
         result: Tensor = torch.func.functional_call(self.layer, parts, args, kwargs)
         return result
+
+    @property
+    def weight_scale(self) -> Tensor:
+        """``scale``."""
+        return self.scale
 
     def extra_repr(self) -> str:
         """Bit-width."""
@@ -238,7 +278,7 @@ def deploy_state(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         Tensor by name.
     """
-    seen = {id(layer.weight) for layer in deployed_layers(model).values()}
+    seen = {id(layer.weight_codes) for layer in deployed_layers(model).values()}
     found: dict[str, Tensor] = {}
     for key, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:

@@ -51,6 +51,7 @@ def export(
         What was written; prints itself.
 
     Raises:
+        NotQuantizableError: if a layer has no form in the format.
         ConfigError: if the name is taken or says no format, the model is not deployed, or it cannot be traced.
         NonFiniteError: if a scale leaves the range of float32.
         MissingDependencyError: if the packages that write ONNX are not installed.
@@ -114,7 +115,7 @@ def format_of(path: Path) -> Format:
 def _layers(deployed: nn.Module) -> tuple[ExportedLayer, ...]:
     """Layers in a file that holds the codes in the types of the deployed model."""
     return tuple(
-        ExportedLayer(name, layer.weight_bits, str(layer.weight.dtype).removeprefix("torch."), _input_bits(layer))
+        ExportedLayer(name, layer.weight_bits, str(layer.weight_codes.dtype).removeprefix("torch."), _input_bits(layer))
         for name, layer in deployed_layers(deployed).items()
     )
 

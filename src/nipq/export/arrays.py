@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
 from nipq.export.inputs import call_arguments
 from nipq.export.portable import plain_kind
-from nipq.nn.integer import weight_channel_axis
-from nipq.nn.layers import SUPPORTED
+from nipq.nn.kinds import kind_of, weight_channel_axis
 from nipq.trace import ExampleInputs
 
 FORMAT, VERSION = "nipq-arrays", 1
@@ -46,7 +45,7 @@ def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[by
     for name, (layer, read, written) in _calls(model, example_inputs).items():
         owner = name if layer.tied_to is None else layer.tied_to
         parts = {"weight": full_name(owner, "weight")}
-        arrays[parts["weight"]] = layer.weight.numpy()
+        arrays[parts["weight"]] = layer.weight_codes.numpy()
         for part in ("scale", "offset", "input_step"):
             if getattr(layer, part, None) is not None:
                 parts[part] = full_name(name, part)
@@ -80,9 +79,10 @@ def _calls(
 
 def _facts(layer: Deployed, read: tuple[int, ...], written: tuple[int, ...]) -> dict[str, Any]:
     """Everything about a layer that is not an array."""
-    plain = plain_kind(layer.layer)
+    kind, plain = kind_of(layer.layer), plain_kind(layer.layer)
+    assert kind is not None
     facts: dict[str, Any] = {
-        "kind": plain or next(kind.__name__ for kind in SUPPORTED if isinstance(layer.layer, kind)),
+        "kind": kind.__name__,
         "custom": plain is None,
         "input_shape": read,
         "output_shape": written,
@@ -92,7 +92,8 @@ def _facts(layer: Deployed, read: tuple[int, ...], written: tuple[int, ...]) -> 
         facts[key] = getattr(layer, key, None)
     if isinstance(layer, DeployedLayer):
         facts["sum_bits"] = _sum_bits(layer)
-    return facts if isinstance(layer.layer, nn.Linear) else facts | _geometry(layer.layer, layer.weight, read, written)
+    has_kernel = hasattr(layer.layer, "kernel_size")
+    return facts | _geometry(layer.layer, layer.weight_codes, read, written) if has_kernel else facts
 
 
 def _geometry(shell: Any, weight: Tensor, read: tuple[int, ...], written: tuple[int, ...]) -> dict[str, Any]:  # noqa: ANN401
@@ -118,7 +119,7 @@ def _geometry(shell: Any, weight: Tensor, read: tuple[int, ...], written: tuple[
 
 def _sum_bits(layer: DeployedLayer) -> int:
     """Bits of a two's-complement accumulator that holds every sum that any input can lead to."""
-    weight = layer.weight.long().abs()
+    weight = layer.weight_codes.long().abs()
     groups: int = getattr(layer.layer, "groups", 1)
     if weight_channel_axis(layer.layer) == 1:
         weight = weight.reshape(groups, len(weight) // groups, weight.shape[1], -1).transpose(1, 2).flatten(0, 1)

@@ -49,8 +49,8 @@ def codes(layer: Layer, x: Array) -> Array:
 def sums(layer: Layer, q: Array) -> Array:
     """Whole sums of products of codes and weight; int64 here, an accumulator of ``sum_bits`` bits holds them."""
     weight: Array = layer["weight"].astype(np.int64)
-    if layer["kind"] == "Linear":
-        product: Array = q @ weight.T
+    if layer["kind"] in ("Linear", "Conv1D"):  # Conv1D is GPT-2's linear layer, its weight the other way round
+        product: Array = q @ (weight.T if layer["kind"] == "Linear" else weight)
         return product
     groups, stride, padding = layer["groups"], layer["stride"], layer["padding"]
     if layer["kind"].startswith("ConvTranspose"):  # a convolution of the input with zeros between its elements
@@ -68,7 +68,7 @@ def sums(layer: Layer, q: Array) -> Array:
 
 def to_output(layer: Layer, s: Array) -> Array:
     """The one multiply and the one add, along the channels."""
-    shape = [-1] + [1] * (0 if layer["kind"] == "Linear" else s.ndim - 2)
+    shape = [-1] + [1] * (0 if layer["kind"] in ("Linear", "Conv1D") else s.ndim - 2)
     output: Array = s.astype(np.float32) * layer["scale"].reshape(shape) + layer["offset"].reshape(shape)
     return output
 

@@ -161,7 +161,7 @@ def _input_parameters(codes: Any) -> tuple[str, str]:  # noqa: ANN401  (as above
 def _container(layer: Deployed, *, pack: bool) -> str:
     if pack and layer.weight_bits <= 4:
         return "int2" if layer.weight_bits == 2 else "int4"
-    return "int8" if layer.weight.dtype == torch.int8 else "int16"
+    return "int8" if layer.weight_codes.dtype == torch.int8 else "int16"
 
 
 def _pack(weight: Any, container: str) -> None:  # noqa: ANN401  (as above)

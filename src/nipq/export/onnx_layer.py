@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from nipq.deploy.modules import Deployed, take_input
+from nipq.errors import NotQuantizableError
 from nipq.export.graph import LayerForm, mark
 from nipq.export.portable import PortableInput, PortableLayer, plain_kind
-from nipq.nn.integer import channel_dim
+from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table
 
 
 class OnnxLayer(LayerForm):
@@ -23,7 +24,6 @@ class OnnxLayer(LayerForm):
         name: its full name.
     """
 
-    weight: Tensor
     weight_scale: Tensor
     bias: Tensor | None
     input_scale: Tensor
@@ -31,14 +31,31 @@ class OnnxLayer(LayerForm):
 
     def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
         super().__init__()
+        if is_table(layer.layer) and not is_plain(layer.layer):
+            raise NotQuantizableError(
+                f"{name}: expected an embedding that looks its table up and no more, found {layer.kind} with a forward "
+                f"of its own, which ONNX files do not hold. Use Rule({name!r}, quantize=False) when preparing."
+            )
         self.name, self.shell, self.input = name, layer.layer, numbers.input
-        self.register_buffer("weight", numbers.weight)
+        self._buffers["weight"] = numbers.weight  # past register_buffer, as the attribute is a float view
         self.register_buffer("weight_scale", numbers.weight_scale)
         self.register_buffer("bias", numbers.bias)
         #: Whether the weight's scale can only be applied behind the sums.
         self.scale_after = False
         # A subclass may do anything with its bias; the deployed layer adds it after the subclass's forward.
         self.bias_inside = plain_kind(self.shell) is not None or numbers.input is None
+
+    @property
+    def integers(self) -> Tensor:
+        """What the file holds under the name ``weight``."""
+        integers = self._buffers["weight"]
+        assert integers is not None
+        return integers
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, for models that look at its type; see ``nipq.deploy.modules``."""
+        return self.integers.to(torch.float32) * along_channels(self.weight_scale, self.shell, self.integers)
 
     def trained(self) -> set[str]:
         """The numbers of the layer; a zero point only where the grid may be shifted."""

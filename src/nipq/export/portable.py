@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
 from nipq.errors import NonFiniteError
 from nipq.functional.grid import GridKind
-from nipq.nn.integer import weight_channel_axis
-from nipq.nn.layers import SUPPORTED
+from nipq.nn.kinds import along_channels, is_plain, kind_of
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
     Raises:
         NonFiniteError: if a weight scale leaves the range of float32.
     """
-    weight, scale = layer.weight.cpu(), layer.scale.cpu()
+    weight, scale = layer.weight_codes.cpu(), layer.scale.cpu()
     bias = None if layer.offset is None else layer.offset.cpu()
     if isinstance(layer, DeployedWeightOnlyLayer):
         return PortableLayer(weight, scale.reshape(()) if len(scale) == 1 else scale, bias, layer.weight_bits, None)
@@ -117,7 +116,7 @@ def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
     weights: dict[int, list[Tensor]] = {}
     for name, layer in deployed_layers(deployed).items():
         numbers = portable(layer, name)
-        known = weights.setdefault(layer.weight.data_ptr(), [])
+        known = weights.setdefault(layer.weight_codes.data_ptr(), [])
         twin = next((weight for weight in known if torch.equal(weight, numbers.weight)), None)
         if twin is None:
             known.append(numbers.weight)
@@ -127,33 +126,10 @@ def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
     return found
 
 
-def along_channels(values: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
-    """Values of the output channels, shaped to broadcast with the weight.
-
-    Args:
-        values: shape ``(channels,)``, or no dimensions.
-        layer: the layer, or its shell.
-        weight: its weight.
-
-    Returns:
-        As many dimensions as the weight.
-    """
-    if values.ndim == 0:
-        return values.reshape([1] * weight.ndim)
-    groups: int = getattr(layer, "groups", 1)
-    if weight_channel_axis(layer) == 1 and groups > 1:  # a grouped transposed convolution has channels on both axes
-        inputs, outputs = weight.shape[:2]
-        rows = values.reshape(groups, outputs).repeat_interleave(inputs // groups, dim=0)
-        return rows.reshape(inputs, outputs, *[1] * (weight.ndim - 2))
-    shape = [1] * weight.ndim
-    shape[weight_channel_axis(layer)] = -1
-    return values.reshape(shape)
-
-
 def plain_kind(layer: nn.Module) -> str | None:
     """The torch class whose forward a layer runs, or None for a subclass with a forward of its own."""
-    kind = next(kind for kind in SUPPORTED if isinstance(layer, kind))
-    return kind.__name__ if type(layer).forward is kind.forward else None
+    kind = kind_of(layer)
+    return kind.__name__ if kind is not None and is_plain(layer) else None
 
 
 def _input(layer: DeployedLayer) -> PortableInput:

@@ -14,7 +14,7 @@ from nipq.deploy.modules import Deployed
 from nipq.export.graph import mark, operator
 from nipq.export.onnx_layer import OnnxLayer
 from nipq.export.portable import PortableInput, PortableLayer
-from nipq.nn.integer import weight_channel_axis
+from nipq.nn.kinds import weight_channel_axis
 
 
 class QcdqLayer(OnnxLayer):
@@ -73,4 +73,4 @@ class QcdqLayer(OnnxLayer):
         """DequantizeLinear of the integers."""
         scale = self.one if self.scale_after else self.weight_scale
         axis = {"axis": weight_channel_axis(self.shell)} if scale.ndim else None
-        return operator("DequantizeLinear", (self.weight, scale), torch.float32, self.weight.shape, axis)
+        return operator("DequantizeLinear", (self.integers, scale), torch.float32, self.integers.shape, axis)

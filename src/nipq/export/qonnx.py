@@ -13,7 +13,8 @@ from torch import Tensor
 from nipq.deploy.modules import Deployed
 from nipq.export.graph import mark, operator
 from nipq.export.onnx_layer import OnnxLayer
-from nipq.export.portable import PortableInput, PortableLayer, along_channels
+from nipq.export.portable import PortableInput, PortableLayer
+from nipq.nn.kinds import along_channels
 
 
 class QonnxLayer(OnnxLayer):
@@ -32,13 +33,18 @@ class QonnxLayer(OnnxLayer):
     def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
         super().__init__(layer, numbers, name)
         self.weight_scale = along_channels(numbers.weight_scale, self.shell, numbers.weight)
-        self.weight = numbers.weight.float() * self.weight_scale
+        self._buffers["weight"] = numbers.weight.float() * self.weight_scale
         self.register_buffer("weight_bits", torch.tensor(float(numbers.weight_bits)))
         self.register_buffer("weight_zero_point", torch.zeros(()))
         if numbers.input is not None:
             self.register_buffer("input_scale", numbers.input.scale)
             self.register_buffer("input_zero_point", torch.tensor(float(numbers.input.zero_point)))
             self.register_buffer("input_bits", torch.tensor(float(numbers.input.bits)))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats: the file holds levels."""
+        return self.integers
 
     def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
         """One Quant."""
@@ -48,7 +54,7 @@ class QonnxLayer(OnnxLayer):
 
     def dequantized_weight(self) -> Tensor:
         """One Quant."""
-        return _quant(self.weight, self.weight_scale, self.weight_zero_point, self.weight_bits, signed=True)
+        return _quant(self.integers, self.weight_scale, self.weight_zero_point, self.weight_bits, signed=True)
 
 
 def _quant(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, *, signed: bool) -> Tensor:

@@ -21,35 +21,6 @@ EXACT_FLOAT32 = 2**24
 #: multiply to bfloat16 (8 bits of precision), if told to, or to TF32 (11 bits), by default in convolutions on a GPU.
 EXACT_REDUCED = 2**8
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-def channel_dim(layer: nn.Module) -> int:
-    """Axis of the layer's output that holds its channels, counted from the end so that unbatched inputs work.
-
-    Args:
-        layer: a supported layer.
-
-    Returns:
-        -1 for linear layers, -(spatial axes + 1) for convolutions.
-    """
-    if isinstance(layer, nn.Linear):
-        return -1
-    kernel: tuple[int, ...] = layer.kernel_size  # type: ignore[assignment]
-    return -(len(kernel) + 1)
-
-
-def output_channels(layer: nn.Module) -> int:
-    """Number of output channels of a supported layer."""
-    count = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    assert isinstance(count, int)
-    return count
-
-
-def weight_channel_axis(layer: nn.Module) -> int:
-    """Axis of the layer's weight along which its output channels lie (within a group, when transposed)."""
-    return 1 if isinstance(layer, _TRANSPOSED) else 0
-
 
 def bias_of(layer: nn.Module) -> Tensor | None:
     """Bias of a supported layer, or None."""
@@ -145,6 +116,30 @@ def integer_forward(
         sums = torch.round(run(codes_x.to(wide), codes_w.to(wide)))
         shape = [-1] + [1] * (-dim - 1)
         return sums.float() * scale.reshape(shape) + offset.reshape(shape)
+
+
+def whole_product(
+    codes_x: Tensor, codes_y: Tensor, step: Tensor, low_x: float, high_x: float, low_y: float, high_y: float
+) -> Tensor:
+    """The product of two computed tensors on whole codes: ``round(x @ y) * step``.
+
+    Args:
+        codes_x: whole codes, shape (..., n, k).
+        codes_y: whole codes, shape (..., k, m).
+        step: product of both steps, one element, float32.
+        low_x: lowest code of x.
+        high_x: highest code of x.
+        low_y: lowest code of y.
+        high_y: highest code of y.
+
+    Returns:
+        Shape (..., n, m), float32.
+    """
+    largest_x, largest_y = max(-low_x, high_x), max(-low_y, high_y)
+    exact = codes_x.shape[-1] * largest_x * largest_y < EXACT_FLOAT32 and max(largest_x, largest_y) <= EXACT_REDUCED
+    wide = torch.float32 if exact else torch.float64
+    with _full_precision(codes_x.device.type):
+        return torch.round(torch.matmul(codes_x.to(wide), codes_y.to(wide))).float() * step
 
 
 def _full_precision(device: str) -> AbstractContextManager[None]:

@@ -15,27 +15,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nipq.errors import OrderError
-from nipq.nn.integer import (
-    channel_dim,
-    fold,
-    integer_forward,
-    needs_float64,
-    output_channels,
-    weight_channel_axis,
-)
+from nipq.nn.integer import fold, integer_forward, needs_float64
+from nipq.nn.kinds import channel_dim, output_channels, shell_class, weight_channel_axis
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
 from nipq.nn.relu import fold_relu, unfold_relu
-
-#: Layers with a weight and one input; subclasses with a forward of their own included.
-SUPPORTED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +36,7 @@ class LayerSpec:
         batchnorm: full name of the batch norm that alone reads the output, or None.
         is_input: whether the layer reads the model's own input.
         relu: full name of the ReLU right in front, whose result the layer alone reads, or None.
+        tied_to: for a table, full name of the layer that multiplies with the same weight, or None.
     """
 
     name: str
@@ -65,6 +49,12 @@ class LayerSpec:
     batchnorm: str | None
     is_input: bool
     relu: str | None = None
+    tied_to: str | None = None
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the layer's weight is looked up, not multiplied with."""
+        return self.macs == 0
 
 
 class LayerQuantization(nn.Module):
@@ -111,24 +101,11 @@ def is_prepared(layer: nn.Module) -> bool:
     return isinstance(getattr(layer, "quantization", None), LayerQuantization)
 
 
-def output_channel_axis(layer: nn.Module) -> int | None:
-    """Axis of a layer's weight that runs along its output channels.
-
-    Args:
-        layer: one of :data:`SUPPORTED`.
-
-    Returns:
-        The axis, or None for a grouped transposed convolution, whose output channels run along two axes at once.
-    """
-    transposed = isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d))
-    return None if transposed and layer.groups != 1 else weight_channel_axis(layer)
-
-
 def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization, relu: nn.Module | None = None) -> None:
     """Quantize the layer's weight and input from now on.
 
     Args:
-        layer: one of :data:`SUPPORTED`.
+        layer: a supported layer, see ``nipq.nn.kinds``.
         weight: quantizer of its weight; layers with a tied weight get the same one.
         record: facts and input quantizer.
         relu: the ReLU in front that the input quantizer may replace.
@@ -210,7 +187,7 @@ def plain_shell(layer: nn.Module) -> nn.Module:
     Returns:
         A module for ``torch.func.functional_call(shell, {"weight": ...}, (x,))``.
     """
-    kind: type[nn.Module] = parametrize.type_before_parametrizations(layer)
+    kind = shell_class(layer)
     shell = kind.__new__(kind)
     nn.Module.__init__(shell)
     internal = set(shell.__dict__)

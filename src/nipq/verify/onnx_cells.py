@@ -19,8 +19,8 @@ from nipq.verify.onnx_file import QONNX_DOMAIN, OnnxFile, OnnxRecord
 if TYPE_CHECKING:
     from onnx import NodeProto
 
-#: Operators that sum products, and operators that only move numbers.
-SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+#: Operators that read a layer's weight: sums of products and, of a table, its rows; and those that only move numbers.
+SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 MOVES = frozenset(
     {"Pad", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Concat", "Slice", "Cast", "Identity", "Expand"}
 )
@@ -39,7 +39,7 @@ class Cell:
         quantizer: nodes from the float input to the quantized one, in order; empty when the input stays float.
         codes: tensor that holds the whole codes; None when the input stays float, or in QONNX, which has none.
         source: tensor that goes into the quantizer, or into the sum if there is none.
-        total: node that sums.
+        total: node that sums, or looks up.
         output: tensor that leaves the layer.
         facts: numbers by name, as in :func:`nipq.verify.onnx_static.expected_facts`.
     """
@@ -135,7 +135,8 @@ def _stored_behind(file: OnnxFile, name: str) -> str | None:
 
 def _operands(file: OnnxFile, total: NodeProto, layer: str) -> tuple[str, NodeProto]:
     """The tensor that is summed over, and the node that makes the weight from what is stored."""
-    for data, weight in ((0, 1), (1, 0)) if total.op_type == "MatMul" else ((0, 1),):
+    places = {"MatMul": ((0, 1), (1, 0)), "Gather": ((1, 0),)}.get(total.op_type, ((0, 1),))
+    for data, weight in places:
         node = _behind_moves(file, total.input[weight], layer)
         if node is not None and node.input[0] in file.initialisers:
             return total.input[data], node

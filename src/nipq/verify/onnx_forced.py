@@ -17,7 +17,7 @@ from nipq.verify.onnx_file import QONNX_DOMAIN, OnnxFile
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
-_FLOAT = 1
+_FLOAT, _INT64 = 1, 7
 
 #: Any message of the format.
 Message = TypeVar("Message", "ModelProto", "NodeProto")
@@ -77,8 +77,8 @@ def forced(file: OnnxFile, cells: list[Cell]) -> tuple[ModelProto, list[Probe]]:
     model = _copy(file.model)
     nodes, probes = list(model.graph.node), []
     for number, cell in enumerate(cells):
-        given = f"nipq_forced_{number}"
-        model.graph.input.append(helper.make_tensor_value_info(given, _FLOAT, None))
+        given, kind = f"nipq_forced_{number}", _INT64 if cell.total.op_type == "Gather" else _FLOAT
+        model.graph.input.append(helper.make_tensor_value_info(given, kind, None))
         renamed = {cell.source: given}
         at = len(nodes)
         if cell.quantizer:

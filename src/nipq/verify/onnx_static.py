@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from nipq.deploy.modules import Deployed
 from nipq.errors import ConfigError
 from nipq.export.onnx_file import FIXED_BATCH, onnx_bytes, producer, qonnx_bytes
-from nipq.export.portable import PortableLayer, along_channels
+from nipq.export.portable import PortableLayer
+from nipq.nn.kinds import along_channels
 from nipq.trace import ExampleInputs
 from nipq.verify.onnx_cells import Cell
 from nipq.verify.onnx_file import OnnxFile
@@ -93,9 +94,11 @@ def weight_bytes(file: OnnxFile, numbers: Mapping[str, PortableLayer], form: str
     Returns:
         ``(promised, found)``; less is found in a packed file.
     """
-    weights = {weight.data_ptr(): weight for weight in (given.weight for given in numbers.values())}
-    width = [4 if form == "qonnx" else weight.itemsize for weight in weights.values()]
-    promised = sum(size * weight.numel() for size, weight in zip(width, weights.values(), strict=True))
+    weights = [given.weight for given in numbers.values()]
+    if form == "qonnx":  # levels of tied weights differ where their layers' scales were rounded
+        promised = sum(4 * weight.numel() for weight in weights)
+    else:
+        promised = sum(weight.nbytes for weight in {weight.data_ptr(): weight for weight in weights}.values())
     stored = {node.input[0] for node in file.model.graph.node if _makes_weight(file, node.op_type, node.input)}
     found = 0
     for name in stored:

@@ -191,7 +191,8 @@ class OnnxSubject(Subject):
             if done[probe.name] >= len(calls):
                 self._differently(probe.name)
                 return
-            feed[probe.forced] = calls[done[probe.name]].detach().cpu().float().numpy()
+            forced = calls[done[probe.name]].detach().cpu()  # of a table, numbers of rows
+            feed[probe.forced] = (forced.float() if forced.is_floating_point() else forced.long()).numpy()
             done[probe.name] += 1
         for name, evidence in self.evidence.items():
             evidence.calls_differ |= done[name] != len(seen.calls.inputs[name])

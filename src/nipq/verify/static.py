@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
 from nipq.layer_table import LayerRow, layer_table
-from nipq.nn.integer import bias_of, fold, output_channels
+from nipq.nn.integer import bias_of, fold
+from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight
 
 
@@ -82,7 +83,7 @@ def trained_facts(row: LayerRow) -> dict[str, Any]:
 
 def deployed_facts(layer: Deployed) -> dict[str, Any]:
     """The same as :func:`trained_facts`, as the deployed layer holds it."""
-    facts: dict[str, Any] = {"weight bits": layer.weight_bits, "weight codes": layer.weight}
+    facts: dict[str, Any] = {"weight bits": layer.weight_bits, "weight codes": layer.weight_codes}
     if not isinstance(layer, DeployedLayer):
         return facts | {"step of the weight": layer.scale, "bias": layer.offset}
     return facts | {
