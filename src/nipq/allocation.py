@@ -27,7 +27,8 @@ from nipq.analysis.network import LossFn, float_twin, input_samples
 from nipq.bit_programme import least_loss_bits
 from nipq.bit_table import BitTable
 from nipq.budget import Budget, check_feasible
-from nipq.calibrate import SAMPLE_SIZE
+from nipq.calibrate import SAMPLE_SIZE, to_device
+from nipq.distributed import all_or_none, check_same_, from_rank_zero, gather_objects, inner, world_size
 from nipq.errors import ConfigError, OrderError
 from nipq.functional.boundary import noise_optimal_boundary
 from nipq.functional.uniform import quantize
@@ -74,7 +75,8 @@ def allocate_(
 
     Call it after ``prepare_`` and ``calibrate_`` on a trained float network, and calibrate again afterwards: boundaries
     belong to bit-widths. No limit is ever exceeded. Fixed bit-widths stay as they are; a tensor that no limit counts
-    gets its most bits, for they cost nothing.
+    gets its most bits, for they cost nothing. With several ranks each reads its share of the samples, and all compute
+    with all of them.
 
     Paper: not in it; a rival of section 2. Equation and sources in the module's text.
 
@@ -95,13 +97,15 @@ def allocate_(
         OrderError: if the model is not prepared, not calibrated, or a layer was not reached.
         ConfigError: if the loader is empty or yields no targets, or there is but one probe.
         MissingDependencyError: without curvlinops.
+        DistributedError: if ranks hold different models, or one of them failed.
     """
     check_feasible(model, budget)
+    check_same_(model, "allocate_")
     found = sensitivities(model, loader, loss_fn, samples=samples, probes=probes, seed=seed)
     losses = {one.name: np.array(list(one.losses.values())) for one in found}
     table, limits = BitTable(layer_table(model)), budget.limits(model)
     summed = [losses.get(quantizer.name, np.zeros(1)) for quantizer in table.quantizers]
-    return freeze_to_(model, least_loss_bits(table.choices, summed, limits), limits)
+    return freeze_to_(model, from_rank_zero(lambda: least_loss_bits(table.choices, summed, limits)), limits)
 
 
 def sensitivities(
@@ -135,6 +139,7 @@ def sensitivities(
         raise ConfigError(
             f"allocate_: expected 2 probes or more, found {probes}, which have no standard error. Add some."
         )
+    model = inner(model)
     rows = layer_table(model)
     table = BitTable(rows)
     for quantizer in table.quantizers:
@@ -195,12 +200,24 @@ def squared_error(quantizer: TensorQuantizer, values: Tensor, bits: int) -> floa
 
 
 def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[LabelledBatch]:
+    """Batches of all ranks in the order of one process that is given the ranks' batches side by side."""
     found: list[LabelledBatch] = []
-    for batch in loader:
-        found += labelled([batch], device)
-        if sum(one.count for one in found) >= samples:
-            break
-    return found or labelled([], device)  # the latter raises
+    with all_or_none("allocate_"):
+        for batch in loader:
+            found += labelled([batch], device)
+            if sum(one.count for one in found) * world_size() >= samples:
+                break
+        found = found or labelled([], device)  # the latter raises
+    if world_size() == 1:
+        return found
+    host = torch.device("cpu")
+    ranks = gather_objects([_moved(batch, host) for batch in found])
+    return [_moved(batch, device) for step in zip(*ranks, strict=False) for batch in step]
+
+
+def _moved(batch: LabelledBatch, device: torch.device) -> LabelledBatch:
+    targets = None if batch.targets is None else to_device(batch.targets, device)
+    return LabelledBatch(to_device(batch.inputs, device), targets, batch.count)
 
 
 def _activations(network: nn.Module, layers: Mapping[str, nn.Module], inputs: list[ExampleInputs]) -> dict[str, Tensor]:

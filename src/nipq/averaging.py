@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nipq.distributed import like, part
 from nipq.errors import ConfigError
 
 
@@ -19,7 +20,8 @@ class WeightAverage:
     It starts as a copy of the model. Averaged are all floating parameters, boundaries and bit-widths as the raw
     parameters that are trained (so the average of what was inside their ranges stays inside), and the running
     statistics of batch norms. Half-precision parameters are averaged in float32. Parameters that leave the model, such
-    as bit-widths when they are frozen, leave the average; new ones enter with their present value.
+    as bit-widths when they are frozen, leave the average; new ones enter with their present value. Each rank averages
+    its part of sharded parameters; nothing is sent.
 
     Args:
         model: the model.
@@ -47,10 +49,12 @@ class WeightAverage:
         self._average = {
             name: self._average[name] if name in self._average else tensor.clone() for name, tensor in present.items()
         }
-        for name, tensor in present.items():  # the model may have moved to another device
+        for name, tensor in present.items():  # the model may have moved to another device, or been sharded
             if self._average[name].device != tensor.device:
                 self._average[name] = self._average[name].to(tensor.device)
-        torch._foreach_lerp_(list(self._average.values()), list(present.values()), 1 - self.decay)
+            self._average[name] = like(self._average[name], tensor)
+        average, values = ([part(t) for t in group.values()] for group in (self._average, present))
+        torch._foreach_lerp_(average, values, 1 - self.decay)
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -114,4 +118,4 @@ def _copy(values: dict[str, Tensor], model: nn.Module) -> None:
     """Write values into the model's tensors of the same name."""
     for name, tensor in _averaged(model).items():
         if name in values:
-            tensor.copy_(values[name])
+            tensor.copy_(like(values[name], tensor))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nipq.calibrate import inputs_of, to_device
 from nipq.control import set_phase_
+from nipq.distributed import check_same_, gather_objects, inner, is_distributed
 from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import quantizers
 from nipq.phases import Phase
-from nipq.trace import call_model
+from nipq.synced_batchnorm import synced
+from nipq.trace import ExampleInputs, call_model
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -70,12 +73,13 @@ class _Pooled:
     def __init__(self, module: _BatchNorm) -> None:
         self.module = module
         self.count = 0
+        self.ranks = 1.0  # samples of all ranks for each of this one
         self.mean = torch.zeros_like(module.running_mean, dtype=torch.float64)  # type: ignore[arg-type]
         self.squares = torch.zeros_like(self.mean)
 
     def add(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
         """Join one batch, whose statistics the module just stored (its momentum is 1)."""
-        count = args[0].numel() // args[0].shape[1]
+        count = round(args[0].numel() // args[0].shape[1] * self.ranks)
         mean, var = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert var is not None
@@ -92,7 +96,8 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
 
     Every quantizer evaluates its true quantizer, dropout is off, and only batch norms are in training mode, so each one
     sees what the ones before it make of the batch. The batches are pooled exactly: the mean over all values, and their
-    unbiased variance, within and between batches. Modes and phases are restored.
+    unbiased variance, within and between batches. Modes and phases are restored. With several ranks a batch is what all
+    of them give at once, and the rank with the fewest batches says how many are read.
 
     Paper: the batch-norm update, Q15 and Q20 in docs/paper_map.md.
 
@@ -107,6 +112,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
     Raises:
         OrderError: if the model is not prepared.
         ConfigError: if the model has no batch norm with running statistics, or the loader is empty.
+        DistributedError: if ranks hold different models, or one of them is gone.
     """
     owners = quantizers(model)
     found = {
@@ -118,6 +124,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
         raise ConfigError(
             f"{type(model).__name__}: expected a batch norm with running statistics, found none. Leave this call out."
         )
+    check_same_(model, "reestimate_bn_")
     before = {name: (module, _values(module)) for name, module in found.items()}
     momenta = {module: module.momentum for module in found.values()}
     modes = {module: module.training for module in model.modules()}
@@ -133,11 +140,12 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
             statistics.module.momentum = 1.0
             handles.append(statistics.module.register_forward_hook(statistics.add))
         device = next(model.parameters()).device
-        for batch in loader:
-            if batches is not None and read >= batches:
-                break
-            call_model(model, to_device(inputs_of(batch), device))
-            read += 1
+        with synced(model):
+            for inputs, ranks in _common(islice(loader, batches)):
+                for statistics in pooled:
+                    statistics.ranks = ranks
+                call_model(inner(model), to_device(inputs, device))
+                read += 1
         if read == 0:
             raise ConfigError("reestimate_bn_: expected at least one batch, found an empty loader.")
         for statistics in pooled:
@@ -159,6 +167,26 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
             for quantizer, phase in phases.items():
                 quantizer.phase = phase
     return BatchNormUpdate(before, read)
+
+
+def _common(loader: Iterable[Any]) -> Iterator[tuple[ExampleInputs, float]]:
+    """Inputs while every rank has some, and how many samples all ranks have for each of this one."""
+    if not is_distributed():
+        yield from ((inputs_of(batch), 1.0) for batch in loader)
+        return
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        inputs = None if batch is None else inputs_of(batch)
+        sizes = gather_objects(0 if inputs is None else _samples(inputs))
+        if inputs is None or not all(sizes):
+            return
+        yield inputs, sum(sizes) / _samples(inputs)
+
+
+def _samples(inputs: ExampleInputs) -> int:
+    tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values() if isinstance(inputs, Mapping) else inputs
+    return next(len(tensor) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _store(statistics: _Pooled, batches: int) -> None:

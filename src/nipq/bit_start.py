@@ -30,7 +30,16 @@ from nipq.bit_programme import least_loss_bits
 from nipq.bit_table import BitTable
 from nipq.budget import Budget, check_feasible
 from nipq.calibrate import inputs_of, to_device
-from nipq.errors import ConfigError, NonFiniteError, OrderError
+from nipq.distributed import (
+    all_or_none,
+    check_same_,
+    from_rank_zero,
+    gather_objects,
+    inner,
+    rank_seed,
+    reduce_mean_,
+)
+from nipq.errors import ConfigError, DistributedError, NonFiniteError, OrderError
 from nipq.functional.bitwidth import raw_from_bits
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
@@ -50,7 +59,8 @@ def start_bits_(
     """Start the learned bit-widths at the budget, more of them where noise hurts more; see the module's text.
 
     Call it after ``prepare_`` and ``calibrate_``, and calibrate again afterwards: boundaries belong to bit-widths.
-    Modes, phases, weights and batch-norm statistics stay as they are.
+    Modes, phases, weights and batch-norm statistics stay as they are. With several ranks each reads as many batches of
+    its own, with noise of its own, and all end with the same bit-widths: those of the mean.
 
     Args:
         model: a prepared and calibrated model, its bits where ``prepare_`` put them.
@@ -68,8 +78,10 @@ def start_bits_(
         OrderError: if the model is not prepared or not calibrated.
         ConfigError: if the loader is empty or yields no targets.
         NonFiniteError: if a gradient is not finite.
+        DistributedError: if ranks hold different models or read different numbers of batches, or one of them failed.
     """
     check_feasible(model, budget)
+    check_same_(model, "start_bits_")
     table = BitTable(layer_table(model))
     learned = [quantizer for quantizer in table.quantizers if not quantizer.is_frozen]
     if not learned:
@@ -79,9 +91,8 @@ def start_bits_(
     for quantizer, allowed in zip(table.quantizers, table.choices, strict=True):
         loss, former = losses.get(quantizer.name, 0.0), float(quantizer.bits.detach())
         rows.append(np.array([loss * 4.0 ** (former - bits) for bits in allowed]))
-    for quantizer, bits in zip(
-        table.quantizers, least_loss_bits(table.choices, rows, budget.limits(model)), strict=True
-    ):
+    chosen = from_rank_zero(lambda: least_loss_bits(table.choices, rows, budget.limits(model)))
+    for quantizer, bits in zip(table.quantizers, chosen, strict=True):
         if not quantizer.is_frozen:
             low, high = quantizer.bit_range.low, quantizer.bit_range.high
             start = torch.tensor(min(max(bits, low + MARGIN), high - MARGIN))
@@ -117,33 +128,53 @@ def noise_losses(
     Raises:
         As :func:`start_bits_`, but for the budget.
     """
-    device = next(model.parameters()).device
-    found: dict[str, list[float]] = {quantizer.name: [] for quantizer in quantizers}
+    found: list[list[float]] = []
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()  # batch norms evaluate, so that their statistics stay
-        for number, batch in enumerate(islice(loader, batches)):
-            if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-                raise ConfigError("start_bits_: expected batches (inputs, targets), found one without targets.")
-            inputs, targets = to_device(inputs_of(batch), device), to_device(batch[1], device)
-            totals = dict.fromkeys(found, 0.0)
-            for sign in (1.0, -1.0):
-                with _probed(quantizers, sign, seed + number) as bits:
-                    loss = loss_fn(call_model(model, inputs), targets)
-                    slopes = torch.autograd.grad(loss, list(bits.values()), materialize_grads=True)
-                for name, slope in zip(bits, slopes, strict=True):
-                    totals[name] -= float(slope) / (4 * math.log(2))
-            for name, total in totals.items():
-                found[name].append(total)
+        with all_or_none("start_bits_"):
+            for number, batch in enumerate(islice(loader, batches)):
+                found.append(_slopes(inner(model), quantizers, batch, loss_fn, rank_seed(seed + number)))
+            if not found:
+                raise ConfigError("start_bits_: expected batches, found an empty loader. Give one that yields some.")
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return {name: _charge(name, values) for name, values in found.items()}
+    counts = gather_objects(len(found))
+    if len(set(counts)) > 1:
+        raise DistributedError(
+            f"start_bits_: expected as many batches on every rank, found {counts}. Pass batches={min(counts)}."
+        )
+    means = torch.tensor(found, dtype=torch.float64)
+    reduce_mean_([means])
+    columns = (-means / (4 * math.log(2))).T.tolist()
+    return {
+        quantizer.name: _charge(quantizer.name, values) for quantizer, values in zip(quantizers, columns, strict=True)
+    }
+
+
+def _slopes(
+    model: nn.Module,
+    quantizers: list[TensorQuantizer],
+    batch: Any,  # noqa: ANN401 -- whatever a loader yields
+    loss_fn: LossFn,
+    seed: int,
+) -> list[float]:
+    """Slope of the loss in each quantizer's bits on one batch, summed over noise of both signs."""
+    if not isinstance(batch, (tuple, list)) or len(batch) < 2:
+        raise ConfigError("start_bits_: expected batches (inputs, targets), found one without targets.")
+    device = next(model.parameters()).device
+    inputs, targets = to_device(inputs_of(batch), device), to_device(batch[1], device)
+    totals = [0.0] * len(quantizers)
+    for sign in (1.0, -1.0):
+        with _probed(quantizers, sign, seed) as bits:
+            loss = loss_fn(call_model(model, inputs), targets)
+            slopes = torch.autograd.grad(loss, list(bits.values()), materialize_grads=True)
+        totals = [total + float(slope) for total, slope in zip(totals, slopes, strict=True)]
+    return totals
 
 
 def _charge(name: str, values: list[float]) -> float:
-    if not values:
-        raise ConfigError("start_bits_: expected batches, found an empty loader. Give one that yields some.")
     if not np.isfinite(values).all():
         raise NonFiniteError(f"{name}: expected finite gradients under noise, found NaN or infinity. Check the model.")
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0

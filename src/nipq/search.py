@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from nipq.bit_table import BitTable
 from nipq.budget import Budget, check_feasible
 from nipq.controller import PriceController
+from nipq.distributed import check_same_
 from nipq.errors import ConfigError
 from nipq.functional.cost import cost
 from nipq.layer_table import layer_table
@@ -42,6 +43,9 @@ class Search:
     the stochastic draw; with ``mode="bound"`` only what is above the limit counts. Either way the search comes near
     the budget and ``nipq.freeze_bits_(model, search.budget)`` then keeps it exactly.
 
+    With several ranks nothing is sent: all compute the same prices from the same bit-widths. The model may be wrapped
+    before or after; the penalty is added outside of the wrapper.
+
     Paper: the published penalty without its faults B3 and B4.
 
     Args:
@@ -61,6 +65,7 @@ class Search:
         OrderError: if the model is not prepared, or the optimizer was built before it was.
         ConfigError: if a setting is out of range.
         NonFiniteError: if a bit-width is not finite.
+        DistributedError: if ranks hold different models.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class Search:
         self.feasible = check_feasible(model, budget)
         if optimizer is not None:
             check_optimizer(model, optimizer)
+        check_same_(model, "Search")
         self.kind = penalty
         self._limits = budget.limits(model)
         self._table = BitTable(layer_table(model))

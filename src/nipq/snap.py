@@ -23,6 +23,7 @@ from torch import nn
 from nipq.bit_programme import Choices, least_loss_bits, prices
 from nipq.bit_table import BitTable
 from nipq.budget import Budget, check_feasible
+from nipq.distributed import check_same_, from_rank_zero
 from nipq.layer_table import layer_table
 from nipq.limit import Limit, LimitCost, limit_cost
 
@@ -58,7 +59,8 @@ def freeze_bits_(model: nn.Module, budget: Budget | None = None) -> Assignment:
     """Turn learned bit-widths into whole numbers that no optimizer moves any more, within the budget.
 
     No limit is ever exceeded, one with ``mode="target"`` included. Fixed bit-widths stay as they are; a shared weight
-    is decided once. Without a budget every bit-width becomes the nearest allowed one.
+    is decided once. Without a budget every bit-width becomes the nearest allowed one. With several ranks the first one
+    decides for all, once it is certain that all hold the same parameters.
 
     Args:
         model: a prepared model.
@@ -71,17 +73,19 @@ def freeze_bits_(model: nn.Module, budget: Budget | None = None) -> Assignment:
         BudgetError: if no allowed bit-widths keep the budget, naming the range.
         OrderError: if the model is not prepared.
         NonFiniteError: if a bit-width is not finite.
+        DistributedError: if ranks hold different models.
     """
     table = BitTable(layer_table(model))
     soft = table.bits().detach()
     table.check_finite(soft)
+    check_same_(model, "freeze_bits_")
     limits: list[Limit] = []
     if budget is None:
         bits = [int(choice) for choice in table.round(soft).tolist()]
     else:
         check_feasible(model, budget)
         limits = budget.limits(model)
-        bits = assign(table.choices, soft.cpu().numpy(), limits)
+        bits = from_rank_zero(lambda: assign(table.choices, soft.cpu().numpy(), limits))
     return freeze_to_(model, bits, limits)
 
 

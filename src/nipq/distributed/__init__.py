@@ -7,13 +7,23 @@ them in the same order.
 
 from __future__ import annotations
 
-from nipq.distributed.numbers import broadcast_, gather_samples, is_sharded, part, reduce_mean_, reduce_sum_, whole
+from nipq.distributed.numbers import (
+    broadcast_,
+    gather_samples,
+    is_sharded,
+    like,
+    part,
+    reduce_mean_,
+    reduce_sum_,
+    whole,
+)
 from nipq.distributed.ranks import (
     all_or_none,
     all_present,
     barrier,
     from_rank_zero,
     gather_objects,
+    inner,
     is_distributed,
     rank,
     rank_seed,
@@ -30,8 +40,10 @@ __all__ = [
     "from_rank_zero",
     "gather_objects",
     "gather_samples",
+    "inner",
     "is_distributed",
     "is_sharded",
+    "like",
     "part",
     "rank",
     "rank_seed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Iterable
 
@@ -25,6 +26,20 @@ def whole(tensor: Tensor) -> Tensor:
 def part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, in the same memory; any other tensor itself."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def like(tensor: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor sharded as another one is; itself where that is not sharded, or it is already.
+
+    Args:
+        tensor: the same on every rank.
+        other: of the same shape.
+    """
+    if not is_sharded(other) or is_sharded(tensor):
+        return tensor
+    tensors = importlib.import_module("torch.distributed.tensor")  # here alone, for it takes long
+    sharded: Tensor = tensors.distribute_tensor(tensor, other.device_mesh, other.placements)  # type: ignore[attr-defined]
+    return sharded
 
 
 def reduce_sum_(tensors: Iterable[Tensor]) -> None:

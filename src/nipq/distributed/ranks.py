@@ -9,6 +9,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
+from torch import nn
 
 from nipq.errors import DistributedError, NipqError
 
@@ -31,6 +32,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if _initialised() else 1
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The model inside ``DistributedDataParallel``, whose forward sends no messages; any other model itself."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def rank_seed(seed: int) -> int:

@@ -1,0 +1,129 @@
+"""Prepared models under FSDP2: weights are sharded, the few numbers of the quantizers stay whole on every rank.
+
+A boundary or a bit-width is one number. Sharding it over ranks would leave it on one of them, and the price of bits,
+the freeze and every report would have to fetch thousands of single numbers. So quantizers' parameters are not sharded,
+and their gradients are averaged over ranks by one message at the end of every backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.fsdp import fully_shard
+
+from nipq.distributed import is_sharded, reduce_mean_
+from nipq.errors import DistributedError
+from nipq.nn.quantizer import TensorQuantizer
+
+
+def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Boundaries, bit-widths and offsets: what ``fully_shard`` is to leave alone, as ``ignored_params``."""
+    return list(dict.fromkeys(_parameters(_owners(model))))
+
+
+def shard_(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **settings: Any) -> nn.Module:  # noqa: ANN401
+    """``fully_shard`` a model for training, and average the gradients of its quantizers.
+
+    Call it on a prepared and calibrated model (a float one is sharded as usual), then build the optimizer. Bits may be
+    frozen afterwards; ``nipq.Search``, ``nipq.WeightAverage``, ``nipq.calibrate_`` and ``nipq.reestimate_bn_`` work on
+    the sharded model, ``nipq.start_bits_`` and ``nipq.allocate_`` go before. Deploy from the full state dict.
+
+    Args:
+        model: the model; its parameters become ``DTensor`` in place.
+        blocks: parts whose weights are gathered together; the items of its containers if left out.
+        **settings: of ``torch.distributed.fsdp.fully_shard``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        DistributedError: without a process group.
+    """
+    if not torch.distributed.is_initialized():
+        raise DistributedError(
+            "shard_: expected a process group, found none. Start the program with torchrun or accelerate launch and "
+            "call torch.distributed.init_process_group first."
+        )
+    check_whole(model, "shard_")
+    # Gathered weights are given back after every forward, the root's as well: who looks at a parameter between steps
+    # (weight averages, checkpoints) then sees the same tensor every time.
+    given: dict[str, Any] = {
+        "reshard_after_forward": True,
+        "ignored_params": set(quantizer_parameters(model)),
+    } | settings
+    for block in _blocks(model) if blocks is None else blocks:
+        fully_shard(block, **given)
+    fully_shard(model, **given)
+    average_gradients_(model)
+    return model
+
+
+def average_gradients_(model: nn.Module) -> None:
+    """Average the gradients of quantizers over ranks at the end of every backward pass, in one message.
+
+    For models that ``fully_shard`` was called on with ``ignored_params=set(quantizer_parameters(model))``. With
+    accumulated gradients what was averaged before stays what it is, so the sum is the average of sums.
+
+    Args:
+        model: the sharded model.
+    """
+    owners = list(_owners(model))
+    queued: list[bool] = []
+
+    def finish() -> None:
+        queued.clear()
+        learned = [parameter for parameter in _parameters(owners) if parameter.requires_grad]
+        for parameter in learned:
+            if parameter.grad is None:  # not reached on this rank, perhaps on another
+                parameter.grad = torch.zeros_like(parameter)
+        reduce_mean_([parameter.grad for parameter in learned if parameter.grad is not None])
+
+    def queue(_parameter: Tensor) -> None:
+        if not queued:
+            queued.append(True)
+            Variable._execution_engine.queue_callback(finish)  # as FSDP itself does
+
+    for parameter in _parameters(owners):
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]
+
+
+def check_whole(model: nn.Module, what: str) -> None:
+    """Refuse quantizers whose parameters were sharded.
+
+    Args:
+        model: a prepared model, or any other.
+        what: who asks, for the message.
+
+    Raises:
+        DistributedError: naming the first such quantizer.
+    """
+    for owner in _owners(model):
+        if any(is_sharded(parameter) for parameter in owner.parameters()):
+            raise DistributedError(
+                f"{what}: expected {owner.name} to have its boundary and bit-width whole, found them sharded. Shard "
+                "with nipq.sharding.shard_, or give fully_shard ignored_params=set(quantizer_parameters(model))."
+            )
+
+
+def _owners(model: nn.Module) -> Iterator[TensorQuantizer]:
+    return (module for module in model.modules() if isinstance(module, TensorQuantizer))
+
+
+def _parameters(owners: Iterable[TensorQuantizer]) -> Iterator[nn.Parameter]:
+    return (parameter for owner in owners for parameter in owner.parameters())
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The parts of a model's containers that hold layers, innermost containers first."""
+    found: list[nn.Module] = []
+    for module in model.children():
+        if isinstance(module, (nn.Sequential, nn.ModuleList)):
+            found += [block for block in module if any(True for _ in block.children())]
+        else:
+            found += _blocks(module)
+    return list(dict.fromkeys(found))

@@ -1,0 +1,301 @@
+"""Steps that all ranks take together give what one process gives for the same global batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import nipq
+from nipq import bit_start
+from nipq.distributed import rank, world_size
+from nipq.errors import ConfigError, DistributedError
+from nipq.layer_table import quantizers
+from nipq.synced_batchnorm import sync_, synced, unsync_
+from tests.distributed.models import batches, loss_of, net, own, prepared, state
+from tests.distributed.ranks import Ranks
+
+BUDGET = nipq.AverageBits(weights=4, activations=4)
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Equal to the bit."""
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(
+            second[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+def calibrated(count: int = 4) -> dict[str, Tensor]:
+    model = prepared(calibrated=False)
+    nipq.calibrate_(model, own(batches(count)), batches=count)
+    return state(model)
+
+
+def test_calibration_is_that_of_one_process(ranks: Ranks) -> None:
+    first, second = ranks(calibrated)
+    same(first, second)
+    close(calibrated(), first, 1e-6)
+
+
+def test_calibration_takes_the_sample_that_one_process_takes(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few values of each input are kept, so that another choice of them would show."""
+    first, _ = ranks(sparsely)
+    monkeypatch.setattr("nipq.calibrate.SAMPLE_SIZE", 64)
+    close(calibrated(), first, 1e-6)
+
+
+def sparsely() -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nipq.calibrate.SAMPLE_SIZE", 64)
+        return calibrated()
+
+
+def own_data() -> dict[str, Tensor]:
+    model = prepared(calibrated=False)
+    nipq.calibrate_(model, [x * (1 + rank()) for x, _ in batches(2 + rank(), seed=rank())], batches=3)
+    return state(model)
+
+
+def test_ranks_with_data_of_their_own_still_agree(ranks: Ranks) -> None:
+    same(*ranks(own_data))
+
+
+def unlucky() -> None:
+    model = prepared(calibrated=False)
+    nipq.calibrate_(model, own(batches(2)) if rank() == 0 else [])
+
+
+def test_an_empty_loader_on_one_rank_ends_calibration_on_all(ranks: Ranks) -> None:
+    first, second = ranks.outcomes(unlucky)
+    assert isinstance(second[1], ConfigError)
+    assert isinstance(first[1], DistributedError)
+    assert "calibrate_: expected every rank to succeed, found that rank 1 did not: calibrate_: expected at" in str(
+        first[1]
+    )
+
+
+def different(step: str) -> None:
+    model = prepared()
+    with torch.no_grad():
+        model[0].bias.add_(rank())
+    if step == "calibrate":
+        nipq.calibrate_(model, own(batches(1)))
+    elif step == "search":
+        nipq.Search(model, BUDGET, 10)
+    elif step == "freeze":
+        nipq.freeze_bits_(model, BUDGET)
+    elif step == "batch norm":
+        nipq.reestimate_bn_(model, own(batches(1)))
+    elif step == "start":
+        nipq.start_bits_(model, own(batches(1)), cross_entropy, BUDGET)
+    else:
+        nipq.allocate_(model, own(batches(1)), cross_entropy, BUDGET)
+
+
+@pytest.mark.parametrize("step", ["calibrate", "search", "freeze", "batch norm", "start", "allocate"])
+def test_every_step_refuses_ranks_with_different_models(ranks: Ranks, step: str) -> None:
+    for kind, error in ranks.outcomes(different, step):
+        assert kind == "error"
+        assert isinstance(error, DistributedError)
+        assert "found that the numbers in 0.bias differ between rank 0 and rank 1" in str(error)
+
+
+# ---------------------------------------------------------------------- batch norms
+
+
+def reestimated() -> dict[str, Tensor]:
+    model = prepared()
+    nipq.reestimate_bn_(model, own(batches(5, seed=3)), 4)
+    return state(model)
+
+
+def test_batch_norms_are_reestimated_as_by_one_process(ranks: Ranks) -> None:
+    first, second = ranks(reestimated)
+    same(first, second)
+    close(reestimated(), first, 1e-5)
+    assert first["1.num_batches_tracked"].item() == 4
+
+
+def uneven() -> dict[str, Tensor]:
+    model = prepared()
+    nipq.reestimate_bn_(model, own(batches(5, seed=3))[: 5 - rank()])
+    return state(model)
+
+
+def test_the_rank_with_the_fewest_batches_decides(ranks: Ranks) -> None:
+    first, second = ranks(uneven)
+    same(first, second)
+    assert first["1.num_batches_tracked"].item() == 4
+
+
+def trained_forward(sizes: tuple[int, int] = (8, 8)) -> dict[str, Any]:
+    """Gradients of a float net with synchronised batch norms, averaged over samples, and its statistics."""
+    model = net().train()
+    sync_(model)
+    (x, y), start = batches(1)[0], sizes[0] * rank()
+    part = slice(start, start + sizes[rank()]) if world_size() > 1 else slice(None)
+    cross_entropy(model(x[part]), y[part], reduction="sum").backward()
+    gradients = [p.grad for p in model.parameters()]
+    nipq.distributed.reduce_sum_(gradients)
+    found = {name: p.grad for name, p in model.named_parameters()}
+    unsync_(model)
+    assert not any("forward" in module.__dict__ for module in model)
+    return found | {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+
+@pytest.mark.parametrize("sizes", [(8, 8), (12, 4)])
+def test_synchronised_batch_norms_train_as_in_one_process(ranks: Ranks, sizes: tuple[int, int]) -> None:
+    first, second = ranks(trained_forward, sizes)
+    same(first, second)
+    close(trained_forward(), first, 1e-5)
+
+
+def test_without_ranks_batch_norms_are_left_alone() -> None:
+    model = net()
+    with synced(model):
+        assert not any("forward" in module.__dict__ for module in model)
+
+
+def in_evaluation() -> tuple[Tensor, Tensor]:
+    model = net().eval()
+    x = torch.randn(4, 3, 6, 6)
+    before = model(x)
+    with synced(model):
+        return before, model(x)
+
+
+def test_in_evaluation_a_synchronised_batch_norm_is_an_ordinary_one(ranks: Ranks) -> None:
+    for before, after in ranks(in_evaluation):
+        assert torch.equal(before, after)
+
+
+# ---------------------------------------------------------------------- bits
+
+
+def frozen(wrapped: bool = False) -> dict[str, Any]:
+    model = prepared()
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for quantizer in quantizers(model):
+            if not quantizer.is_frozen:
+                quantizer.bit_raw.normal_()
+    given = nn.parallel.DistributedDataParallel(model) if wrapped else model
+    found = nipq.freeze_bits_(given, BUDGET)
+    return found.bits if not wrapped else {name.removeprefix("module."): bits for name, bits in found.bits.items()}
+
+
+def test_bits_are_frozen_alike_and_as_in_one_process(ranks: Ranks) -> None:
+    expected = frozen()
+    assert ranks(frozen) == [expected, expected]
+    assert ranks(frozen, True) == [expected, expected]
+
+
+def out_of_reach() -> None:
+    nipq.freeze_bits_(prepared(), nipq.AverageBits(weights=1.5))
+
+
+def test_a_budget_out_of_reach_is_an_error_on_every_rank(ranks: Ranks) -> None:
+    for kind, error in ranks.outcomes(out_of_reach):
+        assert kind == "error"
+        assert isinstance(error, nipq.BudgetError)
+
+
+def started(count: int = 0) -> tuple[dict[str, float], dict[str, Tensor]]:
+    model = prepared()
+    given = own(batches(16))
+    losses = nipq.start_bits_(model, given[: len(given) - count * rank()], cross_entropy, BUDGET)
+    return losses, state(model)
+
+
+def seeds() -> list[int]:
+    return [nipq.distributed.rank_seed(seed) for seed in range(16)]
+
+
+def test_bits_start_where_the_mean_over_ranks_says(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that gives each half of a batch the noise of its rank comes to the same losses and bits."""
+    first, second = ranks(started)
+    assert first[0] == second[0]
+    same(first[1], second[1])
+    slopes, theirs = bit_start._slopes, ranks(seeds)[1]
+
+    def by_halves(model: nn.Module, quantizers: Any, batch: Any, loss_fn: Any, seed: int) -> list[float]:
+        halves = ((slice(0, 8), seed), (slice(8, 16), theirs[seed]))
+        found = [slopes(model, quantizers, (batch[0][part], batch[1][part]), loss_fn, own) for part, own in halves]
+        return [(a + b) / 2 for a, b in zip(*found, strict=True)]
+
+    monkeypatch.setattr(bit_start, "_slopes", by_halves)
+    losses, ended = started()
+    assert first[0] == pytest.approx(losses, rel=1e-4)
+    close(ended, first[1], 1e-5)
+
+
+def test_different_numbers_of_batches_are_named(ranks: Ranks) -> None:
+    for _, error in ranks.outcomes(started, 3):
+        assert isinstance(error, DistributedError)
+        assert "start_bits_: expected as many batches on every rank, found [16, 13]. Pass batches=13." in str(error)
+
+
+def allocated() -> dict[str, int]:
+    model = prepared()
+    return nipq.allocate_(model, own(batches(4)), cross_entropy, BUDGET, samples=48, probes=4).bits
+
+
+def test_allocation_is_that_of_one_process(ranks: Ranks) -> None:
+    pytest.importorskip("curvlinops")
+    expected = allocated()
+    assert ranks(allocated) == [expected, expected]
+
+
+# ---------------------------------------------------------------------- in a loop
+
+
+def trained(steps: int) -> dict[str, Any]:
+    """A search under DDP with an average of weights, each rank with noise of its own, then a freeze."""
+    model = prepared()
+    search = nipq.Search(model, BUDGET, steps)
+    wrapped = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
+    optimizer = torch.optim.SGD(nipq.param_groups(wrapped, lr=0.05), momentum=0.9)
+    average = nipq.WeightAverage(model, 0.9)
+    watch = nipq.Oscillations(model, steps, freeze=0.05)
+    torch.manual_seed(nipq.distributed.rank_seed(3))
+    noise = torch.get_rng_state().sum().item()
+    given = own(batches(8))
+    for step in range(steps):
+        loss = loss_of(wrapped, given[step % 8]) + search.penalty()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        search.step()
+        watch.step()
+        average.update(model)
+    learned = {name: p.detach().clone() for name, p in model.named_parameters()}
+    kept = copy.deepcopy(average.state_dict()["average"])
+    prices = search.state_dict()["controller"]
+    nipq.freeze_bits_(model, search.budget)
+    bits = {quantizer.name: quantizer.bits_rounded for quantizer in quantizers(model)}
+    parameters = {name: value for name, value in kept.items() if "running" not in name}
+    return {"learned": learned, "average": parameters, "prices": prices, "bits": bits, "noise": noise}
+
+
+def test_a_search_under_ddp_keeps_ranks_alike_with_noise_of_their_own(ranks: Ranks) -> None:
+    first, second = ranks(trained, 12)
+    for part in ("learned", "average", "prices"):
+        same(first[part], second[part])
+    assert first["bits"] == second["bits"]
+    assert first["noise"] != second["noise"]
+    again = ranks(trained, 12)[1]
+    same(again["learned"], second["learned"])
