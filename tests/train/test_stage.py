@@ -16,6 +16,7 @@ from nipq.phases import Phase
 from nipq.train import stage
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
+from nipq.train.passage import calibrate
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
 from nipq.train.schedule import tempering_share
@@ -173,7 +174,7 @@ def test_bits_from_curvature_keep_the_budget_and_are_calibrated(make_config: Mak
     assert trainer.budget is not None
     assert all(limit.rounded <= limit.target for limit in costs(trainer.model, trainer.budget))
     alphas = [q.alpha.detach().clone() for q in found]
-    trainer._calibrate()
+    calibrate(trainer)
     assert all(torch.equal(q.alpha, alpha) for q, alpha in zip(found, alphas, strict=True))
 
 
@@ -187,7 +188,7 @@ def test_a_start_from_noise_is_near_the_budget_learned_and_calibrated(make_confi
     # Starts stay a quarter of a bit off the ends of the range, which may cost as much on average.
     assert all(abs(limit.soft / limit.target - 1) < 0.25 / 4 for limit in costs(trainer.model, trainer.budget))
     alphas = [q.alpha.detach().clone() for q in found]
-    trainer._calibrate()
+    calibrate(trainer)
     assert all(torch.equal(q.alpha, alpha) for q, alpha in zip(found, alphas, strict=True))
 
 

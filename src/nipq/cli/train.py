@@ -9,6 +9,7 @@ from rich.console import Console
 from nipq.cli.output import answer
 from nipq.cli.results import results_table
 from nipq.train.config_file import load_config, parse_overrides
+from nipq.train.parallel import is_first
 from nipq.train.pipeline import run
 
 
@@ -44,6 +45,8 @@ def run_train(
     if target is not None:
         overrides["quantization.target"] = target
     results = run(load_config(config, overrides), folder, resume=resume, quiet=quiet)
+    if not is_first():
+        return bool(results["verified"])
     if as_json:
         answer({"run": str(folder), **results}, ok=results["verified"])
     else:

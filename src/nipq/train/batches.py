@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nipq.errors import ConfigError
 from nipq.train.nested import Nested, count_of, pick
 from nipq.train.seeds import seed_of
 
@@ -50,6 +51,76 @@ class Split(ABC):
         Returns:
             An iterator over inputs and targets.
         """
+
+    def part(self, index: int, parts: int) -> Split:
+        """What one of several processes trains on: an equal slice of every training batch.
+
+        Args:
+            index: Which process, from 0.
+            parts: How many there are.
+
+        Returns:
+            The slices; evaluation batches stay whole. A split that can do so should not load the rest.
+        """
+        return Part(self, index, parts)
+
+
+class Part(Split):
+    """Slices of another split's training batches, in its order and with its augmentation.
+
+    Args:
+        split: The split.
+        index: Which slice, from 0.
+        parts: How many there are.
+    """
+
+    def __init__(self, split: Split, index: int, parts: int) -> None:
+        """Keep the split."""
+        self.split = split
+        self.index = index
+        self.parts = parts
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Evaluation batches, whole."""
+        return iter(self.split)
+
+    def __len__(self) -> int:
+        """Number of training batches in an epoch."""
+        return len(self.split)
+
+    def epoch(self, key: int, start: int = 0) -> Iterator[Batch]:
+        """This slice of the training batches.
+
+        Raises:
+            ConfigError: If a batch cannot be divided.
+        """
+        for inputs, targets in self.split.epoch(key, start):
+            samples = slice_of(count_of(inputs), self.index, self.parts)
+            yield pick(inputs, samples), pick(targets, samples)
+
+
+def slice_of(count: int, index: int, parts: int) -> slice:
+    """One of several equal slices of a batch.
+
+    Args:
+        count: Samples of the batch.
+        index: Which slice, from 0.
+        parts: How many there are.
+
+    Raises:
+        ConfigError: If the batch cannot be divided.
+
+    Example:
+        >>> slice_of(6, 1, 2)
+        slice(3, 6, None)
+    """
+    if count % parts:
+        raise ConfigError(
+            f"expected training batches that {parts} processes can share equally, found one of {count} samples; "
+            f"choose a data.batch_size divisible by {parts} and no larger than the training data, or fewer processes"
+        )
+    size = count // parts
+    return slice(index * size, (index + 1) * size)
 
 
 @dataclass(frozen=True)

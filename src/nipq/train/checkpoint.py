@@ -1,14 +1,27 @@
-"""Checkpoints: written whole or not at all, read without running anything stored in them."""
+"""Checkpoints: written whole or not at all, read without running anything stored in them.
+
+Where processes hold parts of tensors, the parts lie in a folder beside the file, written by all of them at once
+through ``torch.distributed.checkpoint``; the file names the folder, so it is the file that makes a checkpoint valid. A
+folder is named anew every time and goes when the next file is there. Any number of processes can read it, one as well.
+(Its index is a pickle of torch's, so a run folder with shards has to be one's own.)
+"""
 
 from __future__ import annotations
 
+import shutil
+import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
+from nipq.distributed import all_or_none, all_present, from_rank_zero, is_sharded, rank, whole
 from nipq.errors import FileFormatError
 from nipq.files import written_whole
 
@@ -62,10 +75,25 @@ class Checkpoint:
     oscillation: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
-        """Write the file; a kill leaves the old or the new one."""
-        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "progress"}
-        with written_whole(path) as temporary:
-            torch.save({"format": FORMAT, "version": VERSION, "progress": asdict(self.progress), **content}, temporary)
+        """Write the file; a kill leaves the old or the new one. All processes call it, the first one writes.
+
+        Args:
+            path: The file.
+        """
+        parts: dict[str, Tensor] = {}
+        content = {f.name: _apart(getattr(self, f.name), f.name, parts) for f in fields(self) if f.name != "progress"}
+        content |= {"format": FORMAT, "version": VERSION, "progress": asdict(self.progress), "shards": None}
+        if parts:
+            content["shards"] = from_rank_zero(lambda: f"{path.stem}-{uuid4().hex}.shards")
+            with all_present("writing a checkpoint"):
+                save(parts, checkpoint_id=path.with_name(content["shards"]))
+        with all_or_none("writing a checkpoint"):
+            if rank() == 0:
+                with written_whole(path) as temporary:
+                    torch.save(content, temporary)
+                for folder in path.parent.glob(f"{path.stem}-*.shards"):
+                    if folder.name != content["shards"]:
+                        shutil.rmtree(folder, ignore_errors=True)
 
     @classmethod
     def load(cls, path: Path) -> Checkpoint:
@@ -100,6 +128,52 @@ class Checkpoint:
         try:
             kept = {key: content[key] for key in ("model", "optimizers", "search", "average")}
             kept["oscillation"] = content.get("oscillation")  # older files have none
+            if content.get("shards") is not None:
+                kept = _joined(kept, path.with_name(content["shards"]))
             return cls(progress=Progress(**content["progress"]), **kept)
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"the checkpoint {path} lacks entries ({error}); start a new folder") from error
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, of which each process may hold a part, on the CPU; all processes call it."""
+    return {name: whole(tensor.detach()).cpu() for name, tensor in model.state_dict().items()}
+
+
+def _apart(tree: Any, name: str, parts: dict[str, Tensor]) -> Any:  # noqa: ANN401
+    """The tree with every sharded tensor replaced by where to find it; the tensors themselves go to ``parts``."""
+    if isinstance(tree, dict):
+        return {key: _apart(value, f"{name}/{key}", parts) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_apart(value, f"{name}/{place}", parts) for place, value in enumerate(tree)]
+    if isinstance(tree, Tensor) and is_sharded(tree):
+        parts[name] = tree.detach()
+        return {"shard": name, "shape": list(tree.shape), "dtype": str(tree.dtype).removeprefix("torch.")}
+    return tree
+
+
+def _joined(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree with all tensors in it, whole."""
+    tensors: dict[str, Tensor] = {}
+    found: dict[str, Any] = _filled(tree, lambda entry: tensors.setdefault(entry["shard"], _empty(entry)))
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # this process reads alone
+            load(tensors, checkpoint_id=folder, no_dist=True)
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise FileFormatError(
+            f"expected the shards of a checkpoint in {folder}, could not read them ({reason}); restore the folder or "
+            "start a new one"
+        ) from error
+    return found
+
+
+def _filled(tree: Any, read: Callable[[dict[str, Any]], Tensor]) -> Any:  # noqa: ANN401
+    if isinstance(tree, dict):
+        return read(tree) if "shard" in tree else {key: _filled(value, read) for key, value in tree.items()}
+    return [_filled(value, read) for value in tree] if isinstance(tree, list) else tree
+
+
+def _empty(entry: dict[str, Any]) -> Tensor:
+    return torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))

@@ -64,13 +64,13 @@ class Classification(Task):
         for outputs, labels in predictions(model, batches):
             logits = outputs.float()
             loss += float(cross_entropy(logits, labels, reduction="sum"))
-            total += self.batch_total(logits, labels)
+            total += float(self.batch_total(logits, labels))
             count += len(labels)
         return {"loss": loss / count, "accuracy": total / count, "count": count}
 
-    def batch_total(self, outputs: Tensor, targets: Tensor) -> float:
+    def batch_total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """100 for every right answer."""
-        return 100.0 * int((outputs.argmax(-1) == targets).sum())
+        return 100.0 * (outputs.argmax(-1) == targets).sum().double()
 
     def check(self, outputs: Any, data: Sources) -> None:  # noqa: ANN401 - whatever the model returns
         """Refuse a model with fewer logits than there are classes."""

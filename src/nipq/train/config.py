@@ -44,7 +44,7 @@ class DataConfig(Settings):
             seed; it returns :class:`~nipq.train.batches.Sources`.
         kwargs: Settings of its own that the factory may read.
         path: The folder, for the kinds that need one.
-        batch_size: Images per training step.
+        batch_size: Images per training step, of all processes together.
         eval_batch_size: Images per evaluation batch.
         workers: Loader processes (``image_folder`` only), at most as many as there are cores.
         image_size: Side of the square crop in pixels (``image_folder`` only; the shorter side is first resized to
@@ -198,6 +198,20 @@ class TeacherConfig(ModelConfig):
     temperature: float = Field(default=1.0, gt=0)
 
 
+class ParallelConfig(Settings):
+    """What several processes do with a run; without effect on a single one.
+
+    Attributes:
+        strategy: ``ddp`` keeps the whole model on every rank; ``fsdp`` shards it while a stage trains.
+        sync_batchnorm: Batch norms see the batches of all ranks, as in one process.
+        timeout: Minutes that a rank waits for the others.
+    """
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    sync_batchnorm: bool = True
+    timeout: float = Field(default=30.0, gt=0)
+
+
 class TrainConfig(Settings):
     """Everything a run depends on; the same config and seed give the same numbers on the same machine.
 
@@ -225,6 +239,7 @@ class TrainConfig(Settings):
         calibration_batches: Batches that set the first boundaries.
         verify_batches: Test batches on which the deployed model is compared with the trained one.
         label_smoothing: Of the cross entropy.
+        parallel: What several processes do, see :class:`ParallelConfig`.
         amp: ``bf16`` runs the training forward in mixed precision.
         channels_last: Memory layout of model and images.
         device: ``auto`` takes CUDA when there is one.
@@ -253,6 +268,7 @@ class TrainConfig(Settings):
     calibration_batches: int = Field(default=8, ge=1)
     verify_batches: int = Field(default=4, ge=1)
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    parallel: ParallelConfig = ParallelConfig()
     amp: Literal["bf16"] | None = None
     channels_last: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -265,6 +281,15 @@ class TrainConfig(Settings):
     def _method(cls, fields: Any) -> Any:  # noqa: ANN401 - whatever is to become a config
         """Put the settings of the method under the given ones."""
         return with_method(fields) if isinstance(fields, Mapping) else fields
+
+    @model_validator(mode="after")
+    def _shardable(self) -> Self:
+        if self.parallel.strategy == "fsdp" and (self.oscillation or self.optimizer.schedule == "spanning"):
+            raise ValueError(
+                "expected neither oscillation nor optimizer.schedule spanning beside parallel.strategy fsdp, which "
+                "holds parts of weights and starts each stage with a new optimizer; leave them out, or choose ddp"
+            )
+        return self
 
     @model_validator(mode="after")
     def _noise_to_temper(self) -> Self:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nipq.distributed import part
 from nipq.errors import NonFiniteError
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.trace import call_model
@@ -21,7 +22,7 @@ def non_finite_state(model: nn.Module) -> str | None:
         if isinstance(module, TensorQuantizer) and not bool(module.alpha.isfinite().all()):
             return f"the boundary of {module.name or name}"
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+        if tensor.is_floating_point() and not bool(part(tensor).isfinite().all()):
             return name
     return None
 
@@ -41,7 +42,7 @@ def check_state(model: nn.Module, when: str) -> None:
         raise NonFiniteError(f"expected finite numbers {when}, found NaN or infinity in {found}; {ADVICE}")
 
 
-def non_finite_loss(model: nn.Module, inputs: Nested, when: str) -> NonFiniteError:
+def non_finite_loss(model: nn.Module, inputs: Nested, when: str, *, rerun: bool = True) -> NonFiniteError:
     """The error for a loss that is not finite, with its origin.
 
     Looks at the boundaries and parameters first, then runs the inputs once more and takes the first module whose
@@ -51,12 +52,16 @@ def non_finite_loss(model: nn.Module, inputs: Nested, when: str) -> NonFiniteErr
         model: The model that gave the loss, in training mode.
         inputs: The inputs it gave it for.
         when: Where in the run, for the message.
+        rerun: Whether the model can be run; not where other processes hold parts of it.
 
     Returns:
         The error to raise.
     """
     found = non_finite_state(model)
-    origin = f"in {found}" if found is not None else _first_output(model, inputs)
+    if found is not None:
+        origin = f"in {found}"
+    else:
+        origin = _first_output(model, inputs) if rerun else "on the way to the loss (parameters are finite)"
     return NonFiniteError(f"expected a finite loss {when}, found NaN or infinity {origin}; {ADVICE}")
 
 

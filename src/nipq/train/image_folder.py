@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from nipq.errors import ConfigError, require
-from nipq.train.batches import Batch, Sources, Split
+from nipq.train.batches import Batch, Sources, Split, slice_of
 from nipq.train.seeds import seed_of
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class FolderSplit(Split):
         self.indices = indices
         self.config = config
         self.batch_size = min(config.batch_size, len(indices))
+        self.shared = (0, 1)
         self._training, self._evaluation = _transforms(config)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -87,9 +89,17 @@ class FolderSplit(Split):
     def epoch(self, key: int, start: int = 0) -> Iterator[Batch]:
         """Shuffled and augmented batches."""
         order = torch.randperm(len(self.indices), generator=torch.Generator().manual_seed(key)).tolist()
-        size = self.batch_size
-        batches = [[self.indices[place] for place in order[i * size : (i + 1) * size]] for i in range(start, len(self))]
+        size, own = self.batch_size, slice_of(self.batch_size, *self.shared)
+        batches = [
+            [self.indices[place] for place in order[i * size : (i + 1) * size][own]] for i in range(start, len(self))
+        ]
         return self._load(batches, self._training if self.config.augment else self._evaluation, key)
+
+    def part(self, index: int, parts: int) -> Split:
+        """The same split, decoding a slice of every training batch only."""
+        found = copy.copy(self)
+        found.shared = (index, parts)
+        return found
 
     def _load(self, batches: list[list[int]], transform: Any, key: int) -> Iterator[Batch]:  # noqa: ANN401
         loader: DataLoader[Any] = DataLoader(

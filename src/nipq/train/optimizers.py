@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nipq.distributed import like
 from nipq.optim import check_optimizer, param_groups, weight_groups
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 QUANTIZER_GROUPS = ("boundaries", "bits")
 ADAM_BETAS = (0.9, 0.999)
 """Of torch."""
+FUSED = ("cuda",)
+"""Devices on which a step is one kernel."""
 
 
 class Optimizers:
@@ -48,7 +51,7 @@ class Optimizers:
         apart = [group for group in groups if group["name"] in own]
         self.all: list[Optimizer] = [_build(config, [group for group in groups if group["name"] not in own])]
         if apart:
-            self.all.append(torch.optim.Adam(apart))
+            self.all.append(torch.optim.Adam(apart, fused=_fused(apart)))
         if prepared:
             check_optimizer(model, *self.all)
 
@@ -57,9 +60,15 @@ class Optimizers:
         for group in self._groups():
             group["lr"] = group["peak"] * factor
 
-    def step(self) -> None:
-        """Apply the gradients and clear them."""
+    def step(self, skip: Tensor | None = None) -> None:
+        """Apply the gradients and clear them.
+
+        Args:
+            skip: 1.0 to change nothing, float32, shape (1,), on the device; for fused optimizers only.
+        """
         for optimizer in self.all:
+            if skip is not None:
+                optimizer.found_inf = skip  # type: ignore[attr-defined]  # what torch.amp.GradScaler tells them
             optimizer.step()
             optimizer.zero_grad()
 
@@ -80,6 +89,10 @@ class Optimizers:
         """Take over states of the same optimizers."""
         for optimizer, state in zip(self.all, states, strict=True):
             optimizer.load_state_dict(state)
+            for parameter, entries in optimizer.state.items():
+                for name, value in entries.items():
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        entries[name] = like(value, parameter)
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.all for group in optimizer.param_groups]
@@ -96,10 +109,14 @@ def _momentum(config: OptimizerConfig, group: str) -> dict[str, Any]:
 
 
 def _build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
+    fused = _fused(groups)
     if config.name == "sgd":
-        return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0
-        )
-    if config.name == "adam":
-        return torch.optim.Adam(groups, lr=config.lr)
-    return torch.optim.AdamW(groups, lr=config.lr)
+        nesterov = config.nesterov and config.momentum > 0
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=fused)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=config.lr, fused=fused)
+
+
+def _fused(groups: list[dict[str, Any]]) -> bool | None:
+    """Whether to ask for one kernel a step, which can be told on the device to change nothing; else torch's choice."""
+    return True if all(p.device.type in FUSED for group in groups for p in group["params"]) else None

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nipq.budget import costs
+from nipq.distributed import from_rank_zero, rank
 from nipq.summary import summary
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.finish import finish
+from nipq.train.parallel import process_group
 from nipq.train.reporter import Reporter
 from nipq.train.run_folder import RunFolder, write_state
 from nipq.train.trainer import Trainer
@@ -32,7 +34,8 @@ BITS_EVERY = 10
 def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
     """Train, search, freeze, fine-tune, convert, save and verify, as the config says.
 
-    Killed at any moment and called again with ``resume``, it ends with the same numbers.
+    Killed at any moment and called again with ``resume``, it ends with the same numbers. Started by ``torchrun`` or
+    ``accelerate launch`` in several processes, they share every batch, and the first one writes and returns for all.
 
     Args:
         config: What to do; see :class:`~nipq.train.config.TrainConfig`.
@@ -49,38 +52,47 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
         BudgetError: If the budget is out of reach.
         NonFiniteError: If a loss or boundary stops being finite; the last checkpoint stays.
         FileFormatError: If a checkpoint cannot be read.
+        DistributedError: If another process is gone, or holds another model.
     """
-    with _threads(config.threads):
+    with _threads(config.threads), process_group(config):
         return _run(config, RunFolder(folder), resume=resume, quiet=quiet)
 
 
 def _run(config: TrainConfig, place: RunFolder, *, resume: bool, quiet: bool) -> dict[str, Any]:
-    checkpoint = None
-    if resume and place.holds_run():
-        place.check_same(config)
-        if place.results.is_file():
-            results: dict[str, Any] = json.loads(place.results.read_text(encoding="utf-8"))
-            return results
-        if place.checkpoint.is_file():
-            checkpoint = Checkpoint.load(place.checkpoint)
-        place.truncate_rows(0 if checkpoint is None else checkpoint.progress.rows)
-        trainer = Trainer(config, checkpoint)
-    else:
-        place.check_free()
-        trainer = Trainer(config)
+    opened = from_rank_zero(lambda: _opened(config, place, resume=resume))
+    if isinstance(opened, dict):
+        return opened
+    trainer = Trainer(config, opened)
+    first = rank() == 0
+    if opened is None and first and not place.holds_run():
         place.start(config)
-    with Reporter(place.tensorboard, trainer.progress.steps_total, quiet=quiet) as reporter:
+    board = place.tensorboard if first else None
+    with Reporter(board, trainer.progress.steps_total, quiet=quiet or not first) as reporter:
         for found in trainer.feasible:
             reporter.say(f"budget: {found}")
         while trainer.progress.stage != "done":
             while trainer.progress.epoch < trainer.epochs:
                 _epoch(trainer, place, reporter)
             trainer.settle()
-            if trainer.progress.stage == "float":
+            if trainer.progress.stage == "float" and first:
                 write_state(place.float, trainer.model.state_dict())
             trainer.advance()
             trainer.checkpoint().save(place.checkpoint)
-        return finish(trainer, place, reporter)
+        return from_rank_zero(lambda: finish(trainer, place, reporter))
+
+
+def _opened(config: TrainConfig, place: RunFolder, *, resume: bool) -> dict[str, Any] | Checkpoint | None:
+    """The results of a finished run, where to continue one, or ``None`` to start."""
+    if not (resume and place.holds_run()):
+        place.check_free()
+        return None
+    place.check_same(config)
+    if place.results.is_file():
+        results: dict[str, Any] = json.loads(place.results.read_text(encoding="utf-8"))
+        return results
+    checkpoint = Checkpoint.load(place.checkpoint) if place.checkpoint.is_file() else None
+    place.truncate_rows(0 if checkpoint is None else checkpoint.progress.rows)
+    return checkpoint
 
 
 @contextmanager
@@ -98,7 +110,7 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     """One training epoch, or the rest of one, then its row and its checkpoint."""
     progress, metric, started = trainer.progress, trainer.task.metric, time.perf_counter()
     assert trainer.stage is not None
-    total, stage, every = len(trainer.data.train), trainer.stage, trainer.config.checkpoint_every
+    total, stage, every = len(trainer.train), trainer.stage, trainer.config.checkpoint_every
     reporter.begin_epoch(f"{TITLES[progress.stage]} {progress.epoch + 1}/{trainer.epochs}", total, progress.step)
     bits: dict[str, float | None] = {}
     for inputs, targets in trainer.batches():
@@ -107,8 +119,10 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
             bits = bits_now(trainer)
         reporter.step(_means(progress.sums, metric) | bits)
         if every and progress.step % every == 0 and progress.step < total:
+            trainer.gather()
             progress.seconds, started = progress.seconds + time.perf_counter() - started, time.perf_counter()
             trainer.checkpoint().save(place.checkpoint)
+    trainer.gather()
     row: dict[str, Any] = {
         "stage": progress.stage,
         "epoch": progress.epoch + 1,
@@ -125,8 +139,10 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     row["seconds"] = progress.seconds
     progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, [0.0, 0.0, 0.0]
     progress.rows += 1
+    trainer.begin_epoch()
     checkpoint = trainer.checkpoint()  # refuses a model that is not finite before anything is written
-    place.append_row(row)
+    if rank() == 0:
+        place.append_row(row)
     checkpoint.save(place.checkpoint)
     scalars = {f"{progress.stage}/{key}": value for key, value in row.items() if isinstance(value, float)}
     reporter.scalars(scalars, progress.steps_total)

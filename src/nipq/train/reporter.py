@@ -17,12 +17,12 @@ class Reporter:
     """Shows a run on the terminal and in TensorBoard; with ``quiet`` only the latter.
 
     Args:
-        tensorboard: Folder of the event files.
+        tensorboard: Folder of the event files; ``None`` for none.
         step: Training steps that earlier parts of the run have logged; later ones are dropped from the display.
         quiet: Show nothing on the terminal.
     """
 
-    def __init__(self, tensorboard: Path, step: int = 0, *, quiet: bool = False) -> None:
+    def __init__(self, tensorboard: Path | None, step: int = 0, *, quiet: bool = False) -> None:
         """Open the writer; without the package the run goes on and says so."""
         self.console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
@@ -30,11 +30,13 @@ class Reporter:
             TextColumn("{task.fields[numbers]}"), console=self.console, transient=True, disable=quiet,
         )  # fmt: skip
         self._task: TaskID | None = None
+        self._writer: Any = None
+        if tensorboard is None:
+            return
         try:
             board = require("torch.utils.tensorboard", extra="report", purpose="TensorBoard logs")
-            self._writer: Any = board.SummaryWriter(str(tensorboard), purge_step=step or None)
+            self._writer = board.SummaryWriter(str(tensorboard), purge_step=step or None)
         except MissingDependencyError as error:
-            self._writer = None
             self.say(f"[yellow]no TensorBoard log: {error}")
 
     def __enter__(self) -> Self:

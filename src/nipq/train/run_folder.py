@@ -20,7 +20,10 @@ from nipq.train.config import TrainConfig
 from nipq.train.config_file import dump_config, load_config
 
 PACKAGES = ("nipq", "torch", "torchvision", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn")
-FREE_FIELDS = (("data", "path"), ("data", "workers"), ("device",), ("checkpoint_every",))
+FREE_FIELDS = (
+    ("data", "path"), ("data", "workers"), ("device",), ("checkpoint_every",),
+    ("parallel", "strategy"), ("parallel", "timeout"),
+)  # fmt: skip
 """What may differ between a run and its continuation."""
 
 
@@ -99,7 +102,7 @@ class RunFolder:
 
         Raises:
             ConfigError: Naming the fields that differ; where the data lie, workers, device and the checkpoint interval
-                may.
+                may, and so may what several processes do.
         """
         old, new = (flat(c.model_dump(mode="json")) for c in (self.read_config(), config))
         changed = [

@@ -83,9 +83,13 @@ class Stage:
             loss = loss + self.oscillations.penalty()
         return loss
 
-    def end(self) -> None:
-        """Apply the gradients, then let everything follow that goes by steps."""
-        self.optimizers.step()
+    def end(self, skip: Tensor | None = None) -> None:
+        """Apply the gradients, then let everything follow that goes by steps.
+
+        Args:
+            skip: 1.0 to leave the parameters as they are, float32, shape (1,), where that can be told on the device.
+        """
+        self.optimizers.step(skip)
         if self.search is not None:
             self.search.step()
         if self.oscillations is not None:

@@ -67,8 +67,11 @@ class Task(ABC):
             At least ``loss`` and the metric.
         """
 
-    def batch_total(self, outputs: Any, targets: Any) -> float | None:  # noqa: ANN401, ARG002
-        """Sum of the metric over the samples of a training batch, or ``None`` if it is no mean over samples."""
+    def batch_total(self, outputs: Any, targets: Any) -> Tensor | float | None:  # noqa: ANN401, ARG002
+        """Sum of the metric over the samples of a training batch, or ``None`` if it is no mean over samples.
+
+        A tensor of shape () lets the next step begin before a GPU has computed it.
+        """
         return None
 
     def check(self, outputs: Any, data: Sources) -> None:  # noqa: ANN401, B027 - most tasks accept anything

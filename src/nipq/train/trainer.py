@@ -3,47 +3,41 @@
 The stages are ``float``, ``search`` (the method's estimator; bits learned, or allocated before), ``finetune`` (bits
 frozen, true quantizer or again the method's) and ``done``. :meth:`Trainer.advance` closes one and opens the next. All
 randomness follows from the config's seed and the place in the run, so a run that continues from a checkpoint draws the
-same numbers.
+same numbers. Of several processes each trains on a slice of every batch, and the noise differs between them.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from nipq.allocation import allocate_
-from nipq.batchnorm import reestimate_bn_
-from nipq.bit_start import start_bits_
-from nipq.calibrate import calibrate_
-from nipq.control import set_phase_
-from nipq.errors import ConfigError
-from nipq.layer_table import quantizers
-from nipq.phases import Phase
+from nipq.distributed import all_or_none, is_distributed, rank_seed
+from nipq.errors import ConfigError, NonFiniteError
 from nipq.prepare import prepare_
-from nipq.snap import freeze_bits_
 from nipq.trace import call_model
-from nipq.train.batches import Few, Split
-from nipq.train.checkpoint import Checkpoint, Progress
+from nipq.train.batches import Split
+from nipq.train.checkpoint import Checkpoint, Progress, whole_state
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task
 from nipq.train.guard import check_state, non_finite_loss
 from nipq.train.nested import Nested, count_of, moved, pick
 from nipq.train.objective import Objective
+from nipq.train.parallel import join_, lost, part_, pick_device, share
+from nipq.train.passage import LEAVE, scored
 from nipq.train.preflight import make_budget, preflight
 from nipq.train.seeds import seed_of
 from nipq.train.stage import Stage, enter_phase_, stage_config
-from nipq.train.uniform import uniform_bits_
+from nipq.train.tally import Tally
 
 if TYPE_CHECKING:
     from nipq.train.config import TrainConfig
 
 NEXT = {"float": "search", "search": "finetune", "finetune": "done"}
+LOOK_EVERY = 50
+"""On a GPU, reading a number waits for all that it was asked to do, so losses are looked at once in so many steps."""
 
 
 class Trainer:
@@ -62,21 +56,22 @@ class Trainer:
         torch.backends.cudnn.benchmark = False
         self.data = load_data(config.data, config.seed)
         self.budget = None if config.budget is None else make_budget(config.budget)
+        self.train: Split = share(self.data.train, config.data.batch_size)
         self.task = build_task(config)
         self.example = pick(next(iter(self.data.test))[0], slice(1))
-        self._seed("model")
+        self.seed("model")
         self.model = build_model(config.model, with_weights=checkpoint is None)
         self.feasible = (
             preflight(self.model, self.example, config, self.budget, partial(self.task.check, data=self.data))
             if checkpoint is None
             else []
         )
-        self.model.to(self.device)
-        if config.channels_last:
-            self.model.to(memory_format=torch.channels_last)
+        self._place_model()
         self.objective = self._objective()
         self.progress = Progress() if checkpoint is None else checkpoint.progress
         self.stage: Stage | None = None
+        self.is_sharded = False
+        self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
         if checkpoint is not None:
             self._load_model(checkpoint.model)
         self._enter()
@@ -94,49 +89,90 @@ class Trainer:
     def step(self, inputs: Nested, targets: Nested | None) -> None:
         """One training step; the sums of :class:`Progress` grow by its loss and metric.
 
+        On a GPU they are brought up to date, and losses that are not finite are noticed, once in ``LOOK_EVERY``
+        steps; after such a loss no step changes a parameter.
+
         Args:
             inputs: Of the model.
             targets: What the task compares its outputs with.
 
         Raises:
-            NonFiniteError: If the loss is not finite, naming the layer.
+            NonFiniteError: If a loss is not finite, naming the layer.
+            DistributedError: If another process is gone.
         """
         assert self.stage is not None
         progress = self.progress
-        self._seed(progress.stage, progress.epoch, progress.step)
+        torch.manual_seed(rank_seed(seed_of(self.config.seed, progress.stage, progress.epoch, progress.step)))
         self.stage.begin(progress.epoch, progress.step)
         inputs = moved(inputs, self.device, channels_last=self.config.channels_last)
         targets = moved(targets, self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"):
-            outputs = call_model(self.model, inputs)
-            loss = self.objective(outputs, inputs, targets)
-        total = self.stage.penalty(loss)
-        if not bool(total.isfinite()):
-            raise non_finite_loss(self.model, inputs, self._place())
-        total.backward()  # type: ignore[no-untyped-call]
-        self.stage.end()
+        try:
+            outputs, loss, total = self._forward(inputs, targets)
+            bad = None if self.look_every == 1 else self.tally.watch(total, progress.step)
+            if bad is None and not bool(total.isfinite()):
+                raise self._non_finite(inputs, progress.step)
+            total.backward()  # type: ignore[no-untyped-call]
+        except RuntimeError as error:
+            raise lost(error) or error from error
+        self.stage.end(bad)
         with torch.no_grad():
-            score = self.task.batch_total(outputs, targets)
-        count = count_of(inputs)
-        added = (float(loss.detach()) * count, math.nan if score is None else score, count)
-        progress.sums = [a + b for a, b in zip(progress.sums, added, strict=True)]
+            self.tally.add(loss, self.task.batch_total(outputs, targets), count_of(inputs))
         progress.step += 1
         progress.steps_total += 1
+        if progress.step % self.look_every == 0:
+            self.look()
+
+    def look(self) -> None:
+        """Bring the sums of :class:`Progress` up to date.
+
+        Raises:
+            NonFiniteError: If a loss was not finite since the last look, naming the layer.
+        """
+        first_bad = float(self.tally.bad_step)
+        if first_bad < float("inf"):
+            raise self._repeated(int(first_bad))
+        self.progress.sums = self.tally.look()
+
+    def gather(self) -> None:
+        """Bring the sums of :class:`Progress` up to date with the steps of all processes."""
+        with all_or_none("training"):
+            self.look()
+        self.progress.sums = self.tally.gather()
+
+    def begin_epoch(self) -> None:
+        """Forget the sums of the epoch before."""
+        self.tally = Tally(self.device, self.progress.sums)
+
+    def _forward(self, inputs: Nested, targets: Nested | None) -> tuple[Any, Tensor, Tensor]:
+        """Outputs, loss, and loss with penalties."""
+        assert self.stage is not None
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"):
+            outputs = call_model(self.network, inputs)
+            loss = self.objective(outputs, inputs, targets)
+        return outputs, loss, self.stage.penalty(loss)
+
+    def _repeated(self, step: int) -> NonFiniteError:
+        """The error for a step of this epoch that has passed: parameters are still what they were before it."""
+        inputs, _ = next(self.train.epoch(self._data_key(), step))
+        torch.manual_seed(rank_seed(seed_of(self.config.seed, self.progress.stage, self.progress.epoch, step)))
+        return self._non_finite(moved(inputs, self.device, channels_last=self.config.channels_last), step)
+
+    def _non_finite(self, inputs: Nested, step: int) -> NonFiniteError:
+        part_(self.model)  # this process runs the model once more, without the others
+        return non_finite_loss(self.model, inputs, self._place(step), rerun=not self.is_sharded)
 
     def validate(self) -> dict[str, float] | None:
         """Score the model, or its weight average, on the held-out samples."""
         if self.data.validation is None:
             return None
         if self.stage is None or self.stage.average is None:
-            return self.task.scores(self.model, self.data.validation)
+            return scored(self, self.data.validation)
         with self.stage.average.swapped(self.model):
-            return self.task.scores(self.model, self.data.validation)
+            return scored(self, self.data.validation)
 
     def batches(self) -> Any:  # noqa: ANN401 - an iterator of batches
         """The rest of the present epoch's training batches."""
-        progress = self.progress
-        key = seed_of(self.config.seed, "data", progress.stage, progress.epoch)
-        return self.data.train.epoch(key, progress.step)
+        return self.train.epoch(self._data_key(), self.progress.step)
 
     # ------------------------------------------------------------------ from stage to stage
 
@@ -144,78 +180,30 @@ class Trainer:
         """At the end of a stage the weight average, where there is one, becomes the model."""
         if self.stage is not None:
             self.stage.settle()
+        part_(self.model)
+        self._make_whole()
+        self.network = self.model
 
     def advance(self) -> None:
         """Close the present, settled stage, score what it left, and open the next."""
-        leave = {"float": self._leave_float, "search": self._leave_search, "finetune": self._leave_finetune}
-        leave[self.progress.stage]()
+        LEAVE[self.progress.stage](self)
         self.progress.stage = NEXT[self.progress.stage]
         self.progress.epoch = self.progress.step = 0
         self._enter()
 
-    def _leave_float(self) -> None:
-        self._record("float")
-        self._prepare()
-        if self.budget is not None and self.config.allocation == "uniform":
-            uniform_bits_(self.model, self.budget)
-        self._calibrate()
-        key = seed_of(self.config.seed, "allocation")
-        batches = Few(self.data.train, len(self.data.train), key)
-        if self.budget is not None and self.config.allocation == "hawq":
-            allocate_(self.model, batches, self.task.loss, self.budget, seed=key)
-            self._calibrate()  # boundaries belong to bit-widths
-        elif self.budget is not None and self.config.bit_start == "noise" and self._learns_bits():
-            start_bits_(self.model, self._answered(batches), self.objective.compare, self.budget, seed=key)
-            self._calibrate()
-
-    def _answered(self, batches: Few) -> Iterator[tuple[Nested, tuple[Any, Any]]]:
-        """Batches with all that the objective compares outputs with."""
-        for inputs, targets in batches:
-            inputs = moved(inputs, self.device, channels_last=self.config.channels_last)
-            yield inputs, (moved(targets, self.device), self.objective.answers(inputs))
-
-    def _learns_bits(self) -> bool:
-        return any(not quantizer.is_frozen for quantizer in quantizers(self.model))
-
-    def _leave_search(self) -> None:
-        freeze_bits_(self.model, self.budget)
-        set_phase_(self.model, Phase.ROUND)
-        self._record("frozen")
-        if self._reestimate():
-            self._record("bn")
-
-    def _leave_finetune(self) -> None:
-        if self.config.stages.finetune.epochs:
-            self._reestimate()
-            self._record("finetuned")
-
     def _enter(self) -> None:
         """Build what the present stage trains with."""
         previous, self.stage = self.stage, None
+        self.network = self.model
+        self.begin_epoch()
         name = self.progress.stage
         if name != "float":
             enter_phase_(self.model, self.config, name)
         if self.epochs:
             self.model.train()
+            self.is_sharded = is_distributed() and self.config.parallel.strategy == "fsdp"
+            self.network = join_(self.model, self.config.parallel)
             self.stage = Stage(name, self.model, self.config, self.budget, len(self.data.train), previous)
-
-    def _reestimate(self) -> bool:
-        count = self.config.batchnorm_batches
-        if count and any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in self.model.modules()):
-            self._seed("batchnorm", self.progress.stage)
-            key = seed_of(self.config.seed, "batchnorm", self.progress.stage)
-            reestimate_bn_(self.model, Few(self.data.train, count, key), count)
-            return True
-        return False
-
-    def _record(self, name: str) -> None:
-        """Score a finished state on held-out and test samples. The only place that reads the test targets."""
-        check_state(self.model, f"in the {name} model")
-        started = time.perf_counter()
-        splits: dict[str, Split | None] = {"validation": self.data.validation, "test": self.data.test}
-        scores = {key: self.task.scores(self.model, split) for key, split in splits.items() if split is not None}
-        self.progress.states[name] = scores
-        self.progress.seconds += time.perf_counter() - started
 
     # ------------------------------------------------------------------ saving and loading
 
@@ -225,15 +213,25 @@ class Trainer:
         Raises:
             NonFiniteError: If the model holds a number that is not finite; such a state must not replace a good one.
         """
-        check_state(self.model, self._place())
+        with all_or_none("checkpoint"):
+            check_state(self.model, self._place(self.progress.step))
         checkpoint = Checkpoint(self.progress, self.model.state_dict())
         if self.stage is not None:
             self.stage.save(checkpoint)
         return checkpoint
 
+    def _make_whole(self) -> None:
+        """Put a sharded model together again, on every rank."""
+        if self.is_sharded:
+            state = whole_state(self.model)
+            self.model = build_model(self.config.model, with_weights=False)
+            self._place_model()
+            self._load_model(state)
+            self.is_sharded = False
+
     def _load_model(self, state: dict[str, Tensor]) -> None:
         if self.progress.stage != "float":
-            self._prepare()
+            self.prepare()
         try:
             self.model.load_state_dict(state)
         except RuntimeError as error:
@@ -243,12 +241,9 @@ class Trainer:
 
     # ------------------------------------------------------------------ small parts
 
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
+        """Attach quantizers to the model."""
         prepare_(self.model, moved(self.example, self.device), self.config.quantization)
-
-    def _calibrate(self) -> None:
-        count, key = self.config.calibration_batches, seed_of(self.config.seed, "calibration")
-        calibrate_(self.model, Few(self.data.train, count, key), count)
 
     def _objective(self) -> Objective:
         teacher = self.config.teacher
@@ -257,19 +252,17 @@ class Trainer:
         network: nn.Module = build_model(teacher).to(self.device).eval().requires_grad_(False)
         return Objective(self.task, network, teacher.weight)
 
-    def _seed(self, *what: int | str) -> None:
+    def _place_model(self) -> None:
+        self.model.to(self.device)
+        if self.config.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+
+    def _data_key(self) -> int:
+        return seed_of(self.config.seed, "data", self.progress.stage, self.progress.epoch)
+
+    def seed(self, *what: int | str) -> None:
+        """Start torch's generators for a purpose, alike in all processes."""
         torch.manual_seed(seed_of(self.config.seed, *what))
 
-    def _place(self) -> str:
-        return f"in stage {self.progress.stage}, epoch {self.progress.epoch + 1}, step {self.progress.step + 1}"
-
-
-def pick_device(name: str) -> torch.device:
-    """The device that a config names.
-
-    Raises:
-        ConfigError: If CUDA is asked for and not there.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("expected a CUDA device, found none; set device to auto or cpu")
-    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+    def _place(self, step: int) -> str:
+        return f"in stage {self.progress.stage}, epoch {self.progress.epoch + 1}, step {step + 1}"
