@@ -250,12 +250,13 @@ class Course:
     def _freeze_to(self, bits: dict[str, int]) -> None:
         """What another course decided."""
         names = [quantizer.name for quantizer in BitTable(layer_table(self.model)).quantizers]
-        if names != list(bits):
-            other = next(iter(set(names) ^ set(bits)), "another order")
+        if set(names) != set(bits):
+            other = min(set(names) ^ set(bits))
             raise ConfigError(
                 f"Course: expected the state of a model with the same quantized tensors, found a difference: {other}. "
                 "Prepare the model with the config that it was trained with."
             )
+        bits = {name: bits[name] for name in names}  # files may have sorted them
         freeze_to_(self.model, list(bits.values()))
         self._settle(bits)
 

@@ -168,8 +168,9 @@ def drop_frozen_on_load_(optimizer: Optimizer, model: nn.Module) -> RemovableHan
         The handle of the hook.
     """
 
-    def drop(own: Optimizer, _state: dict[str, Any]) -> None:
-        drop_frozen_(own, model)
+    def drop(own: Optimizer, state: dict[str, Any]) -> None:
+        if _sizes(own.param_groups) != _sizes(state["param_groups"]):  # else it is its own state, moved to a device
+            drop_frozen_(own, model)
 
     return optimizer.register_load_state_dict_pre_hook(drop)
 
@@ -177,6 +178,10 @@ def drop_frozen_on_load_(optimizer: Optimizer, model: nn.Module) -> RemovableHan
 def _held(*optimizers: Optimizer) -> list[nn.Parameter]:
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     return [parameter for group in groups for parameter in group["params"]]
+
+
+def _sizes(groups: list[dict[str, Any]]) -> list[int]:
+    return [len(group["params"]) for group in groups]
 
 
 def _non_empty(*groups: dict[str, Any]) -> list[dict[str, Any]]:

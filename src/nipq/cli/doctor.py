@@ -31,7 +31,9 @@ OPTIONAL = {
     "torchao": "integer kernels from PyTorch's compiler",
     "curvlinops-for-pytorch": "curvature, HAWQ's allocation",
     "timm": "EfficientNet-Lite0 of experiments/tasks",
-    "transformers": "MiniLM of experiments/tasks",
+    "transformers": "its Trainer as a host; MiniLM of experiments/tasks",
+    "pytorch-lightning": "Lightning's trainer as a host",
+    "accelerate": "Accelerate as a host, and transformers' Trainer",
     "rdata": "the novels of experiments/tasks",
 }
 

@@ -1,0 +1,226 @@
+"""NIPQ in transformers' ``Trainer``: one call before ``train``.
+
+::
+
+    trainer = Trainer(model, args, train_dataset=..., eval_dataset=...)
+    quantize(trainer, nipq.AverageBits(weights=4, activations=4))
+    trainer.train()
+
+``Trainer`` offers three ways to a loss term. ``compute_loss_func`` replaces the model's own loss and takes the labels
+away from it; callbacks see gradients, but neither loss nor graph. ``compute_loss`` is the method that its documentation
+tells everybody to override, so :func:`quantize` overrides it, and ``create_optimizer`` likewise, on this one trainer:
+what a subclass, label smoothing or ``compute_loss_func`` do stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import wraps
+from itertools import islice
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nipq.budget import Budget
+from nipq.calibrate import calibrate_, inputs_of
+from nipq.config import Config
+from nipq.course import Course
+from nipq.errors import ConfigError, OrderError
+from nipq.integrations.guest import check_alone, gradient_of, spread_seeds, supported
+from nipq.nn.layers import is_prepared
+from nipq.optim import check_optimizer, drop_frozen_on_load_, param_groups
+from nipq.prepare import prepare_
+
+_library = supported("transformers", least=(5, 0), extra="hf")
+
+#: A ``transformers.Trainer``, and what it hands to its callbacks.
+Trainer: TypeAlias = Any
+Given: TypeAlias = Any
+
+#: Learning rates of bits and boundaries, at which those of MiniLM are learned in some hundred steps of Adam; rates that
+#: suit pretrained weights would leave them where they start.
+BITS_LR, BOUNDARY_LR = 0.02, 0.003
+
+#: Settings by which optimizers of transformers bring groups of their own.
+_OWN_GROUPS = {"params", "model", "optimizer_dict"}
+
+
+class NipqCallback(_library.TrainerCallback, _library.trainer_callback.ExportableState):  # type: ignore[misc, name-defined]  # known at run time only
+    """Takes the trainer's model through search, freeze, fine-tune and finish; :func:`quantize` makes it.
+
+    ``nipq/...`` goes to ``trainer.log`` whenever the trainer logs. The course is saved in ``trainer_state.json``. At
+    the freeze the best metric starts anew: a checkpoint of the search is no candidate for the best quantized model.
+
+    Attributes:
+        course: the course, from the start of training on.
+    """
+
+    def __init__(self, trainer: Trainer, budget: Budget, settings: dict[str, Any]) -> None:
+        self.course: Course | None = None
+        self._trainer, self._budget, self._settings = trainer, budget, settings
+
+    def on_train_begin(self, _args: Given, state: Given, _control: Given, **_: Given) -> None:
+        """Build the course, and go on where the checkpoint was."""
+        trainer = self._trainer
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        settings = {"optimizer": optimizer, "loader": _TrainBatches(trainer)} | self._settings
+        self.course = Course(trainer.model_wrapped, self._budget, state.max_steps, **settings)
+        if state.global_step == 0:
+            spread_seeds()
+            return
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved is None or saved["attributes"]["course"] is None:
+            raise OrderError(
+                f"trainer: expected a checkpoint of a trainer that quantize() changed, found step {state.global_step} "
+                "of another one. Start from its weights instead: load them before quantize()."
+            )
+        self.course.load_state_dict(saved["attributes"]["course"])
+
+    def on_step_end(self, _args: Given, state: Given, control: Given, **_: Given) -> None:
+        """Go on, if the optimizer did."""
+        assert self.course is not None
+        before = self.course.stage
+        self.course.step()
+        if self.course.stage != before:
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if control.should_log:
+            self._trainer.log(dict(self.course.logs()))
+
+    def on_train_end(self, *_: Given, **__: Given) -> None:
+        """However early training ended, the model is frozen within the budget."""
+        assert self.course is not None
+        self.course.finish()
+
+    def state(self) -> dict[str, Any]:
+        """What the trainer writes into its state file."""
+        return {"args": {}, "attributes": {"course": None if self.course is None else self.course.state_dict()}}
+
+
+def quantize(
+    trainer: Trainer,
+    budget: Budget,
+    *,
+    config: Config | None = None,
+    calibration_batches: int = 8,
+    bits_lr: float = BITS_LR,
+    boundary_lr: float = BOUNDARY_LR,
+    **settings: Given,
+) -> NipqCallback:
+    """Let a trainer train a quantized model: prepare, calibrate, and join its loop.
+
+    Args:
+        trainer: a ``transformers.Trainer`` that has not trained yet.
+        budget: the limits.
+        config: settings of ``nipq.prepare_``; a model that is prepared already is left as it is.
+        calibration_batches: training batches for the first boundaries.
+        bits_lr: peak learning rate of the bits; the trainer's schedule scales it.
+        boundary_lr: peak learning rate of the boundaries.
+        **settings: of :class:`nipq.Course`.
+
+    Returns:
+        The callback, with the course in it.
+
+    Raises:
+        OrderError: if the trainer has such a callback, or wrapped the model, or its optimizer was built before.
+        ConfigError: if an argument of the trainer does not go with it.
+    """
+    callback = NipqCallback(trainer, budget, settings)
+    check_alone([*trainer.callback_handler.callbacks, callback], NipqCallback)
+    _check(trainer)
+    model = trainer.model
+    if not any(map(is_prepared, model.modules())):
+        batches = [inputs_of(batch) for batch in islice(_TrainBatches(trainer), calibration_batches)]
+        prepare_(model, batches[0], config)
+        calibrate_(model, batches, calibration_batches)
+    if trainer.optimizer is not None:
+        check_optimizer(model, trainer.optimizer)
+        drop_frozen_on_load_(trainer.optimizer, model)
+    trainer.compute_loss = _with_penalty(trainer, callback)
+    trainer.create_optimizer = _with_groups(trainer, bits_lr, boundary_lr)
+    trainer.add_callback(callback)
+    return callback
+
+
+class _TrainBatches:
+    """The trainer's training batches from the start, at each iteration, as many as are wanted."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = self._trainer.get_train_dataloader()
+        try:
+            yield from loader
+        finally:  # Accelerate counts a loader that was left midway as the running one
+            getattr(loader, "end", lambda: None)()
+
+
+def _check(trainer: Trainer) -> None:
+    """Refuse what would go wrong later, and not say why."""
+    if trainer.model_wrapped is not trainer.model:
+        raise OrderError(
+            f"{type(trainer.model).__name__}: expected a model that the trainer has not wrapped, found "
+            f"{type(trainer.model_wrapped).__name__} around it. Call quantize(trainer, budget) before train()."
+        )
+    unfit = {
+        "one GPU for each process": ("several (DataParallel)", trainer.args.n_gpu > 1, "Launch with torchrun"),
+        "a model": ("model_init, which would make an unprepared one", trainer.model_init is not None, "Give model="),
+        "torch's own engine": ("DeepSpeed", trainer.is_deepspeed_enabled, "Use DDP or FSDP2"),
+        "restore_callback_states_from_checkpoint=False": (
+            "True",
+            trainer.args.restore_callback_states_from_checkpoint,
+            "Leave it out: the course is restored without it",
+        ),
+    }
+    for expected, (found, wrong, advice) in unfit.items():
+        if wrong:
+            raise ConfigError(f"trainer: expected {expected}, found {found}. {advice}.")
+
+
+def _with_penalty(trainer: Trainer, callback: NipqCallback) -> Callable[..., Any]:
+    inner = trainer.compute_loss
+
+    @wraps(inner)
+    def compute_loss(
+        model: nn.Module,
+        inputs: Given,
+        return_outputs: bool = False,
+        num_items_in_batch: Given = None,
+    ) -> Given:
+        found = inner(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        if callback.course is None or not model.training:
+            return found
+        term = gradient_of(callback.course.penalty() / _undivided(trainer, num_items_in_batch))
+        return (found[0] + term, found[1]) if return_outputs else found + term
+
+    return compute_loss
+
+
+def _undivided(trainer: Trainer, num_items: Given) -> int:
+    """In how many micro-batches a loss comes that is one mean over all of them; other losses Trainer divides itself."""
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        scaled = (trainer.model_accepts_loss_kwargs and num_items is not None) or trainer.compute_loss_func is not None
+    return int(trainer.current_gradient_accumulation_steps) if scaled else 1
+
+
+def _with_groups(trainer: Trainer, bits_lr: float, boundary_lr: float) -> Callable[..., Optimizer]:
+    inner = trainer.create_optimizer
+
+    @wraps(inner)
+    def create_optimizer(model: nn.Module | None = None) -> Given:
+        if trainer.optimizer is not None:
+            return inner(model)
+        own = trainer.model if model is None else model
+        kind, settings = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, own)
+        if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or settings.keys() & _OWN_GROUPS:
+            raise ConfigError(
+                f"trainer: expected an optimizer that takes parameter groups, found {getattr(kind, '__name__', kind)}. "
+                "Build it from nipq.param_groups(model, lr=...) and give it to Trainer as optimizers=(optimizer, None)."
+            )
+        groups = param_groups(own, settings["lr"], trainer.args.weight_decay, boundary_lr, bits_lr)
+        trainer.optimizer = kind(groups, **settings)
+        return trainer.optimizer
+
+    return create_optimizer
