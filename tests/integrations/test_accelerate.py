@@ -1,0 +1,161 @@
+"""A loop around an Accelerator with one object more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+from nipq.averaging import WeightAverage
+from nipq.budget import AverageBits, costs
+from nipq.calibrate import calibrate_
+from nipq.errors import ConfigError, OrderError
+from nipq.layer_table import quantizers
+from nipq.optim import param_groups
+from nipq.prepare import prepare_
+
+accelerate = pytest.importorskip("accelerate")
+AcceleratedCourse = pytest.importorskip("nipq.integrations.accelerate").AcceleratedCourse
+
+X = torch.randn(48, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(48) % 3
+BUDGET = AverageBits(weights=4, activations=4)
+EPOCHS, BATCHES = 4, 6
+
+
+class Loop:
+    """As people write them: Accelerate's loaders, accumulation, clipping, scheduler."""
+
+    def __init__(self, folder: Path | None = None, accumulate: int = 1, **settings: Any) -> None:
+        accelerate.state.AcceleratorState._reset_state(True)
+        accelerate.utils.set_seed(0)
+        self.accelerator = accelerate.Accelerator(
+            cpu=True, gradient_accumulation_steps=accumulate, project_dir=folder, **settings
+        )
+        layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU()]
+        net = nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(8, 3))
+        calibrate_(prepare_(net, X[:1]), [X])
+        optimizer = torch.optim.AdamW(param_groups(net, 1e-2, 1e-2, bits_lr=5e-2))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.97**step] * 4)
+        loader = DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True)
+        self.model, self.optimizer, self.scheduler, self.loader = self.accelerator.prepare(
+            net, optimizer, scheduler, loader
+        )
+        self.course = AcceleratedCourse(
+            self.accelerator, self.model, BUDGET, EPOCHS * BATCHES // accumulate, optimizer=self.optimizer, loader=[X]
+        )
+
+    def epochs(self, *numbers: int, stop_at: int | None = None, start: int = 0) -> Loop:
+        self.model.train()
+        for number in numbers:
+            self.loader.set_epoch(number)
+            batches = self.accelerator.skip_first_batches(self.loader, start) if start else self.loader
+            for place, (x, y) in enumerate(batches, start):
+                if place == stop_at:
+                    return self
+                with self.accelerator.accumulate(self.model):
+                    with self.accelerator.autocast():
+                        loss = cross_entropy(self.model(x), y)
+                    self.accelerator.backward(loss + self.course.penalty())
+                    if self.accelerator.sync_gradients:
+                        self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+                    self.optimizer.step()
+                    self.scheduler.step()
+                    self.optimizer.zero_grad()
+                    self.course.step()
+            start = 0
+        return self
+
+
+def keeps(model: nn.Module) -> bool:
+    return all(q.is_frozen for q in quantizers(model)) and all(c.rounded <= c.target for c in costs(model, BUDGET))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_loop_goes_through_all_stages(accumulate: int, precision: str) -> None:
+    loop = Loop(accumulate=accumulate, mixed_precision=precision).epochs(*range(EPOCHS))
+    assert loop.course.stage == "finetune"
+    assert loop.course.steps == loop.course.total_steps == EPOCHS * BATCHES // accumulate
+    loop.course.finish()
+    assert {q.alpha_raw.dtype for q in quantizers(loop.model)} == {torch.float32}
+    assert keeps(loop.model)
+
+
+@pytest.mark.parametrize(("epoch", "place"), [(1, 3), (3, 0), (3, 2)])
+def test_resuming_equals_not_stopping_to_the_bit(tmp_path: Path, epoch: int, place: int) -> None:
+    whole = Loop(tmp_path).epochs(*range(epoch)).epochs(epoch, stop_at=place)
+    whole.accelerator.save_state(str(tmp_path / "state"))
+    whole.epochs(*range(epoch, EPOCHS), start=place).course.finish()
+    again = Loop(tmp_path)
+    again.accelerator.load_state(str(tmp_path / "state"))
+    assert again.course.steps == epoch * BATCHES + place
+    again.epochs(*range(epoch, EPOCHS), start=place).course.finish()
+    expected, found = whole.model.state_dict(), again.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_step_that_the_scaler_skipped_does_not_count() -> None:
+    loop = Loop()
+    loop.accelerator.scaler = loop.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loop.optimizer._optimizer_original_step_method = loop.optimizer.optimizer.step
+    loop.optimizer._accelerate_step_called = False
+    loop.optimizer._optimizer_patched_step_method = accelerate.optimizer.patch_optimizer_step(
+        loop.optimizer, loop.optimizer.optimizer.step
+    )
+    for step, (x, y) in enumerate(loop.loader):
+        loss = cross_entropy(loop.model(x), y) * (float("inf") if step == 2 else 1) + loop.course.penalty()
+        loop.accelerator.backward(loss)
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+        loop.course.step()
+        assert loop.optimizer.step_was_skipped == (step == 2)
+    assert loop.course.steps == BATCHES - 1
+
+
+def test_an_average_and_an_early_stop() -> None:
+    loop = Loop().epochs(0)
+    average = WeightAverage(loop.course.model, 0.9)
+    loop.epochs(1)
+    average.update(loop.course.model)
+    average.copy_to_(loop.course.model)
+    loop.course.finish()
+    assert keeps(loop.model)
+
+
+def test_numbers_go_to_the_accelerators_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[dict[str, float], int]] = []
+    loop = Loop(tmp_path).epochs(0)
+    monkeypatch.setattr(loop.accelerator, "log", lambda values, step: sent.append((values, step)))
+    loop.course.log()
+    assert sent == [(loop.course.logs(), BATCHES)]
+
+
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = Loop()
+    again: Callable[[], Any] = lambda: AcceleratedCourse(  # noqa: E731  (called twice below)
+        loop.accelerator, loop.model, BUDGET, 10, optimizer=loop.optimizer, loader=[X]
+    )
+    with pytest.raises(OrderError, match="accelerator: expected one course, found a second one"):
+        again()
+    loop.accelerator._custom_objects.clear()
+    monkeypatch.setattr(loop.accelerator.state, "distributed_type", accelerate.DistributedType.DEEPSPEED)
+    with pytest.raises(ConfigError, match=r"expected torch's own engine \(DDP or FSDP2\), found DEEPSPEED"):
+        again()
+
+
+def test_an_optimizer_that_was_prepared_before_the_model_is_refused_by_name() -> None:
+    loop = Loop()
+    loop.accelerator._custom_objects.clear()
+    net = nn.Sequential(nn.Linear(36, 8), nn.ReLU(), nn.Linear(8, 3))
+    model, early = loop.accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    calibrate_(prepare_(net, torch.zeros(1, 36)), [X.flatten(1)])
+    with pytest.raises(OrderError, match=r"it lacks .*alpha_raw"):
+        AcceleratedCourse(loop.accelerator, model, BUDGET, 10, optimizer=early)
