@@ -24,7 +24,7 @@ from nipq.optim import check_float32, check_optimizer, drop_frozen_, drop_frozen
 from nipq.phases import Phase
 from nipq.search import Search
 from nipq.snap import freeze_bits_, freeze_to_
-from nipq.wrapping import check_wrapper, unwrapped
+from nipq.wrapping import check_wrapper, unwrapped, waits_for_all
 
 StageName: TypeAlias = Literal["search", "finetune", "done"]
 
@@ -47,7 +47,7 @@ class Course:
     - At its end bits are frozen within the budget, rounding replaces noise, batch-norm statistics are measured anew,
       and the bits leave the optimizer, whose other state and whose groups stay.
     - ``finetune``: training with true rounding.
-    - ``done`` after :meth:`finish`, which may come at any time: a loop that stops early has a model within the budget.
+    - ``done`` after :meth:`finish`, at any time: a loop that stops early has a model within the budget, too.
 
     :meth:`step` goes by steps that the optimizer really made. A call without one does nothing, be it that gradients
     accumulate or that a ``GradScaler`` skipped a step for an overflow. (Fused optimizers skip in their kernel, which
@@ -112,6 +112,7 @@ class Course:
         self.steps = 0
         self.bits: dict[str, int] | None = None
         self._former = [q.bit_raw for q in quantizers(self.model) if not q.is_frozen]
+        self._attach = waits_for_all(model)
         self._costs: dict[str, float] = {}
         self._copies: list[nn.Module] = []
         self._stepped = not self._optimizers
@@ -139,7 +140,7 @@ class Course:
         if self._search is not None:
             return self._search.penalty()
         zero = torch.zeros((), device=next(self.model.parameters()).device)
-        attached = [raw.float() for raw in self._former if not is_sharded(raw)]
+        attached = [raw.float() for raw in self._former if self._attach and not is_sharded(raw)]
         return zero + 0 * torch.cat(attached).sum() if attached else zero
 
     def step(self) -> None:
@@ -193,10 +194,8 @@ class Course:
             ``nipq/average_weight_bits``; while searching also ``..._soft``, that of the continuous bit-widths.
         """
         found = {"nipq/step": float(self.steps), "nipq/frozen": float(self.bits is not None)} | self._costs
-        if self._search is not None:
-            for name, numbers in self._search.distance().items():
-                key = _key(name)
-                found |= {key: float(numbers["rounded"]), f"{key}_soft": float(numbers["soft"])}
+        for name, numbers in ({} if self._search is None else self._search.distance()).items():
+            found |= {_key(name): float(numbers["rounded"]), f"{_key(name)}_soft": float(numbers["soft"])}
         return found
 
     # ------------------------------------------------------------------ saving and loading

@@ -8,6 +8,22 @@ from torch.nn.parallel import DistributedDataParallel
 from nipq.errors import OrderError
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for several processes and for compilation."""
+    return _layers(model)[-1]
+
+
+def waits_for_all(model: nn.Module) -> bool:
+    """Whether a wrapper may wait for a gradient of every parameter that it was built with.
+
+    ``DistributedDataParallel`` does. With ``find_unused_parameters=True`` it looks for unused ones in what ``forward``
+    returns, and refuses a gradient that one of them gets from elsewhere.
+    """
+    return not any(
+        isinstance(layer, DistributedDataParallel) and layer.find_unused_parameters for layer in _layers(model)
+    )
+
+
 def check_wrapper(model: nn.Module) -> None:
     """Refuse a model that was wrapped for several processes before it was prepared.
 
@@ -17,23 +33,27 @@ def check_wrapper(model: nn.Module) -> None:
     Raises:
         OrderError: naming parameters that ``DistributedDataParallel`` would not average.
     """
-    known = getattr(model, "_module_parameters", None)
-    if not isinstance(model, DistributedDataParallel) or known is None:
-        return
-    held = {id(parameter) for parameter in known}
-    missing = [name for name, p in model.module.named_parameters() if p.requires_grad and id(p) not in held]
-    if missing:
-        raise OrderError(
-            f"{type(model.module).__name__}: expected DistributedDataParallel around a prepared model, found one built "
-            f"before prepare_, which would not average {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
-            "Prepare first, wrap then."
-        )
+    bare = unwrapped(model)
+    for layer in _layers(model):
+        known = getattr(layer, "_module_parameters", None)
+        if not isinstance(layer, DistributedDataParallel) or known is None:
+            continue
+        held = {id(parameter) for parameter in known}
+        missing = [name for name, p in bare.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            raise OrderError(
+                f"{type(bare).__name__}: expected DistributedDataParallel around a prepared model, found one built "
+                f"before prepare_, which would not average {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
+                "Prepare first, wrap then."
+            )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers for several processes and for compilation."""
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """A model's wrappers from the outside, and the model itself."""
+    found = [model]
     while True:
-        inner = model.module if isinstance(model, DistributedDataParallel) else getattr(model, "_orig_mod", model)
-        if inner is model:
-            return model
-        model = inner
+        last = found[-1]
+        inner = last.module if isinstance(last, DistributedDataParallel) else getattr(last, "_orig_mod", last)
+        if inner is last:
+            return found
+        found.append(inner)
