@@ -52,7 +52,10 @@ class Ranks:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(PATIENCE):
                 raise TimeoutError(f"rank {rank} gave no answer in {PATIENCE} s")
-            found.append(pickle.loads(pipe.recv_bytes()))
+            try:
+                found.append(pickle.loads(pipe.recv_bytes()))
+            except EOFError:
+                found.append(("gone", None))
         return found
 
     def close(self) -> None:

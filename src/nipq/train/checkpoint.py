@@ -18,11 +18,12 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from nipq.distributed import all_or_none, all_present, from_rank_zero, is_sharded, rank, whole
-from nipq.errors import FileFormatError
+from nipq.errors import DistributedError, FileFormatError
 from nipq.files import written_whole
 
 FORMAT = "nipq.train.checkpoint"
@@ -85,8 +86,14 @@ class Checkpoint:
         content |= {"format": FORMAT, "version": VERSION, "progress": asdict(self.progress), "shards": None}
         if parts:
             content["shards"] = from_rank_zero(lambda: f"{path.stem}-{uuid4().hex}.shards")
-            with all_present("writing a checkpoint"):
-                save(parts, checkpoint_id=path.with_name(content["shards"]))
+            try:
+                with all_present("writing a checkpoint"):
+                    save(parts, checkpoint_id=path.with_name(content["shards"]))
+            except CheckpointException as error:
+                raise DistributedError(
+                    f"expected every process to write its part of {path}, found that one could not ({_reason(error)}); "
+                    "the checkpoint before is as it was: make room, then continue with --resume"
+                ) from error
         with all_or_none("writing a checkpoint"):
             if rank() == 0:
                 with written_whole(path) as temporary:
@@ -111,9 +118,9 @@ class Checkpoint:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise FileFormatError(
-                f"expected a checkpoint in {path}, could not read it ({reason}); restore the file or start a new folder"
+                f"expected a checkpoint in {path}, could not read it ({_reason(error)}); "
+                "restore the file or start a new folder"
             ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise FileFormatError(
@@ -160,13 +167,19 @@ def _joined(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # this process reads alone
             load(tensors, checkpoint_id=folder, no_dist=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (Exception, CheckpointException) as error:  # torch's own is no Exception
         raise FileFormatError(
-            f"expected the shards of a checkpoint in {folder}, could not read them ({reason}); restore the folder or "
-            "start a new one"
+            f"expected the shards of a checkpoint in {folder}, could not read them ({_reason(error)}); restore the "
+            "folder or start a new one"
         ) from error
     return found
+
+
+def _reason(error: BaseException) -> str:
+    """One line about an error; of torch's collection of errors, about the first rank's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _filled(tree: Any, read: Callable[[dict[str, Any]], Tensor]) -> Any:  # noqa: ANN401

@@ -134,8 +134,7 @@ def join_(model: nn.Module, config: ParallelConfig) -> nn.Module:
         sync_(model)
     if config.strategy == "fsdp":
         return shard_(model)
-    # Statistics are the same on all ranks, or meant to be each rank's own.
-    return DistributedDataParallel(model, broadcast_buffers=False)
+    return DistributedDataParallel(model)
 
 
 def part_(model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nipq.distributed import all_or_none, is_distributed, rank_seed
+from nipq.distributed import all_or_none, check_same_, is_distributed, rank_seed
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.prepare import prepare_
 from nipq.trace import call_model
@@ -66,6 +66,8 @@ class Trainer:
             if checkpoint is None
             else []
         )
+        if checkpoint is None:
+            check_same_(self.model, "nipq train")
         self._place_model()
         self.objective = self._objective()
         self.progress = Progress() if checkpoint is None else checkpoint.progress
