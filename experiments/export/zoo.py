@@ -1,4 +1,4 @@
-"""E0 and E1 of `nipq verify` for the ONNX files of 30 networks, in ONNX Runtime's faithful mode.
+"""E0 and E1 of `nipq verify` for the ONNX files of 37 networks, in ONNX Runtime's faithful mode.
 
     python -m experiments.export.zoo                # all that have no result yet, one process each
     python -m experiments.export.zoo resnet18 --overwrite
@@ -57,6 +57,12 @@ NETWORKS = {
     "timm/edgenext_xx_small": 96,
     "timm/mobilevit_xxs": 128,
     "timm/convmixer_768_32": 56,
+    "timm/mixnet_s": 96,
+    "timm/hardcorenas_a": 96,
+    "timm/tinynet_e": 96,
+    "timm/selecsls42b": 64,
+    "timm/ese_vovnet19b_dw": 64,
+    "timm/efficientnet_es": 96,
 }
 
 

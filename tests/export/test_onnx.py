@@ -144,7 +144,10 @@ def test_a_faithful_session_is_told_so(exported: tuple[nn.Module, ExportReport])
     options = session.get_session_options()
     assert options.get_session_config_entry("session.disable_quant_qdq") == "1"
     assert options.intra_op_num_threads == 1
+    assert options.enable_mem_reuse
     assert session.get_providers() == ["CPUExecutionProvider"]
+    apart = faithful_session(exported[1].path, reuse_memory=False)
+    assert not apart.get_session_options().enable_mem_reuse
 
 
 CONTAINERS = (  # input bits, grid, whether a Clip is needed

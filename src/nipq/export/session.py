@@ -16,7 +16,7 @@ FAITHFUL = "session.disable_quant_qdq"
 
 
 def faithful_session(
-    source: str | Path | bytes, *, threads: int | None = None, name: str | None = None
+    source: str | Path | bytes, *, threads: int | None = None, name: str | None = None, reuse_memory: bool = True
 ) -> onnxruntime.InferenceSession:
     """Open an ONNX file in ONNX Runtime on the CPU, without rewriting of its quantizers.
 
@@ -27,6 +27,7 @@ def faithful_session(
         source: what ``nipq.export`` wrote, or another ONNX file: its path, or its contents.
         threads: threads of one operator; as many as the machine has cores if not given.
         name: what to call the file in messages; its path if not given.
+        reuse_memory: whether tensors may share memory where the graph's sizes say that they are equally large.
 
     Returns:
         An ``onnxruntime.InferenceSession``.
@@ -39,6 +40,7 @@ def faithful_session(
     options = runtime.SessionOptions()
     options.log_severity_level = 4  # what is an error is raised
     options.add_session_config_entry(FAITHFUL, "1")
+    options.enable_mem_reuse = reuse_memory
     if threads is not None:
         options.intra_op_num_threads = threads
     try:

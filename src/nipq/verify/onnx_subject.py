@@ -125,7 +125,8 @@ class OnnxSubject(Subject):
                 f"{path}: expected a sound graph, found: {error!r}. Export or copy the model again."
             ) from error
         super().__init__(path.name, OnnxModule(self._session(whole), path), layers, is_file=True)
-        self.forced = self._session(model)
+        # What is forced comes with the sizes of the trained model's tensors, of which the graph's own sizes know nothing.
+        self.forced = self._session(model, reuse_memory=False)
         for cell in self.cells:
             if cell.name in self.evidence:
                 evidence = self.evidence[cell.name]
@@ -133,9 +134,9 @@ class OnnxSubject(Subject):
                 # QONNX adds the zero point before it rounds: a tie or a long sum may fall to the other side.
                 evidence.inexact = self.file.form == "qonnx" and cell.facts.get("zero point", 0) != 0
 
-    def _session(self, model: ModelProto) -> InferenceSession:
+    def _session(self, model: ModelProto, *, reuse_memory: bool = True) -> InferenceSession:
         """A faithful session of what was checked, not of what lies on the disk by now."""
-        return faithful_session(model.SerializeToString(), name=str(self.path))
+        return faithful_session(model.SerializeToString(), name=str(self.path), reuse_memory=reuse_memory)
 
     def static(self) -> Rung:
         """Rung E0: integers, scales, zero points and limits of the graph itself, and bytes of the weights."""
