@@ -18,9 +18,9 @@ from nipq.deploy.modules import DeployedLayer, deployed_layers
 from nipq.export.api import export
 from nipq.export.onnx_file import FIXED_BATCH, PACKED, PACKED_INT2, WIDE, onnx_bytes
 from nipq.export.portable import portable_layers
-from nipq.nn.kinds import along_channels
 from nipq.export.report import ExportReport
 from nipq.export.session import faithful_session
+from nipq.nn.kinds import along_channels
 
 onnx = pytest.importorskip("onnx")
 runtime = pytest.importorskip("onnxruntime")
@@ -181,9 +181,9 @@ def test_negative_scales_turn_the_codes(zoo: SimpleNamespace) -> None:
         deployed, numbers = model[0], portable_layers(model)["0"]
         assert bool((deployed.scale < 0).any())
         assert bool((numbers.weight_scale > 0).all())
-        expected = deployed.weight_codes.double() * along_channels(deployed.scale.double(), layer, deployed.weight_codes)
-        step = deployed.input_step.double()
-        found = numbers.weight.double() * along_channels(numbers.weight_scale.double(), layer, deployed.weight_codes) * step
+        codes, step = deployed.weight_codes, deployed.input_step.double()
+        expected = codes.double() * along_channels(deployed.scale.double(), layer, codes)
+        found = numbers.weight.double() * along_channels(numbers.weight_scale.double(), layer, codes) * step
         torch.testing.assert_close(found, expected, rtol=1e-7, atol=0)
 
 

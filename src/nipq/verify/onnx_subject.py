@@ -125,7 +125,7 @@ class OnnxSubject(Subject):
                 f"{path}: expected a sound graph, found: {error!r}. Export or copy the model again."
             ) from error
         super().__init__(path.name, OnnxModule(self._session(whole), path), layers, is_file=True)
-        # What is forced comes with the sizes of the trained model's tensors, of which the graph's own sizes know nothing.
+        # What is forced has the sizes of the trained model's tensors, of which the graph's own sizes know nothing.
         self.forced = self._session(model, reuse_memory=False)
         for cell in self.cells:
             if cell.name in self.evidence:
