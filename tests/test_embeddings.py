@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.bit_table import BitTable
 from nipq.budget import AverageBits, BitOps, ModelSize
 from nipq.calibrate import calibrate_
 from nipq.config import BitRange, Config, Rule
@@ -18,7 +17,7 @@ from nipq.control import set_bits_, set_phase_
 from nipq.errors import ConfigError, NotQuantizableError
 from nipq.inspection import inspect
 from nipq.layer_table import layer_table
-from nipq.limit import weight_specs
+from nipq.limit import stored_rows
 from nipq.nn.layers import float_weight
 from nipq.prepare import prepare_, restore_
 from nipq.summary import summary
@@ -108,7 +107,7 @@ def test_what_is_counted() -> None:
     assert "Embedding tables count in the model's size alone" in str(inspect(Language(), IDS))
     (tied,) = AverageBits(weights=4).limits(model := prepared(tied=True))
     assert tied.accounting == "over 152 weights in 2 tensors, first and last layer included, 1 embedding tables not"
-    assert weight_specs(layer_table(model), BitTable(layer_table(model)))[0].name == "head"
+    assert stored_rows(layer_table(model))[0].name == "head"
 
 
 def test_one_number_for_all_layers_leaves_tables_as_they_are() -> None:

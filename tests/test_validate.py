@@ -7,8 +7,9 @@ from torch.nn.utils import parametrizations, prune
 
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError
+from nipq.finding import Finding
 from nipq.prepare import prepare_
-from nipq.validate import Finding, validate
+from nipq.validate import validate
 
 X = torch.zeros(1, 4)
 

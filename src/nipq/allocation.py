@@ -153,6 +153,13 @@ def sensitivities(
     weights: dict[str, nn.Parameter] = {}
     inputs: dict[str, nn.Module] = {}
     for row in rows:
+        if row.spec.is_product:
+            if not row.weight.is_frozen:
+                raise ConfigError(
+                    f"{row.name}: expected attention of fixed bit-widths, as curvature is measured in weights and in "
+                    "inputs of layers; found some to choose. Fix them, such as by Config(attention_bits=8)."
+                )
+            continue
         layer = twin.get_submodule(names[row.layer])
         if not row.weight.is_frozen:
             weights.setdefault(row.weight.name, float_weight(layer))

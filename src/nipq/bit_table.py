@@ -10,7 +10,7 @@ from torch import Tensor
 from nipq.errors import NonFiniteError, OrderError
 from nipq.functional.bitwidth import bits_from_raw
 from nipq.layer_table import LayerRow
-from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
+from nipq.nn.quantizer import InputQuantizer, TensorQuantizer
 
 
 class BitTable:
@@ -23,20 +23,19 @@ class BitTable:
         rows: the prepared layers.
 
     Attributes:
-        weights: weight quantizers; layers that share a weight share one.
+        weights: weight quantizers; layers that share a weight share one. Keys and values stand for weights.
         inputs: input quantizers, one for each layer whose input is quantized.
         weight_of_input: for each input, the place of its layer's weight quantizer in ``weights``.
+        place: place of each tensor in the vector.
         choices: allowed bit-widths of each tensor, ascending; just one when frozen.
     """
 
     def __init__(self, rows: Sequence[LayerRow]) -> None:
-        places: dict[WeightQuantizer, int] = {}
-        for row in rows:
-            places.setdefault(row.weight, len(places))
-        hidden = [(row.input, places[row.weight]) for row in rows if row.input is not None]
-        self.weights: tuple[WeightQuantizer, ...] = tuple(places)
-        self.inputs: tuple[InputQuantizer, ...] = tuple(quantizer for quantizer, _ in hidden)
-        self.weight_of_input = torch.tensor([place for _, place in hidden], dtype=torch.int64)
+        self.weights: tuple[TensorQuantizer, ...] = tuple(dict.fromkeys(row.weight for row in rows))
+        self.inputs: tuple[InputQuantizer, ...] = tuple(row.input for row in rows if row.input is not None)
+        self.place = {quantizer: place for place, quantizer in enumerate(self.quantizers)}
+        weights = [self.place[row.weight] for row in rows if row.input is not None]
+        self.weight_of_input = torch.tensor(weights, dtype=torch.int64)
         self.choices = tuple(
             (quantizer.bits_rounded,) if quantizer.is_frozen else quantizer.bit_range.choices
             for quantizer in self.quantizers

@@ -24,11 +24,13 @@ from nipq.limit import (
     Limit,
     LimitCost,
     Mode,
+    activation_counts,
+    average_limit,
     cost_form,
     exact_range,
     feasible_range,
     limit_cost,
-    weight_specs,
+    stored_rows,
     whole_amount,
 )
 
@@ -142,25 +144,23 @@ class AverageBits(Budget):
         table = BitTable(rows)
         limits = []
         if self.weights is not None:
-            counts = [0 if spec.is_table else spec.weight_count for spec in weight_specs(rows, table)]
-            total, tensors = sum(counts), sum(count > 0 for count in counts)
-            form = cost_form(table, [count / total for count in counts])
-            tables = f", {len(counts) - tensors} embedding tables not" if tensors < len(counts) else ""
-            what = f"over {total:,} weights in {tensors} tensors, first and last layer included{tables}"
-            limits.append(Limit("average weight bits", "bit", float(self.weights), self.mode, form, total, what))
+            stored = stored_rows(rows)
+            counts = {row.weight: row.spec.weight_count for row in stored if not row.spec.is_table}
+            what = f"over {sum(counts.values()):,} weights in {len(counts)} tensors, first and last layer included"
+            if len(counts) < len(stored):
+                what += f", {len(stored) - len(counts)} embedding tables not"
+            limits.append(average_limit("weight", self.weights, self.mode, table, list(counts.items()), what))
         if self.activations is not None:
-            inputs = [row.spec for row in rows if row.input is not None]
-            counts = [0 if spec.is_input else spec.activation_count for spec in inputs]
-            total, hidden = sum(counts), sum(count > 0 for count in counts)
-            if not total:
+            found = activation_counts(rows)
+            if not any(count for _, count in found):
                 raise BudgetError(
                     f"{type(model).__name__}: expected an input to average activation bits over, found that none but "
                     "the model's own is quantized. Leave activations= out, or quantize inputs."
                 )
-            form = cost_form(table, None, [count / total for count in counts])
+            hidden = sum(row.input is not None and not row.spec.is_input for row in rows)
+            total = sum(count for _, count in found)
             what = f"over {total:,} inputs of {hidden} layers per sample, the last included, the model's own input not"
-            target = float(self.activations)
-            limits.append(Limit("average activation bits", "bit", target, self.mode, form, total, what))
+            limits.append(average_limit("activation", self.activations, self.mode, table, found, what))
         return limits
 
 
@@ -195,7 +195,7 @@ class ModelSize(Budget):
     def _limits(self, model: nn.Module) -> list[Limit]:
         rows = layer_table(model)
         table = BitTable(rows)
-        planes = [-(-spec.weight_count // 8) for spec in weight_specs(rows, table)]
+        planes = [(row.weight, -(-row.spec.weight_count // 8)) for row in stored_rows(rows)]
         form = cost_form(table, planes, constant=fixed_bytes(model))
         accounting = f"the whole file, of which {int(form.constant):,} do not depend on bits"
         return [Limit("model size", "byte", self.bytes, self.mode, form, 1, accounting)]
@@ -234,12 +234,12 @@ class BitOps(Budget):
     def _limits(self, model: nn.Module) -> list[Limit]:
         rows = layer_table(model)
         table = BitTable(rows)
-        places = {quantizer: place for place, quantizer in enumerate(table.weights)}
-        weight = [0.0] * len(table.weights)
+        weight, product = [], []
         for row in rows:
             if row.input is None:
-                weight[places[row.weight]] += row.spec.macs * (IMAGE_BITS if row.spec.is_input else FLOAT_BITS)
-        product = [row.spec.macs for row in rows if row.input is not None]
+                weight.append((row.weight, row.spec.macs * (IMAGE_BITS if row.spec.is_input else FLOAT_BITS)))
+            else:
+                product.append((row.input, row.spec.macs))
         form = cost_form(table, weight, product=product)
         accounting = (
             f"per sample over {sum(not row.spec.is_table for row in rows)} layers, first and last included; "

@@ -21,7 +21,7 @@ from nipq.distributed import (
     world_size,
 )
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import layer_table
+from nipq.layer_table import input_quantizers, layer_table, weight_table
 from nipq.nn.initial import start_input_boundary_, start_weight_boundary_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
@@ -93,7 +93,7 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
     """
     rows = layer_table(model)
     check_same_(model, "calibrate_")
-    samples: dict[InputQuantizer, list[Tensor]] = {row.input: [] for row in rows if row.input is not None}
+    samples: dict[InputQuantizer, list[Tensor]] = {quantizer: [] for quantizer in input_quantizers(rows)}
     share = max(1, SAMPLE_SIZE // max(1, batches))
     own, ranks = rank(), world_size()
 
@@ -119,8 +119,8 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
         set_phase_(model, phase)
         for module, training in modes.items():
             module.training = training
-    for row in rows:
-        start_weight_boundary_(row.weight, whole(float_weight(row.layer)))
+    for row, weight in weight_table(model):
+        start_weight_boundary_(weight, whole(float_weight(row.layer)))
     for quantizer, kept in samples.items():
         sample = gather_samples(torch.cat(kept) if kept else torch.empty(0, device=device), 2 * SAMPLE_SIZE)
         if not sample.numel():

@@ -11,12 +11,11 @@ Wherever a bit-width is expected, a short form does::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nipq.errors import ConfigError
+from nipq.config_faults import config_error
 
 #: A signed grid needs 2 bits; codes of more than 16 are no longer exact once float32 adds up their products.
 Bits = Annotated[int, Field(ge=2, le=16)]
@@ -40,7 +39,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**fields)
         except ValidationError as error:
-            raise _config_error(type(self), error) from error
+            raise config_error(type(self), error, _field_names(type(self))) from error
 
     # Settings inside other settings then skip __init__, and a message names the whole path to the faulty field.
     __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
@@ -51,7 +50,7 @@ class Settings(BaseModel):
         try:
             return super().model_validate(obj, **options)
         except ValidationError as error:
-            raise _config_error(cls, error) from error
+            raise config_error(cls, error, _field_names(cls)) from error
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **options: Any) -> Self:  # noqa: ANN401
@@ -59,7 +58,7 @@ class Settings(BaseModel):
         try:
             return super().model_validate_json(json_data, **options)
         except ValidationError as error:
-            raise _config_error(cls, error) from error
+            raise config_error(cls, error, _field_names(cls)) from error
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values that JSON can hold; ``model_validate`` turns them into equal settings."""
@@ -208,6 +207,9 @@ class Config(Settings):
         input_bits: fixed bit-width of the model's own input (an image has 8); ``None`` leaves it float.
         embedding_bits: bit-widths of embedding tables, whose weight alone is quantized; ``None`` leaves them float. A
             table that a layer multiplies with, too (tied embeddings), has that layer's settings instead.
+        attention_bits: bit-widths of query, key, probability and value in modules that call torch's function
+            ``scaled_dot_product_attention``; ``None`` leaves attention float. Rules find a module's products under
+            ``"*.attention_products.*"``; their ``activation_bits`` are those of both operands.
         granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``. Tables
             have one, unless a rule gives each row its own by ``"channel"``.
         method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
@@ -241,6 +243,7 @@ class Config(Settings):
     activation_bits: BitRange = BitRange()
     input_bits: Bits | None = 8
     embedding_bits: BitRange | None = BitRange(fixed=8)
+    attention_bits: BitRange | None = None
     granularity: Granularity = "tensor"
     method: Method = "nipq"
     noise: NoiseKind = "uniform"
@@ -270,26 +273,6 @@ class Config(Settings):
     if TYPE_CHECKING:  # type checkers would otherwise refuse the short forms
 
         def __init__(self, **settings: Any) -> None: ...  # noqa: ANN401
-
-
-def _config_error(kind: type[BaseModel], error: ValidationError) -> ConfigError:
-    """Every fault on a line of its own: the field, what was expected, what was found."""
-    lines = []
-    for fault in error.errors(include_url=False):
-        place = ".".join([kind.__name__, *map(str, fault["loc"])])
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            close = get_close_matches(str(fault["loc"][-1]), _field_names(kind), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "correct its name or remove it."
-            lines.append(f"{place}: expected a known field, found this one; {hint}")
-        elif fault["type"] == "missing":
-            lines.append(f"{place}: expected a value, found none; give one.")
-        elif fault["type"] == "value_error":
-            lines.append(f"{place}: {message}.")
-        else:
-            expected = message.removeprefix("Input should be ")
-            lines.append(f"{place}: expected {expected}, found {fault['input']!r}; change it.")
-    return ConfigError("\n".join(lines))
 
 
 def _field_names(kind: type[BaseModel]) -> list[str]:

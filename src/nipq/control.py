@@ -53,6 +53,8 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
             row.input.phase = phase
     if phase is Phase.INT:
         for row in rows:
+            if row.spec.is_product:
+                continue  # it multiplies codes by itself
             if row.input is None:
                 row.weight.phase = Phase.ROUND  # whole codes of the weight alone would have no scale
             else:
@@ -114,7 +116,8 @@ def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
         bits: one number for all layers, or glob pattern of layer names -> number, or -> ``{"weights": 4,
             "activations": 8}`` with either name. A bare number sets weight and input, except that the input of a layer
             which reads the model's own input keeps its bit-width, and so does an embedding table that no layer
-            multiplies with; give ``"activations"`` or ``"weights"`` by name to change them, too. Later patterns win.
+            multiplies with; give ``"activations"`` or ``"weights"`` by name to change them, too. The operands of an
+            attention's products are activations. Later patterns win.
 
     Raises:
         ConfigError: if a pattern matches no layer, a name is unknown, or a bit-width is not from 2 to 16.
@@ -134,18 +137,13 @@ def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
 
 
 def _set_row(row: LayerRow, choice: LayerBits) -> None:
-    if isinstance(choice, int):
-        if not row.spec.is_table:
-            row.weight.freeze_bits_(choice)
-        if row.input is not None and not row.spec.is_input:
-            row.input.freeze_bits_(choice)
-        return
+    choice = _by_name(row, choice) if isinstance(choice, int) else choice
     unknown = set(choice) - {"weights", "activations"}
     if unknown:
         raise ConfigError(
             f"{row.name}: expected the names 'weights' and 'activations', found {sorted(unknown)}. Correct them."
         )
-    if "weights" in choice:
+    if "weights" in choice and not row.spec.is_product:
         row.weight.freeze_bits_(choice["weights"])
     if "activations" in choice:
         if row.input is None:
@@ -154,3 +152,11 @@ def _set_row(row: LayerRow, choice: LayerBits) -> None:
                 "Leave 'activations' out, or prepare the model with that input quantized."
             )
         row.input.freeze_bits_(choice["activations"])
+        if row.spec.is_product:  # both operands are activations
+            row.weight.freeze_bits_(choice["activations"])
+
+
+def _by_name(row: LayerRow, bits: int) -> dict[str, int]:
+    """What a bare number sets."""
+    weights = {} if row.spec.is_table else {"weights": bits}
+    return weights if row.input is None or row.spec.is_input else weights | {"activations": bits}

@@ -14,14 +14,15 @@ from torch import nn
 from nipq.bit_table import BitTable
 from nipq.budget import AverageBits, BitOps, ModelSize
 from nipq.config import BitRange, Config
+from nipq.finding import Finding
 from nipq.layer_table import LayerRow, layer_table
-from nipq.limit import exact_range, weight_specs
+from nipq.limit import exact_range, stored_rows
 from nipq.nn.layers import LayerSpec
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare import prepare_
 from nipq.summary import plain_text
 from nipq.trace import ExampleInputs
-from nipq.validate import Finding, validate
+from nipq.validate import validate
 
 #: Uniform bit-widths that each budget is shown for.
 UNIFORM = (8, 6, 4, 3, 2)
@@ -180,7 +181,7 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, config: Config | No
         findings=findings,
         ranges=tuple(ranges),
         policy=_policy(rows),
-        weights=sum(spec.weight_count for spec in weight_specs(rows, BitTable(rows))) if rows else 0,
+        weights=sum(row.spec.weight_count for row in stored_rows(rows)),
         macs=sum(row.spec.macs for row in rows),
         parameters=sum(p.numel() for p in parameters),
         float_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *model.buffers())),
@@ -223,8 +224,8 @@ def _policy(rows: Sequence[LayerRow]) -> str:
         reads = "float" if row.input is None else _choices(row.input.bit_range.choices)
         return f"{row.name}: weight {_choices(row.weight.bit_range.choices)}, input {reads}"
 
-    multiplying = [row for row in rows if not row.spec.is_table]
-    tables = "" if len(multiplying) == len(rows) else " Embedding tables count in the model's size alone."
+    multiplying = [row for row in rows if not row.spec.is_table and not row.spec.is_product]
+    tables = "" if not any(row.spec.is_table for row in rows) else " Embedding tables count in the model's size alone."
     return (
         f"First and last layer count in every average and cost ({bits(multiplying[0])}; {bits(multiplying[-1])}). "
         f"The model's own input counts in bit-operations with its bits, and in no average.{tables}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -18,14 +19,15 @@ class LayerRow:
     Attributes:
         spec: counts per sample and the batch norm that can be folded.
         layer: the module itself.
-        weight: quantizer of its weight; the same object for layers that share a weight.
+        weight: quantizer of its weight; the same object for layers that share a weight. Of a product inside attention,
+            quantizer of the second operand (key, value), which stands for a weight.
         input: quantizer of its input, or None when the input stays float.
         batchnorm: the batch norm that can be folded into it, as it is in the model now, or None.
     """
 
     spec: LayerSpec
     layer: nn.Module
-    weight: WeightQuantizer
+    weight: TensorQuantizer
     input: InputQuantizer | None
     batchnorm: nn.Module | None = None
 
@@ -60,6 +62,26 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
         batchnorm = modules.get(_present_name(record.spec, name)) if record.spec.batchnorm else None
         rows.append(LayerRow(record.spec, layer, weight_quantizer(layer), record.input, batchnorm))
     return rows
+
+
+def weight_table(model: nn.Module) -> list[tuple[LayerRow, WeightQuantizer]]:
+    """Rows whose weight is stored, with its quantizer: all but the products inside attention.
+
+    Args:
+        model: as for :func:`layer_table`.
+    """
+    rows = layer_table(model)
+    return [(row, row.weight) for row in rows if isinstance(row.weight, WeightQuantizer)]
+
+
+def input_quantizers(rows: Sequence[LayerRow]) -> list[InputQuantizer]:
+    """Quantizers of computed tensors: of each layer's input, and of keys and values.
+
+    Args:
+        rows: of :func:`layer_table`.
+    """
+    operands = [quantizer for row in rows for quantizer in (row.input, row.weight)]
+    return [quantizer for quantizer in operands if isinstance(quantizer, InputQuantizer)]
 
 
 def _present_name(spec: LayerSpec, name: str) -> str:

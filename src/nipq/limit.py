@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from nipq.bit_table import BitTable
 from nipq.errors import ConfigError
 from nipq.functional.cost import CostForm, cost
 from nipq.layer_table import LayerRow
-from nipq.nn.layers import LayerSpec
+from nipq.nn.quantizer import TensorQuantizer
 
 Mode = Literal["bound", "target"]
 
@@ -182,42 +182,76 @@ def limit_cost(limit: Limit, table: BitTable) -> LimitCost:
 
 def cost_form(
     table: BitTable,
-    weight: Sequence[float] | None = None,
-    activation: Sequence[float] | None = None,
-    product: Sequence[float] | None = None,
+    weight: Iterable[tuple[TensorQuantizer, float]] = (),
+    activation: Iterable[tuple[TensorQuantizer, float]] = (),
+    product: Iterable[tuple[TensorQuantizer, float]] = (),
     constant: float = 0.0,
 ) -> CostForm:
-    """A cost form with zeros for what is left out.
+    """A cost form with zeros for what is left out; costs of tensors that share a bit-width add up.
 
     Args:
         table: the tensors.
-        weight: cost of one bit of each weight tensor.
-        activation: cost of one bit of each input in the table.
-        product: cost of one bit times one bit for each input in the table and its layer's weight.
+        weight: tensors and the cost of one bit of each.
+        activation: likewise, of inputs, keys and values.
+        product: inputs, and the cost of one bit times one bit of its layer's weight.
         constant: what does not depend on bits.
 
     Returns:
         The form over the table's weights and inputs.
     """
-
-    def vector(values: Sequence[float] | None, count: int) -> torch.Tensor:
-        return torch.tensor(values if values is not None else [0.0] * count, dtype=torch.float64)
-
-    return CostForm(
-        float(constant),
-        vector(weight, len(table.weights)),
-        vector(activation, len(table.inputs)),
-        vector(product, len(table.inputs)),
-        table.weight_of_input,
-    )
+    count = len(table.weights)
+    each = torch.zeros(len(table.quantizers), dtype=torch.float64)
+    products = torch.zeros(len(table.inputs), dtype=torch.float64)
+    for quantizer, cost_of_bit in (*weight, *activation):
+        each[table.place[quantizer]] += cost_of_bit
+    for quantizer, cost_of_both in product:
+        products[table.place[quantizer] - count] += cost_of_both
+    return CostForm(float(constant), each[:count].clone(), each[count:].clone(), products, table.weight_of_input)
 
 
-def weight_specs(rows: Sequence[LayerRow], table: BitTable) -> list[LayerSpec]:
-    """The facts of each weight tensor's first layer, one that multiplies if any does, in ``table.weights``' order."""
-    first: dict[object, LayerSpec] = {}
+def average_limit(
+    name: str, target: float, mode: Mode, table: BitTable, counts: Sequence[tuple[TensorQuantizer, int]], what: str
+) -> Limit:
+    """A limit on the average bit-width of some tensors.
+
+    Args:
+        name: of what, ``"weight"`` or ``"activation"``.
+        target: bits.
+        mode: ``"bound"`` or ``"target"``.
+        table: the tensors.
+        counts: those that count, and their elements.
+        what: is counted, in words.
+    """
+    total = sum(count for _, count in counts)
+    form = cost_form(table, [(quantizer, count / total) for quantizer, count in counts])
+    return Limit(f"average {name} bits", "bit", float(target), mode, form, total, what)
+
+
+def stored_rows(rows: Sequence[LayerRow]) -> list[LayerRow]:
+    """One row for each weight that is stored: of layers that share one the first, one that multiplies if any does."""
+    first: dict[object, LayerRow] = {}
     for row in sorted(rows, key=lambda row: row.spec.is_table):
-        first.setdefault(row.weight, row.spec)
-    return [first[quantizer] for quantizer in table.weights]
+        if not row.spec.is_product:
+            first.setdefault(row.weight, row)
+    return [first[quantizer] for quantizer in dict.fromkeys(row.weight for row in rows) if quantizer in first]
+
+
+def activation_counts(rows: Sequence[LayerRow]) -> list[tuple[TensorQuantizer, int]]:
+    """Elements per sample of every quantized activation, keys and values of attention among them.
+
+    Args:
+        rows: ``layer_table(model)``.
+
+    Returns:
+        Quantizer and count; 0 for the model's own input, whose bits are those of its source.
+    """
+    found: list[tuple[TensorQuantizer, int]] = []
+    for row in rows:
+        if row.input is not None:
+            found.append((row.input, 0 if row.spec.is_input else row.spec.activation_count))
+        if row.spec.is_product:
+            found.append((row.weight, row.spec.other_count))
+    return found
 
 
 def whole_amount(value: float | str, kind: str, units: str, example: str) -> int:

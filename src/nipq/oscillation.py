@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError
-from nipq.layer_table import layer_table
+from nipq.layer_table import weight_table
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import WeightQuantizer
 
@@ -86,7 +86,7 @@ class Oscillations:
         self.freeze = freeze
         self.momentum = momentum
         self._calls = 0
-        self._layers = {row.weight: row.layer for row in layer_table(model)}  # tied weights once
+        self._layers = {weight: row.layer for row, weight in weight_table(model)}  # tied weights once
         # Never written to in place, so that state_dict need not copy.
         self._history = {quantizer.name: _new_history(quantizer, weight) for quantizer, weight in self._tensors()}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -55,7 +55,20 @@ def plan_layers(layers: Iterable[LayerSpec], config: Config) -> list[tuple[Layer
         spec.name: _table_plan(spec, multiplying.get(spec.tied_to or ""), config) for spec in layers if spec.is_table
     }
     plans = multiplying | tables
-    return [(spec, plan) for spec in layers if (plan := plans[spec.name]) is not None]
+    found = [(spec, plan) for spec in layers if (plan := plans[spec.name]) is not None]
+    _check_whole(layers, {spec.name for spec, _ in found})
+    return found
+
+
+def _check_whole(layers: Sequence[LayerSpec], planned: set[str]) -> None:
+    """Refuse rules that quantize one product of an attention and not the other."""
+    products = [spec.name for spec in layers if spec.is_product]
+    for scores, mix in zip(products[::2], products[1::2], strict=True):
+        if (scores in planned) != (mix in planned):
+            raise ConfigError(
+                f"{scores}: expected both products of an attention to be quantized or neither, found one excluded. "
+                f"Use one pattern for both, such as Rule({scores.removesuffix('scores') + '*'!r}, quantize=False)."
+            )
 
 
 def _settings(spec: LayerSpec, config: Config) -> dict[str, Any]:
@@ -71,6 +84,12 @@ def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
     settings = _settings(spec, config)
     if settings.get("quantize") is False:
         return None
+    if spec.is_product:  # both operands are activations
+        bits = settings.get("activation_bits", config.attention_bits)
+        if bits is None or settings.get("quantize_input") is False:
+            return None
+        grid: GridChoice = "unsigned" if spec.kind == "ProbabilityValue" else settings.get("grid", "auto")
+        return LayerPlan(bits, bits, "tensor", grid)
     activation_bits = settings.get("activation_bits", config.activation_bits)
     quantize_input = config.quantize_inputs
     if spec.is_input and "activation_bits" not in settings:

@@ -6,11 +6,13 @@ from dataclasses import fields
 
 from torch import Tensor, nn
 
-from nipq.config import Config
+from nipq.attention_trace import PRODUCT_OPERANDS
+from nipq.config import BitRange, Config, GridChoice
 from nipq.control import set_phase_
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.layer_table import layer_table
+from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
 from nipq.nn.estimator import Estimator
 from nipq.nn.initial import SHIFTS, start_weight_boundary_
 from nipq.nn.kinds import output_channel_axis
@@ -23,7 +25,7 @@ from nipq.trace import ExampleInputs
 from nipq.validate import checked_trace
 
 #: Grids before calibration, which replaces all but the ones that a rule asks for.
-_FIRST_GRIDS = {
+_FIRST_GRIDS: dict[GridChoice, Grid] = {
     "auto": UNSIGNED,
     "signed": SIGNED,
     "unsigned": UNSIGNED,
@@ -64,17 +66,27 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
             f"{type(model).__name__}: expected a float model, found one that is prepared already. "
             "Call nipq.restore_(model) first, or go on with this one."
         )
-    plans = plan_layers(checked_trace(model, example_inputs, config).layers, config)
-    if all(spec.is_table for spec, _ in plans):
+    traced = checked_trace(model, example_inputs, config)
+    plans = plan_layers(traced.ordered(products=config.attention_bits is not None), config)
+    if all(spec.is_table or spec.is_product for spec, _ in plans):
         raise NotQuantizableError(
             f"{type(model).__name__}: expected a convolution or linear layer to quantize, found none that runs and "
             "that no rule excludes. Look at nipq.validate(model, example_inputs)."
         )
     weights = _weight_quantizers(model, plans, config)
+    products: dict[str, Product] = {}
     for order, (spec, plan) in enumerate(plans):
+        if spec.is_product:
+            products[spec.name] = Product(_product_record(spec, plan, config, order))
+            continue
         layer = model.get_submodule(spec.name)
         record = LayerQuantization(spec, _input_quantizer(layer, spec, plan, config), order)
         attach(layer, weights[spec.name], record, model.get_submodule(spec.relu) if spec.relu else None)
+    device = next(model.parameters()).device
+    for attention in traced.attention:
+        if attention.scores.name in products:
+            found = AttentionProducts(products[attention.scores.name], products[attention.mix.name]).to(device)
+            install(model.get_submodule(attention.name), found)
     set_phase_(model, Phase.NOISE)
     return model
 
@@ -92,7 +104,11 @@ def restore_(model: nn.Module) -> nn.Module:
         OrderError: if the model is not prepared.
     """
     for row in layer_table(model):
-        detach(row.layer)
+        if not row.spec.is_product:
+            detach(row.layer)
+    for module in list(model.modules()):
+        if isinstance(getattr(module, PRODUCTS, None), AttentionProducts):
+            uninstall(module)
     return model
 
 
@@ -107,6 +123,8 @@ def _weight_quantizers(
     found: dict[str, WeightQuantizer] = {}
     owners: dict[int, tuple[LayerSpec, LayerPlan]] = {}
     for spec, plan in plans:
+        if spec.is_product:
+            continue
         layer = model.get_submodule(spec.name)
         first, first_plan = owners.setdefault(id(layer.weight), (spec, plan))
         if (first_plan.weight_bits, first_plan.granularity) != (plan.weight_bits, plan.granularity):
@@ -139,13 +157,23 @@ def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config:
     if plan.activation_bits is None:
         return None
     assert isinstance(layer.weight, Tensor)
+    return _operand(f"{spec.name}.input", plan.activation_bits, plan.grid, config).to(layer.weight.device)
+
+
+def _product_record(spec: LayerSpec, plan: LayerPlan, config: Config, order: int) -> LayerQuantization:
+    """The quantizers of both operands of a product, under the names that attention gives them."""
+    assert plan.activation_bits is not None
+    first, second = PRODUCT_OPERANDS[spec.kind]
+    quantizers = [
+        _operand(f"{spec.name}.{name}", plan.activation_bits, grid, config)
+        for name, grid in ((first, plan.grid), (second, "auto"))
+    ]
+    return LayerQuantization(spec, quantizers[0], order, quantizers[1])
+
+
+def _operand(name: str, bits: BitRange, grid: GridChoice, config: Config) -> InputQuantizer:
     estimator = _estimator(config)
     kind = OffsetInputQuantizer if estimator.learns_offset else InputQuantizer
     return kind(
-        f"{spec.name}.input",
-        plan.activation_bits,
-        grid=_FIRST_GRIDS[plan.grid],
-        grid_choice=plan.grid,
-        estimator=estimator,
-        init=config.init,
-    ).to(layer.weight.device)
+        name, bits, grid=_FIRST_GRIDS[grid], grid_choice=grid, estimator=estimator, init=config.init
+    )  # fmt: skip

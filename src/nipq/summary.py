@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from operator import mul
 from typing import Any
 
 from rich.console import Console, RenderableType
@@ -15,7 +15,8 @@ from nipq.bit_table import BitTable
 from nipq.budget import FLOAT_BITS, IMAGE_BITS, AverageBits, BitOps, Budget
 from nipq.functional.packing import payload_bytes
 from nipq.layer_table import LayerRow, layer_table
-from nipq.limit import weight_specs
+from nipq.limit import activation_counts, stored_rows
+from nipq.nn.quantizer import TensorQuantizer
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class LayerSummary:
         grid: grid of the input, ``"float"`` when it stays float.
         macs: multiply-accumulates per sample.
         weight_count: elements of the weight.
-        activation_count: elements of the input per sample.
+        activation_count: elements of the input per sample; of a product inside attention, of both operands.
         bops: bit-operations per sample.
         is_input: whether the layer reads the model's own input.
         frozen: whether both bit-widths are fixed.
@@ -159,17 +160,22 @@ def summary(model: nn.Module) -> Summary:
         (limit,) = budget.limits(model)  # the target is not looked at
         return float(limit.exact_cost(weights, inputs))
 
-    counts = [row.spec.activation_count for row in rows if row.input is not None]
-    hidden = any(row.input is not None and not row.spec.is_input for row in rows)
-    sizes = [spec.weight_count for spec in weight_specs(rows, table)]
+    counts = activation_counts(rows)
+    own = [(row.input, row.spec.activation_count) for row in rows if row.input is not None and row.spec.is_input]
     return Summary(
         layers=tuple(_layer(row) for row in rows),
         weight_bits=exact(AverageBits(weights=1)),
-        activation_bits=exact(AverageBits(activations=1)) if hidden else None,
-        activation_bits_with_input=sum(map(mul, inputs, counts)) / sum(counts) if counts else None,
-        weight_payload_bytes=sum(map(payload_bytes, sizes, weights)),
+        activation_bits=exact(AverageBits(activations=1)) if any(count for _, count in counts) else None,
+        activation_bits_with_input=_average([*counts, *own]) if counts else None,
+        weight_payload_bytes=sum(
+            payload_bytes(row.spec.weight_count, row.weight.bits_rounded) for row in stored_rows(rows)
+        ),
         bops=int(exact(BitOps(1))),
     )
+
+
+def _average(counts: Sequence[tuple[TensorQuantizer, int]]) -> float:
+    return sum(quantizer.bits_rounded * count for quantizer, count in counts) / sum(count for _, count in counts)
 
 
 def _layer(row: LayerRow) -> LayerSummary:
@@ -188,7 +194,7 @@ def _layer(row: LayerRow) -> LayerSummary:
         grid="float" if row.input is None else row.input.grid.kind,
         macs=row.spec.macs,
         weight_count=row.spec.weight_count,
-        activation_count=row.spec.activation_count,
+        activation_count=row.spec.activation_count + row.spec.other_count,
         bops=row.spec.macs * weight_bits * (float_bits if activation_bits is None else activation_bits),
         is_input=row.spec.is_input,
         frozen=row.weight.is_frozen and (row.input is None or row.input.is_frozen),

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from nipq.attention_trace import Attention, AttentionCalls
 from nipq.errors import NotQuantizableError
 from nipq.float_pieces import BETWEEN_ACTIVATIONS, REASONS, FloatPiece, operation_of
-from nipq.nn.kinds import TRANSPOSED, is_supported, is_table, output_channels
+from nipq.nn.attention import FUNCTION
+from nipq.nn.kinds import is_supported, is_table, weight_uses
 from nipq.nn.layers import LayerSpec
 from nipq.nn.relu import cap_of, reads_in_sequence
 
@@ -35,12 +37,25 @@ class Trace:
         float_pieces: what computes outside them.
         unused: full names of supported layers that did not run.
         shared: names of the layers that read the same tensor, by the name of each of them.
+        attention: modules that call torch's function for attention.
     """
 
     layers: tuple[LayerSpec, ...]
     float_pieces: tuple[FloatPiece, ...]
     unused: tuple[str, ...]
     shared: dict[str, tuple[str, ...]]
+    attention: tuple[Attention, ...] = ()
+
+    def ordered(self, *, products: bool) -> list[LayerSpec]:
+        """Facts of what can be quantized, in order of first execution.
+
+        Args:
+            products: whether the products inside attention are among it.
+        """
+        found = list(self.layers)
+        for attention in reversed(self.attention if products else ()):
+            found[attention.place : attention.place] = [attention.scores, attention.mix]
+        return found
 
 
 def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:  # noqa: ANN401  (whatever the model returns)
@@ -98,6 +113,7 @@ class _Watcher(TorchFunctionMode):
         self.origin |= {id(tensor): "input" for tensor in _tensors(example_inputs)}
         #: Names of the layers that read a tensor in one state of it, by its id and version.
         self.layers_on: dict[tuple[int, int], dict[str, None]] = {}
+        self.attention: dict[str, AttentionCalls] = {}
         self.keep: list[object] = []  # ids stay unique only while the tensors live
 
     def __torch_function__(
@@ -120,6 +136,8 @@ class _Watcher(TorchFunctionMode):
         operation = operation_of(func)
         if inner is not None and is_supported(inner):
             return self._made(results, None, result)
+        if operation == FUNCTION:
+            self.attention.setdefault(where, AttentionCalls(len(self.layers))).add(args, kwargs or {})
         if operation in REASONS and (len(operands) > 1 or operation not in BETWEEN_ACTIVATIONS):
             self.pieces[where, operation] += 1
         origins = {self.origin.get(id(tensor)) for tensor in operands}
@@ -166,7 +184,7 @@ class _Watcher(TorchFunctionMode):
             (x, *_), (y, *_) = _tensors((args, kwargs)), _tensors(output)
             calls.calls += 1
             calls.outputs += y.numel()
-            calls.positions += _positions(module, x, y)
+            calls.positions += weight_uses(module, x, y)
             calls.output = y
 
     def foldable_batchnorm(self, layer: nn.Module) -> str | None:
@@ -191,15 +209,6 @@ class _Watcher(TorchFunctionMode):
             return None
         readers = self.readers[id(calls.input)] - {relu}  # in place, it reads what it makes
         return relu if readers == {name} and reads_in_sequence(model, relu, name) else None
-
-
-def _positions(layer: nn.Module, x: Tensor, y: Tensor) -> int:
-    """How often the whole weight is used in one call, over the whole batch."""
-    if is_table(layer):
-        return 0  # looked up, not multiplied with
-    if isinstance(layer, TRANSPOSED):
-        return x.numel() // layer.in_channels  # every input pixel meets the whole kernel
-    return y.numel() // output_channels(layer)
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
@@ -259,7 +268,8 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         name for module, name in watcher.names.items() if is_supported(module) and module not in watcher.layers
     )
     shared = {name: tuple(names) for names in watcher.layers_on.values() for name in names if len(names) > 1}
-    return Trace(layers, pieces, unused, shared)
+    attention = tuple(calls.found(name, tensors[0].shape[0]) for name, calls in watcher.attention.items())
+    return Trace(layers, pieces, unused, shared, attention)
 
 
 def _spec(

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
+from nipq.attention_check import attention_findings
 from nipq.config import Config
 from nipq.errors import NotQuantizableError
+from nipq.finding import Finding
+from nipq.nn.attention import FUNCTION
 from nipq.nn.kinds import is_plain, is_supported, is_table, output_channel_axis
 from nipq.nn.layers import is_prepared
 from nipq.plan import LayerPlan, plan_layers
@@ -22,27 +23,6 @@ from nipq.trace import ExampleInputs, Trace, trace
 # Wrappers that change how parameters are found; by name, so that none has to be imported.
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
 _WRAPPERS |= {"ScriptModule"}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that ``prepare_`` would refuse, leave float, or do in a way worth knowing.
-
-    Attributes:
-        name: full name of the module.
-        severity: ``"error"`` (refused), ``"float"`` (stays float) or ``"note"``.
-        reason: what was found.
-        remedy: what to do about it, empty when there is nothing to do.
-    """
-
-    name: str
-    severity: Literal["error", "float", "note"]
-    reason: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        """One line: severity, name, reason, remedy."""
-        return f"{self.severity}: {self.name or 'the model'}: {self.reason}.{' ' + self.remedy if self.remedy else ''}"
 
 
 def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Finding]:
@@ -110,7 +90,8 @@ def _before_running(model: nn.Module) -> Iterator[Finding]:
 
 
 def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Finding]:
-    plans = {spec.name: (spec, plan) for spec, plan in plan_layers(traced.layers, config)}
+    specs = traced.ordered(products=config.attention_bits is not None)
+    plans = {spec.name: (spec, plan) for spec, plan in plan_layers(specs, config)}
     for name, module in model.named_modules():
         if name in plans:
             yield from _layer_findings(name, module, plans[name][1])
@@ -121,18 +102,24 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
                     yield Finding(where, "float", f"{type(module).__name__} has no quantized form here")
     for name in traced.unused:
         yield Finding(name, "float", "the example forward does not call it")
-    for spec in traced.layers:
+    for spec in specs:
         if spec.name not in plans:
             asked = spec.is_table and config.embedding_bits is None
             reason = "the settings leave embeddings float" if asked else "a rule excludes it"
             yield Finding(spec.name, "float", reason)
         elif plans[spec.name][1].activation_bits is None and not spec.is_table:
             yield Finding(f"{spec.name}.input", "float", "the settings leave this input float")
+    replaced = {attention.name for attention in traced.attention if attention.scores.name in plans}
     for piece in traced.float_pieces:
+        if piece.operation == FUNCTION and piece.name in replaced:
+            yield Finding(piece.name, "float", "softmax: it stays float between the two products of attention")
+            continue
         times = f" ({piece.count} times)" if piece.count > 1 else ""
         yield Finding(piece.name, "float", f"{piece.operation}{times}: {piece.reason}")
+    if config.attention_bits is not None:
+        yield from attention_findings(model, traced)
     for spec, _ in plans.values():
-        if spec.calls > 1:
+        if spec.calls > 1 and not spec.is_product:
             once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
             yield Finding(spec.name, "note", once)
     yield from _tied(model, set(plans))

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.control import phase_of, set_phase_
+from nipq.control import phase_of, set_bits_, set_phase_
 from nipq.deploy.convert import convert
 from nipq.deploy.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
 from nipq.errors import NonFiniteError, OrderError
@@ -160,3 +161,29 @@ def test_numbers_that_are_not_finite_are_refused_by_name(get: Get) -> None:
         broken.point.parametrizations.weight.original[0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"point\.weight: expected finite numbers"):
         convert(broken)
+
+
+def test_a_model_that_looks_at_a_layer_sees_floats_and_its_settings() -> None:
+    """Models cast to ``layer.weight.dtype`` or read ``layer.in_features``; both mean the trained layer."""
+
+    class Looking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2)
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(self.conv(x.to(self.conv.weight.dtype))).mean((2, 3))
+            return self.head(x.reshape(-1, self.head.in_features).to(self.head.weight.dtype))
+
+    x = torch.randn(4, 3, 6, 6)
+    model = calibrate_(prepare_(Looking(), x, Config(granularity="channel")), [x]).eval()
+    set_bits_(model, 3)
+    deployed = convert(model)
+    assert deployed.head.weight_codes.dtype == torch.int8
+    assert deployed.conv.kernel_size == (3, 3)
+    assert torch.allclose(deployed.head.weight, model.head.weight, atol=1e-6)
+    set_phase_(model, "int")
+    assert torch.equal(deployed(x), model(x))
+    with pytest.raises(AttributeError, match="no_such_setting"):
+        deployed.head.no_such_setting

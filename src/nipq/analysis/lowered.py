@@ -88,7 +88,8 @@ def _values(model: nn.Module, rows: Sequence[LayerRow], batches: Iterable[Any]) 
         for module, training in modes.items():
             module.training = training
     for row in rows:
-        found[row.weight.name] = float_weight(row.layer).detach()
+        if not row.spec.is_product:
+            found[row.weight.name] = float_weight(row.layer).detach()
     return found
 
 

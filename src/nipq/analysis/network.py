@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nipq.control import set_phase_
-from nipq.layer_table import layer_table
+from nipq.layer_table import weight_table
 from nipq.nn.kinds import is_supported
 from nipq.nn.layers import float_weight, is_prepared
 from nipq.phases import Phase
@@ -74,10 +74,10 @@ def float_twin(model: nn.Module, *, quantized: bool = True) -> nn.Module:
     if not is_quantized(twin):
         return twin
     set_phase_(twin, Phase.ROUND if quantized else Phase.FLOAT)
-    rows = layer_table(twin)
-    values = [row.weight(float_weight(row.layer)).clone() for row in rows]
+    rows = weight_table(twin)
+    values = [weight(float_weight(row.layer)).clone() for row, weight in rows]
     restore_(twin)
-    for row, value in zip(rows, values, strict=True):
+    for (row, _), value in zip(rows, values, strict=True):
         float_weight(row.layer).copy_(value)
     return twin
 

@@ -36,11 +36,13 @@ class Container:
     Attributes:
         version: of the format.
         layers: the metadata's records of layers, in whatever form.
+        products: likewise, of products inside attention; None where there are none.
         tensors: by name.
     """
 
     version: int
     layers: Any
+    products: Any
     tensors: dict[str, Tensor]
 
 
@@ -89,7 +91,7 @@ def read_container(path: Path, model: nn.Module) -> Container:
         ) from error
     if about["version"] != WITHOUT_CHECKSUM:
         _check_sum(path, data, len(header), about.get("sha256"))
-    return Container(about["version"], about.get("layers"), tensors)
+    return Container(about["version"], about.get("layers"), about.get("products"), tensors)
 
 
 def _metadata(path: Path, header: object) -> dict[str, Any]:

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from nipq.control import set_phase_
 from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
+from nipq.deploy.products import DeployedOperand, DeployedProduct
 from nipq.errors import NonFiniteError, OrderError
-from nipq.layer_table import LayerRow, layer_table, quantizers
+from nipq.layer_table import LayerRow, layer_table, quantizers, weight_table
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight, plain_shell, quantization
+from nipq.nn.quantizer import TensorQuantizer
 from nipq.nn.relu import unfold_relu
 from nipq.phases import Phase
 
@@ -25,7 +27,8 @@ def convert(model: nn.Module) -> nn.Module:
     integer sums and nothing else. A batch norm is folded when it alone reads the layer's output and keeps running
     statistics; its place is taken by ``nn.Identity``. The result equals the trained model in phase ``"int"`` to the
     bit, and in phase ``"round"`` up to float rounding (see ``nipq.verify``). Layers whose input stays float get whole
-    weights, too, but compute in floats, and their batch norm stays. Hooks on a layer do not come along.
+    weights, too, but compute in floats, and their batch norm stays. Products inside attention, where they are
+    quantized, multiply whole codes. Hooks on a layer do not come along.
 
     Args:
         model: a prepared model whose bits are frozen; it is not changed.
@@ -47,8 +50,8 @@ def convert(model: nn.Module) -> nn.Module:
             raise OrderError(
                 f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_(model, loader)."
             )
-    for row in layer_table(model):
-        _check_finite(row.weight.name, _float_weight(row))
+    for row, weight in weight_table(model):
+        _check_finite(weight.name, _float_weight(row))
     deployed = deploy_copy(model)
     for name, layer in deployed_layers(deployed).items():
         for part in (layer.scale, layer.offset):
@@ -73,6 +76,9 @@ def deploy_copy(model: nn.Module) -> nn.Module:
     owners: dict[nn.Module, nn.Module] = {}
     replacements: dict[nn.Module, nn.Module] = {}
     for row in layer_table(twin):
+        if row.spec.is_product:
+            replacements[row.layer] = _product(row)
+            continue
         for relu in quantization(row.layer).relu:
             unfold_relu(relu)
         owner = owners.setdefault(row.weight, row.layer)
@@ -107,6 +113,22 @@ def _deployed(row: LayerRow, codes: Tensor, tied_to: str | None, batchnorm: str 
         code_range=(int(low), int(high)),
         batchnorm=batchnorm,
         tied_to=tied_to,
+    )
+
+
+def _product(row: LayerRow) -> DeployedProduct:
+    assert row.input is not None
+    return DeployedProduct(row.name, _operand(row.input), _operand(row.weight))
+
+
+def _operand(quantizer: TensorQuantizer) -> DeployedOperand:
+    low, high = quantizer.code_range()
+    return DeployedOperand(
+        quantizer.step(),
+        bits=quantizer.bits_rounded,
+        grid=quantizer.grid.kind,
+        zero_point=int(quantizer.zero_point()),
+        code_range=(int(low), int(high)),
     )
 
 

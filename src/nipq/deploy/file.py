@@ -2,8 +2,8 @@
 
 Every quantized weight is one uint8 tensor of bit-planes (:mod:`nipq.functional.packing`), beside float32 ``scale``,
 ``offset`` and ``input_step``; what stays float is stored as it is. The metadata hold one entry, JSON that says what
-each layer is, padded with spaces to the length that the header would have if every number in it were as long as it
-can be. So::
+each layer and each product inside attention is, padded with spaces to the length that the header would have if every
+number in it were as long as it can be. So::
 
     bytes on disk = fixed_bytes + sum of bits * ceil(N / 8) over the weights
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nipq.deploy.convert import deploy_copy
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
+from nipq.deploy.products import deployed_products, product_record
 from nipq.errors import ConfigError
 from nipq.files import check_free, written_whole
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
@@ -133,7 +134,8 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors = {key: value.cpu().contiguous().clone() for key, value in _other_tensors(deployed).items()}
     for name, layer in _owners(deployed).items():
         tensors[full_name(name, "planes")] = torch.from_numpy(pack(layer.weight_codes.cpu().numpy(), layer.weight_bits))
-    text = _text({name: _record(layer) for name, layer in deployed_layers(deployed).items()})
+    records = {name: _record(layer) for name, layer in deployed_layers(deployed).items()}
+    text = _text(records, {name: product_record(product) for name, product in deployed_products(deployed).items()})
     missing = _longest_header(deployed) - header_bytes(tensors, {KEY: text})
     return tensors, {KEY: text + " " * missing}
 
@@ -189,13 +191,13 @@ def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def _text(layers: Mapping[str, Mapping[str, Any]]) -> str:
+def _text(layers: Mapping[str, Mapping[str, Any]], products: Mapping[str, Any]) -> str:
     try:
         release = version("nipq")
     except PackageNotFoundError:  # run from the source tree
         release = "unknown"
     about = {"format": FORMAT, "version": FORMAT_VERSION, "nipq": release, "sha256": NO_CHECKSUM}
-    return _json({**about, "layers": layers})
+    return _json({**about, "layers": layers} | ({"products": products} if products else {}))
 
 
 def _record(layer: Deployed) -> dict[str, Any]:
@@ -248,4 +250,5 @@ def _longest_header(deployed: nn.Module) -> int:
     for name, layer in _owners(deployed).items():
         shape = (MOST_BITS, payload_bytes(layer.weight_codes.numel(), 1))
         tensors[full_name(name, "planes")] = torch.empty(shape, dtype=torch.uint8, device="meta")
-    return header_bytes(tensors, {KEY: _text(records)})
+    products = {name: dict.fromkeys("xy", _LONGEST_INPUT) for name in deployed_products(deployed)}
+    return header_bytes(tensors, {KEY: _text(records, products)})

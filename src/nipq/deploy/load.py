@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -21,9 +22,11 @@ from nipq.deploy.modules import (
     full_name,
     replace_modules,
 )
+from nipq.deploy.products import DeployedOperand, DeployedProduct
 from nipq.errors import ConfigError, FileFormatError
 from nipq.functional.grid import Grid, levels
 from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
+from nipq.nn.attention import PRODUCTS, AttentionProducts, install
 from nipq.nn.integer import bias_of
 from nipq.nn.kinds import is_supported, output_channels
 from nipq.nn.layers import is_prepared, plain_shell
@@ -53,6 +56,13 @@ class LayerRecord(_Record):
     input: InputRecord | None = None
     batchnorm: str | None = None
     bias: bool = False
+
+
+class ProductRecord(_Record):
+    """What the file says of a product inside attention."""
+
+    x: InputRecord
+    y: InputRecord
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:
@@ -86,7 +96,10 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         replacements[layer] = reader.layer(layer, name).to(next(layer.parameters()).device)
         if record.batchnorm is not None:
             replacements[reader.batchnorm(twin, record.batchnorm)] = nn.Identity()
-    twin = replace_modules(twin, replacements).eval().requires_grad_(False)
+    twin = replace_modules(twin, replacements)
+    for name, products in reader.attentions():
+        install(reader.find(twin, name), products.to(next(model.parameters()).device))
+    twin.eval().requires_grad_(False)
     reader.fill(twin)
     return twin
 
@@ -107,6 +120,7 @@ class _Reader:
         container = read_container(path, model)
         self.tensors = container.tensors
         self.records = self._records(container.layers, model)
+        self.products = self._products(container.products)
         self.codes: dict[str, Tensor] = {}
 
     def error(self, name: str, expected: str, found: str) -> FileFormatError:
@@ -125,6 +139,46 @@ class _Reader:
             fault = error.errors()[0]
             where, *field = (str(part) for part in fault["loc"] or ("metadata",))
             raise self.error(where, f"{'.'.join(field)}: {fault['msg']}", repr(fault["input"])) from error
+
+    def _products(self, products: object) -> dict[str, ProductRecord]:
+        try:
+            return TypeAdapter(dict[str, ProductRecord]).validate_python({} if products is None else products)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where, *field = (str(part) for part in fault["loc"] or ("metadata",))
+            raise self.error(where, f"{'.'.join(field)}: {fault['msg']}", repr(fault["input"])) from error
+
+    def attentions(self) -> Iterator[tuple[str, AttentionProducts]]:
+        """Modules whose attention is quantized, and what stands in it."""
+        for name in self.products:
+            inside, _, part = name.rpartition(".")
+            where, _, container = inside.rpartition(".")
+            partner = f"{inside}.{'mix' if part == 'scores' else 'scores'}"
+            if container != PRODUCTS or part not in ("scores", "mix") or partner not in self.products:
+                raise self.error(name, f"both products of an attention under {PRODUCTS!r}", "another name or one alone")
+            if part == "scores":
+                yield where, AttentionProducts(self.product(name), self.product(partner))
+
+    def product(self, name: str) -> DeployedProduct:
+        """A product inside attention."""
+        return DeployedProduct(name, *(self.operand(name, part) for part in ("x", "y")))
+
+    def operand(self, name: str, part: str) -> DeployedOperand:
+        """One operand of a product."""
+        record: InputRecord = getattr(self.products[name], part)
+        step = self.floats(name, f"{part}.step", (1,), positive=True)
+        code_range = self.code_range(name, record)
+        return DeployedOperand(
+            step, bits=record.bits, grid=record.grid, zero_point=record.zero_point, code_range=code_range
+        )
+
+    def code_range(self, name: str, record: InputRecord) -> tuple[int, int]:
+        """Lowest and highest code that a record stands for, counted from the zero point."""
+        n = int(levels(record.bits, Grid(record.grid)))
+        if record.zero_point > (n if record.grid == "shifted" else 0):
+            expected = f"a zero point of a {record.grid} grid of {record.bits} bits"
+            raise self.error(name, expected, str(record.zero_point))
+        return (-n if record.grid == "signed" else -record.zero_point), n - record.zero_point
 
     def find(self, model: nn.Module, name: str) -> nn.Module:
         """The module of that name."""
@@ -184,10 +238,6 @@ class _Reader:
             scale = self.floats(name, "scale", (1, channels), positive=True)
             offset = self.floats(name, "offset", (channels,), positive=False) if record.bias else None
             return DeployedWeightOnlyLayer(shell, codes, scale, offset, weight_bits=record.bits, tied_to=record.tied_to)
-        grid, zero_point = record.input.grid, record.input.zero_point
-        n = int(levels(record.input.bits, Grid(grid)))
-        if zero_point > (n if grid == "shifted" else 0):
-            raise self.error(name, f"a zero point of a {grid} grid of {record.input.bits} bits", str(zero_point))
         return DeployedLayer(
             shell,
             codes,
@@ -196,9 +246,9 @@ class _Reader:
             self.floats(name, "input_step", (1,), positive=True),
             weight_bits=record.bits,
             input_bits=record.input.bits,
-            grid=grid,
-            zero_point=zero_point,
-            code_range=(-n if grid == "signed" else -zero_point, n - zero_point),
+            grid=record.input.grid,
+            zero_point=record.input.zero_point,
+            code_range=self.code_range(name, record.input),
             batchnorm=record.batchnorm,
             tied_to=record.tied_to,
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
 from nipq.export.inputs import call_arguments
-from nipq.export.portable import plain_kind
+from nipq.export.portable import plain_kind, refuse_products
 from nipq.nn.kinds import kind_of, weight_channel_axis
 from nipq.trace import ExampleInputs
 
@@ -38,7 +38,11 @@ def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[by
 
     Returns:
         The file, and what a reader should know.
+
+    Raises:
+        NotQuantizableError: if attention is quantized.
     """
+    refuse_products(deployed, "a file of arrays")
     model = copy.deepcopy(deployed).cpu().eval()
     arrays: dict[str, NDArray[Any]] = {}
     facts: dict[str, dict[str, Any]] = {}

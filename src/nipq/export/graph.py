@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nipq.deploy.modules import Deployed, deployed_layers, full_name, replace_modules
 from nipq.errors import require
 from nipq.export.inputs import exported_program
-from nipq.export.portable import PortableLayer, portable_layers
+from nipq.export.portable import PortableLayer, portable_layers, refuse_products
 from nipq.trace import ExampleInputs
 
 _MARKS = "nipq"
@@ -96,9 +96,11 @@ def onnx_graph(deployed: nn.Module, example_inputs: ExampleInputs, form: Form, o
 
     Raises:
         ConfigError: if torch cannot export the model.
+        NotQuantizableError: if a layer has no form in ONNX files, or attention is quantized.
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
     require("onnxscript", extra="onnx", purpose="ONNX files")
+    refuse_products(deployed, "an ONNX file")
     numbers, twin = portable_layers(deployed), copy.deepcopy(deployed)
     layers = deployed_layers(twin)
     forms = {name: form(layer, numbers[name], name) for name, layer in layers.items()}

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
-from nipq.errors import NonFiniteError
+from nipq.deploy.products import deployed_products
+from nipq.errors import NonFiniteError, NotQuantizableError
 from nipq.functional.grid import GridKind
 from nipq.nn.kinds import along_channels, is_plain, kind_of
 
@@ -101,6 +102,23 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
     sign = torch.where(dead, 0, scale.sign()).to(weight.dtype)
     weight, weight_scale = weight * along_channels(sign, layer.layer, weight), torch.where(dead, 1.0, weight_scale)
     return PortableLayer(weight, weight_scale, bias, layer.weight_bits, _input(layer))
+
+
+def refuse_products(deployed: nn.Module, format: str) -> None:
+    """Refuse a model whose attention multiplies whole codes.
+
+    Args:
+        deployed: a deployed model.
+        format: what it was to be written as, for the message.
+
+    Raises:
+        NotQuantizableError: naming the first product.
+    """
+    for name in deployed_products(deployed):
+        raise NotQuantizableError(
+            f"{name}: expected layers alone for {format}, which has no form for quantized attention; found a product of "
+            "two computed tensors. Write a packed file (nipq.save) or a program (.pt2), or leave attention_bits out."
+        )
 
 
 def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:

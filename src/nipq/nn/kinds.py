@@ -127,6 +127,21 @@ def output_channel_axis(layer: nn.Module) -> int | None:
     return None if grouped else weight_channel_axis(layer)
 
 
+def weight_uses(layer: nn.Module, x: Tensor, y: Tensor) -> int:
+    """How often the whole weight is multiplied with in one call, over the whole batch.
+
+    Args:
+        layer: a supported layer.
+        x: its input.
+        y: its output.
+    """
+    if is_table(layer):
+        return 0  # looked up, not multiplied with
+    if isinstance(layer, TRANSPOSED):
+        return x.numel() // layer.in_channels  # every input pixel meets the whole kernel
+    return y.numel() // output_channels(layer)
+
+
 def along_channels(values: Tensor, layer: nn.Module, weight: Tensor) -> Tensor:
     """Values of the output channels, shaped to broadcast with the weight.
 

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from nipq.errors import OrderError
 from nipq.nn.integer import fold, integer_forward, needs_float64
 from nipq.nn.kinds import channel_dim, output_channels, shell_class, weight_channel_axis
-from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 from nipq.nn.relu import fold_relu, unfold_relu
 
 
@@ -31,6 +31,7 @@ class LayerSpec:
         macs: multiply-accumulates, summed over the calls.
         weight_count: elements of the weight.
         activation_count: elements of the input, summed over the calls.
+        other_count: elements of what stands for the weight of a product of two computed tensors, likewise.
         output_count: elements of the output, summed over the calls.
         calls: how often one forward calls the layer.
         batchnorm: full name of the batch norm that alone reads the output, or None.
@@ -50,11 +51,17 @@ class LayerSpec:
     is_input: bool
     relu: str | None = None
     tied_to: str | None = None
+    other_count: int = 0
 
     @property
     def is_table(self) -> bool:
         """Whether the layer's weight is looked up, not multiplied with."""
         return self.macs == 0
+
+    @property
+    def is_product(self) -> bool:
+        """Whether two computed tensors are multiplied, so that there is no weight to store."""
+        return self.weight_count == 0
 
 
 class LayerQuantization(nn.Module):
@@ -64,10 +71,18 @@ class LayerQuantization(nn.Module):
         spec: facts about the layer.
         input_quantizer: quantizer of the layer's input, or None when the input stays float.
         order: place of the layer in the order of execution.
+        computed: of a product of two computed tensors, quantizer of the second one, which stands for the weight.
     """
 
-    def __init__(self, spec: LayerSpec, input_quantizer: InputQuantizer | None, order: int = 0) -> None:
+    def __init__(
+        self,
+        spec: LayerSpec,
+        input_quantizer: InputQuantizer | None,
+        order: int = 0,
+        computed: InputQuantizer | None = None,
+    ) -> None:
         super().__init__()
+        self.computed = computed
         self.spec = spec
         self.order = order
         self.input = input_quantizer
@@ -77,8 +92,11 @@ class LayerQuantization(nn.Module):
         self.relu: tuple[nn.Module, ...] = ()
 
 
-def weight_quantizer(layer: nn.Module) -> WeightQuantizer:
-    """The weight quantizer of a prepared layer."""
+def weight_quantizer(layer: nn.Module) -> TensorQuantizer:
+    """The weight quantizer of a prepared layer, or that of what stands for a weight."""
+    computed = quantization(layer).computed
+    if computed is not None:
+        return computed
     quantizer = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
     assert isinstance(quantizer, WeightQuantizer)
     return quantizer

@@ -158,7 +158,7 @@ def histograms(model: nn.Module, inputs: Nested) -> list[Histogram]:
     Returns:
         First the weights, then the inputs of the same layers.
     """
-    rows = [row for row in layer_table(model) if row.input is not None]
+    rows = [row for row in layer_table(model) if row.input is not None and not row.spec.is_product]
     chosen = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, PANELS)})]
     seen: dict[str, Tensor] = {}
 

@@ -14,7 +14,7 @@ from torch import nn
 from nipq.calibrate import inputs_of
 from nipq.control import phase_of, set_phase_
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import layer_table, quantizers
+from nipq.layer_table import quantizers, weight_table
 from nipq.phases import Phase
 from nipq.trace import ExampleInputs
 from nipq.verify.opening import Artifact, subject_of
@@ -72,7 +72,7 @@ def verify(
     candidates, batches = _sorted_out(artifacts, loader)
     _check(model, candidates, file)
     names = {module: name for name, module in model.named_modules()}
-    rows = {names[row.layer]: row for row in layer_table(model)}
+    rows = {names[row.layer]: row for row, _ in weight_table(model)}
     with _evaluating(model, [artifact for artifact in candidates if isinstance(artifact, nn.Module)]):
         example = _first_inputs(batches)
         packed = None if file is None else Path(file)

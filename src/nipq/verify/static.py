@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
-from nipq.layer_table import LayerRow, layer_table
+from nipq.deploy.products import DeployedProduct, deployed_products
+from nipq.layer_table import LayerRow, layer_table, weight_table
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight
@@ -27,7 +28,7 @@ def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
     """
     names = {module: name for name, module in model.named_modules()}
     layers = deployed_layers(deployed)
-    rows = {names[row.layer]: row for row in layer_table(model)}
+    rows = {names[row.layer]: row for row, _ in weight_table(model)}
     for name, row in rows.items():
         if name not in layers:
             yield f"{name}: the trained model quantizes this layer, the deployed one does not"
@@ -35,8 +36,16 @@ def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
             yield from differences(name, trained_facts(row), deployed_facts(layers[name]))
     for name in layers.keys() - rows.keys():
         yield f"{name}: the deployed model quantizes this layer, the trained one does not"
+    products = deployed_products(deployed)
+    trained = {row.name: row for row in layer_table(model) if row.spec.is_product}
+    for name in trained.keys() | products.keys():
+        ours = {} if name not in trained else _trained_operands(trained[name])
+        theirs = {} if name not in products else _deployed_operands(products[name])
+        yield from differences(name, ours, theirs)
+    rows |= trained
     gone = [*rows, *(names[row.batchnorm] for row in rows.values() if row.input and row.batchnorm)]
-    yield from differences("", _outside(gone, model.state_dict()), _outside([*rows, *layers], deploy_state(deployed)))
+    found = _outside([*rows, *layers, *products], deploy_state(deployed))
+    yield from differences("", _outside(gone, model.state_dict()), found)
 
 
 def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
@@ -54,8 +63,37 @@ def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
         yield f"{name}: only one of the deployed model and its file has this layer"
     for name in saved.keys() & back.keys():
         yield from differences(name, deployed_facts(saved[name]), deployed_facts(back[name]), "saved", "in the file")
+    products, again = deployed_products(deployed), deployed_products(loaded)
+    for name in products.keys() | again.keys():
+        one, other = (_deployed_operands(part[name]) if name in part else {} for part in (products, again))
+        yield from differences(name, one, other, "saved", "in the file")
     ours, theirs = (_outside([*saved, *back], deploy_state(part)) for part in (deployed, loaded))
     yield from differences("", ours, theirs, "saved", "in the file")
+
+
+def _trained_operands(row: LayerRow) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for part, quantizer in (("x", row.input), ("y", row.weight)):
+        assert quantizer is not None
+        low, high = quantizer.code_range()
+        whole = (quantizer.bits_rounded, int(quantizer.zero_point()), int(low), int(high))
+        facts |= _operand(part, quantizer.step(), quantizer.grid.kind, whole)
+    return facts
+
+
+def _deployed_operands(product: DeployedProduct) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for part, operand in (("x", product.x), ("y", product.y)):
+        whole = (operand.bits, operand.zero_point, operand.code_low, operand.code_high)
+        facts |= _operand(part, operand.step, operand.grid, whole)
+    return facts
+
+
+def _operand(part: str, step: Tensor, grid: str, whole: tuple[int, int, int, int]) -> dict[str, Any]:
+    names = ("bits", "zero point", "lowest code", "highest code")
+    return {f"{part}: step": step, f"{part}: grid": grid} | {
+        f"{part}: {name}": number for name, number in zip(names, whole, strict=True)
+    }
 
 
 def trained_facts(row: LayerRow) -> dict[str, Any]:

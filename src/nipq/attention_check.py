@@ -1,0 +1,47 @@
+"""Attention that is to be quantized and cannot be, by the module's name, with what to choose instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from nipq.finding import Finding
+from nipq.nn.attention import FUNCTION
+from nipq.trace import Trace
+
+_REMEDY = (
+    'Choose an implementation that calls it (transformers: attn_implementation="sdpa"; timm: timm.layers.set_fused_attn '
+    "before the model is built), or leave attention_bits out."
+)
+_PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+
+
+def attention_findings(model: nn.Module, traced: Trace) -> Iterator[Finding]:
+    """Refusals where ``attention_bits`` asks for what no product of this library stands for.
+
+    Attention is known by what it does: a call of torch's function, of its fused form with projections, or a softmax
+    between two products of activations.
+
+    Args:
+        model: the float model.
+        traced: one forward of it.
+    """
+    pieces: dict[str, dict[str, int]] = {}
+    for piece in traced.float_pieces:
+        pieces.setdefault(piece.name, {})[piece.operation] = piece.count
+    found = bool(traced.attention)
+    for name, counts in pieces.items():
+        fused = "multi_head_attention_forward" in counts
+        if fused or ("softmax" in counts and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
+            found, how = (
+                True,
+                "torch's fused projections and attention" if fused else "products and a softmax of its own",
+            )
+            yield Finding(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
+    for attention in traced.attention:
+        if "forward" in vars(model.get_submodule(attention.name)):
+            remedy = "Take off what wraps it before preparing."
+            yield Finding(attention.name, "error", "the forward of this very module was replaced", remedy)
+    if not found:
+        yield Finding("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)

@@ -1,0 +1,196 @@
+"""Attention whose two products are quantized, in the place of torch's ``scaled_dot_product_attention``.
+
+While the forward of a module that calls that function runs, a function mode puts :class:`AttentionProducts` in its
+place; so it works for every model that calls it, and nobody's code is edited. The softmax stays float::
+
+    p      = softmax(scale * Q(query) Q(key)^T + mask)
+    result = Q(p) Q(value)
+
+Each product is like a layer whose weight is computed: query and probability are its inputs, key and value its weights.
+"""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.overrides import TorchFunctionMode
+
+from nipq.errors import OrderError
+from nipq.nn.integer import whole_product
+from nipq.nn.layers import LayerQuantization, quantization
+from nipq.phases import Phase
+
+#: Name of the function that is replaced, and of the submodule that holds its quantizers.
+FUNCTION, PRODUCTS = "scaled_dot_product_attention", "attention_products"
+
+
+class Product(nn.Module):
+    """The product of two computed tensors, both quantized.
+
+    Args:
+        record: facts and both quantizers.
+    """
+
+    def __init__(self, record: LayerQuantization) -> None:
+        super().__init__()
+        self.quantization = record
+
+    def forward(self, x: Tensor, y: Tensor, drop: float = 0.0) -> Tensor:
+        """The product, in whole codes in phase ``int``.
+
+        Args:
+            x: shape (..., n, k).
+            y: shape (..., k, m).
+            drop: share of the quantized x to drop.
+
+        Returns:
+            Shape (..., n, m).
+        """
+        record = quantization(self)
+        first, second = record.input, record.computed
+        assert first is not None
+        assert second is not None
+        if first.phase is not Phase.INT:
+            x, y = first(x), second(y)
+            return torch.matmul(dropout(x, drop) if drop else x, y)
+        refuse_dropout(record.spec.name, drop)
+        ranges = (*first.code_range(), *second.code_range())
+        return whole_product(first(x), second(y), first.step() * second.step(), *map(float, ranges))
+
+
+def refuse_dropout(name: str, drop: float) -> None:
+    """Products of whole codes are for evaluation.
+
+    Args:
+        name: full name of the product, for the message.
+        drop: what the model asked for.
+
+    Raises:
+        OrderError: if the model asks for dropout.
+    """
+    if drop:
+        raise OrderError(
+            f"{name}: expected no dropout where attention is computed in whole codes, found a share of {drop:g}. "
+            "Call model.eval(), and let the model ask for dropout in training only."
+        )
+
+
+class AttentionProducts(nn.Module):
+    """What stands for torch's function in one module: the same arguments, the same result but for quantization.
+
+    Args:
+        scores: computes query times key.
+        mix: computes probability times value.
+    """
+
+    def __init__(self, scores: nn.Module, mix: nn.Module) -> None:
+        super().__init__()
+        self.scores, self.mix = scores, mix
+        self.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Attention; a row whose every key is masked gives 0, as torch's function does.
+
+        Args:
+            query: shape (..., heads, queries, width).
+            key: shape (..., heads, keys, width).
+            value: shape (..., heads, keys, value width).
+            attn_mask: what to add to the scores, or where to attend; None for everywhere.
+            dropout_p: share of the probabilities to drop, after they are quantized.
+            is_causal: attend to keys that are not after the query.
+            scale: of the scores, 1 / sqrt(width) if left out.
+            enable_gqa: repeat heads of key and value to those of the query.
+
+        Returns:
+            Shape (..., heads, queries, value width).
+        """
+        if enable_gqa:
+            key, value = (x.repeat_interleave(query.shape[-3] // x.shape[-3], -3) for x in (key, value))
+        scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+        scores = self.scores(query, key.transpose(-2, -1)) * scale
+        blocked = None
+        if is_causal:
+            blocked = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        if attn_mask is not None:
+            hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
+            blocked = hidden if blocked is None else blocked | hidden
+            if attn_mask.dtype != torch.bool:
+                scores = scores + attn_mask.masked_fill(hidden, 0)
+        if blocked is not None:
+            scores = scores.masked_fill(blocked, torch.finfo(scores.dtype).min)
+        probability = torch.softmax(scores, -1)
+        if blocked is not None:
+            probability = probability.masked_fill(blocked, 0)
+        found: Tensor = self.mix(probability, value, dropout_p)
+        return found
+
+
+class _Replaced(TorchFunctionMode):
+    def __init__(self, products: AttentionProducts) -> None:
+        super().__init__()
+        self.products = products
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        called = self.products if getattr(func, "__name__", "") == FUNCTION else func
+        return called(*args, **(kwargs or {}))
+
+
+def install(module: nn.Module, products: AttentionProducts) -> None:
+    """Put quantized products in the place of torch's function while the module's forward runs.
+
+    Args:
+        module: whose own forward calls the function.
+        products: what is called instead.
+    """
+    setattr(module, PRODUCTS, products)
+    module.forward = types.MethodType(_forward_with_products, module)  # a deep copy rebinds it to its own module
+
+
+def uninstall(module: nn.Module) -> None:
+    """Undo :func:`install`.
+
+    Args:
+        module: as given to it.
+    """
+    delattr(module, PRODUCTS)
+    module.__dict__.pop("forward", None)
+
+
+def _forward_with_products(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (the module's own)
+    products = getattr(module, PRODUCTS)
+    with _Replaced(products):
+        return type(module).forward(module, *args, **kwargs)
+
+
+def _accept_float_checkpoint(
+    products: nn.Module,
+    state_dict: dict[str, Any],
+    prefix: str,
+    *_rest: Any,  # noqa: ANN401  (torch passes five more that are not needed)
+) -> None:
+    """A float checkpoint has nothing for quantizers, which keep their values."""
+    if not any(key.startswith(prefix) for key in state_dict):
+        state_dict.update({prefix + key: value for key, value in products.state_dict().items()})
