@@ -104,7 +104,7 @@ def allocate_(
     found = sensitivities(model, loader, loss_fn, samples=samples, probes=probes, seed=seed)
     losses = {one.name: np.array(list(one.losses.values())) for one in found}
     table, limits = BitTable(layer_table(model)), budget.limits(model)
-    summed = [losses.get(quantizer.name, np.zeros(1)) for quantizer in table.quantizers]
+    summed = [np.asarray(sum(losses.get(one.name, np.zeros(1)) for one in members)) for members in table.members]
     return freeze_to_(model, from_rank_zero(lambda: least_loss_bits(table.choices, summed, limits)), limits)
 
 

@@ -11,8 +11,8 @@ from nipq.nn.attention import FUNCTION
 from nipq.trace import Trace
 
 _REMEDY = (
-    'Choose an implementation that calls it (transformers: attn_implementation="sdpa"; timm: timm.layers.set_fused_attn '
-    "before the model is built), or leave attention_bits out."
+    'Choose an implementation that calls it (transformers: attn_implementation="sdpa"; timm: '
+    "timm.layers.set_fused_attn before the model is built), or leave attention_bits out."
 )
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 
@@ -31,9 +31,11 @@ def attention_findings(model: nn.Module, traced: Trace) -> Iterator[Finding]:
     for piece in traced.float_pieces:
         pieces.setdefault(piece.name, {})[piece.operation] = piece.count
     found = bool(traced.attention)
+    softmaxes = [name for name, counts in pieces.items() if "softmax" in counts]
     for name, counts in pieces.items():
         fused = "multi_head_attention_forward" in counts
-        if fused or ("softmax" in counts and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
+        between = any(other == name or other.startswith(f"{name}.") for other in softmaxes)  # it may be a module
+        if fused or (between and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
             found, how = (
                 True,
                 "torch's fused projections and attention" if fused else "products and a softmax of its own",

@@ -43,7 +43,7 @@ from nipq.errors import ConfigError, DistributedError, NonFiniteError, OrderErro
 from nipq.functional.bitwidth import raw_from_bits
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
-from nipq.layer_table import layer_table
+from nipq.layer_table import layer_table, quantizers
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.trace import call_model
 
@@ -83,13 +83,13 @@ def start_bits_(
     check_feasible(model, budget)
     check_same_(model, "start_bits_")
     table = BitTable(layer_table(model))
-    learned = [quantizer for quantizer in table.quantizers if not quantizer.is_frozen]
+    learned = [quantizer for quantizer in quantizers(model) if not quantizer.is_frozen]
     if not learned:
         return {}
     losses = noise_losses(model, learned, loader, loss_fn, batches=batches, seed=seed)
     rows = []
-    for quantizer, allowed in zip(table.quantizers, table.choices, strict=True):
-        loss, former = losses.get(quantizer.name, 0.0), float(quantizer.bits.detach())
+    for members, allowed in zip(table.members, table.choices, strict=True):
+        loss, former = sum(losses.get(member.name, 0.0) for member in members), float(members[0].bits.detach())
         rows.append(np.array([loss * 4.0 ** (former - bits) for bits in allowed]))
     chosen = from_rank_zero(lambda: least_loss_bits(table.choices, rows, budget.limits(model)))
     for quantizer, bits in zip(table.quantizers, chosen, strict=True):

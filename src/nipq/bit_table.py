@@ -10,7 +10,8 @@ from torch import Tensor
 from nipq.errors import NonFiniteError, OrderError
 from nipq.functional.bitwidth import bits_from_raw
 from nipq.layer_table import LayerRow
-from nipq.nn.quantizer import InputQuantizer, TensorQuantizer
+from nipq.nn.parameters import QuantizerParameters
+from nipq.nn.quantizer import TensorQuantizer
 
 
 class BitTable:
@@ -23,7 +24,8 @@ class BitTable:
         rows: the prepared layers.
 
     Attributes:
-        weights: weight quantizers; layers that share a weight share one. Keys and values stand for weights.
+        weights: weight quantizers; layers that share a weight share one. Keys and values stand for weights. Of those
+            that share a bit-width, here and among inputs, the first stands for all.
         inputs: input quantizers, one for each layer whose input is quantized.
         weight_of_input: for each input, the place of its layer's weight quantizer in ``weights``.
         place: place of each tensor in the vector.
@@ -31,10 +33,12 @@ class BitTable:
     """
 
     def __init__(self, rows: Sequence[LayerRow]) -> None:
-        self.weights: tuple[TensorQuantizer, ...] = tuple(dict.fromkeys(row.weight for row in rows))
-        self.inputs: tuple[InputQuantizer, ...] = tuple(row.input for row in rows if row.input is not None)
-        self.place = {quantizer: place for place, quantizer in enumerate(self.quantizers)}
-        weights = [self.place[row.weight] for row in rows if row.input is not None]
+        owned = [(_owner(row.weight), None if row.input is None else _owner(row.input)) for row in rows]
+        weight_of = {own: weight for weight, own in reversed(owned) if own is not None}
+        self.weights: tuple[TensorQuantizer, ...] = tuple(dict.fromkeys(weight for weight, _ in owned))
+        self.inputs: tuple[TensorQuantizer, ...] = tuple(dict.fromkeys(own for _, own in owned if own is not None))
+        self.place = {member: place for place, group in enumerate(self.members) for member in group}
+        weights = [self.place[weight_of[own]] for own in self.inputs]
         self.weight_of_input = torch.tensor(weights, dtype=torch.int64)
         self.choices = tuple(
             (quantizer.bits_rounded,) if quantizer.is_frozen else quantizer.bit_range.choices
@@ -56,6 +60,11 @@ class BitTable:
     def quantizers(self) -> tuple[TensorQuantizer, ...]:
         """All tensors' quantizers in the order of the vector: weights, then inputs."""
         return (*self.weights, *self.inputs)
+
+    @property
+    def members(self) -> tuple[tuple[QuantizerParameters, ...], ...]:
+        """For each entry of the vector the tensors whose bit-width it is."""
+        return tuple(tuple(quantizer.bit_group) for quantizer in self.quantizers)
 
     @property
     def device(self) -> torch.device:
@@ -121,3 +130,9 @@ class BitTable:
             f"{self.quantizers[first].name}: expected a finite bit-width, found {bits[first].item()}. "
             "Lower the learning rate of the bits, or look for a loss that is not finite before this step."
         )
+
+
+def _owner(quantizer: TensorQuantizer) -> TensorQuantizer:
+    owner = quantizer.bit_owner
+    assert isinstance(owner, TensorQuantizer)
+    return owner

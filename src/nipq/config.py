@@ -210,6 +210,8 @@ class Config(Settings):
         attention_bits: bit-widths of query, key, probability and value in modules that call torch's function
             ``scaled_dot_product_attention``; ``None`` leaves attention float. Rules find a module's products under
             ``"*.attention_products.*"``; their ``activation_bits`` are those of both operands.
+        shared_bits: patterns of layer names, such as ``("*.query", "*.key", "*.value")``: of the layers that match one,
+            those that read the same tensor share one bit-width for their weights and one for their inputs.
         granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``. Tables
             have one, unless a rule gives each row its own by ``"channel"``.
         method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
@@ -244,6 +246,7 @@ class Config(Settings):
     input_bits: Bits | None = 8
     embedding_bits: BitRange | None = BitRange(fixed=8)
     attention_bits: BitRange | None = None
+    shared_bits: tuple[str, ...] = ()
     granularity: Granularity = "tensor"
     method: Method = "nipq"
     noise: NoiseKind = "uniform"

@@ -23,11 +23,12 @@ _OPERATIONS = {
         adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
     "smooth activation functions stay float; the next layer quantizes their result": """
         silu gelu hardswish sigmoid hardsigmoid tanh softmax log_softmax mish elu selu celu softplus""",
-    "products of two activations have no weights to quantize; attention stays float": """
-        matmul bmm baddbmm einsum scaled_dot_product_attention""",
+    "products of two activations have no weights to quantize; attention stays float": "matmul bmm baddbmm einsum",
+    "attention stays float, its softmax and both of its products (attention_bits would quantize the products)": """
+        scaled_dot_product_attention""",
     "torch's fused attention reads its projections' weights past their modules": "multi_head_attention_forward",
     "normalisation stays float (a batch norm is folded where it alone reads what one layer made)": """
-        layer_norm batch_norm group_norm instance_norm rms_norm local_response_norm""",
+        layer_norm batch_norm group_norm instance_norm rms_norm local_response_norm rsqrt""",
     "it is looked up as a function or in bags, so the table stays float": "embedding embedding_bag",
     "it is called as a function, not as a module, so there is nothing to attach quantizers to": """
         conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear""",

@@ -75,7 +75,7 @@ def param_groups(
     """
     found = quantizers(model)
     learned = [(name, p) for q in found for name, p in q.named_parameters() if p.requires_grad]
-    bits = [parameter for name, parameter in learned if name == "bit_raw"]
+    bits = list(dict.fromkeys(parameter for name, parameter in learned if name == "bit_raw"))  # some are shared
     boundaries = [parameter for name, parameter in learned if name != "bit_raw"]  # alpha_raw, and LSQ+'s offset
     boundary_lr = BOUNDARY_RATE * lr if boundary_lr is None else boundary_lr
     bits_lr = BITS_RATE * lr if bits_lr is None else bits_lr
@@ -85,6 +85,21 @@ def param_groups(
     if bits or any(quantizer.is_frozen and quantizer.bit_range.fixed is None for quantizer in found):
         groups.append({"name": "bits", "params": bits, "lr": bits_lr, "weight_decay": 0.0})
     return groups
+
+
+def without_bits(model: nn.Module) -> list[nn.Parameter]:
+    """All parameters but the bits: what gradient clipping should see.
+
+    The price of a budget that is hard to meet may grow until the bits' gradient is thousands of times all others. A
+    norm that counts it would scale those to nothing, for weights that have no share in it.
+
+    Args:
+        model: a prepared model, in any phase.
+
+    Returns:
+        Parameters, for ``torch.nn.utils.clip_grad_norm_``.
+    """
+    return [parameter for name, parameter in model.named_parameters() if name.rpartition(".")[2] != "bit_raw"]
 
 
 def check_optimizer(model: nn.Module, *optimizers: Optimizer) -> None:

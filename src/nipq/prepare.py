@@ -16,11 +16,12 @@ from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uni
 from nipq.nn.estimator import Estimator
 from nipq.nn.initial import SHIFTS, start_weight_boundary_
 from nipq.nn.kinds import output_channel_axis
-from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared
+from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared, quantization, weight_quantizer
 from nipq.nn.offset import OffsetInputQuantizer
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
 from nipq.phases import Phase
 from nipq.plan import LayerPlan, plan_layers
+from nipq.shared_bits import shared_groups
 from nipq.trace import ExampleInputs
 from nipq.validate import checked_trace
 
@@ -82,6 +83,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
         layer = model.get_submodule(spec.name)
         record = LayerQuantization(spec, _input_quantizer(layer, spec, plan, config), order)
         attach(layer, weights[spec.name], record, model.get_submodule(spec.relu) if spec.relu else None)
+    _share_bits(model, shared_groups(plans, traced.shared, config))
     device = next(model.parameters()).device
     for attention in traced.attention:
         if attention.scores.name in products:
@@ -110,6 +112,16 @@ def restore_(model: nn.Module) -> nn.Module:
         if isinstance(getattr(module, PRODUCTS, None), AttentionProducts):
             uninstall(module)
     return model
+
+
+def _share_bits(model: nn.Module, groups: list[tuple[str, ...]]) -> None:
+    for group in groups:
+        layers = [model.get_submodule(name) for name in group]
+        weights = list(dict.fromkeys(map(weight_quantizer, layers)))  # one alone if all have the same weight
+        weights[0].share_bits_with_(weights[1:])
+        inputs = [own for layer in layers if (own := quantization(layer).input) is not None]
+        if inputs:
+            inputs[0].share_bits_with_(inputs[1:])
 
 
 def _estimator(config: Config) -> Estimator:

@@ -17,6 +17,7 @@ from nipq.nn.attention import FUNCTION
 from nipq.nn.kinds import is_plain, is_supported, is_table, output_channel_axis
 from nipq.nn.layers import is_prepared
 from nipq.plan import LayerPlan, plan_layers
+from nipq.shared_bits import shared_groups
 from nipq.target import target_notes
 from nipq.trace import ExampleInputs, Trace, trace
 
@@ -122,6 +123,8 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
         if spec.calls > 1 and not spec.is_product:
             once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
             yield Finding(spec.name, "note", once)
+    for first, *others in shared_groups(plans.values(), traced.shared, config):
+        yield Finding(first, "note", f"it shares its bit-widths with {', '.join(others)}")
     yield from _tied(model, set(plans))
     if config.target is not None:
         for name, reason in target_notes(model, plans, traced.shared, config.target):

@@ -116,8 +116,8 @@ def refuse_products(deployed: nn.Module, format: str) -> None:
     """
     for name in deployed_products(deployed):
         raise NotQuantizableError(
-            f"{name}: expected layers alone for {format}, which has no form for quantized attention; found a product of "
-            "two computed tensors. Write a packed file (nipq.save) or a program (.pt2), or leave attention_bits out."
+            f"{name}: expected layers alone for {format}, which has no form for quantized attention; found a product "
+            "of two computed tensors. Write a packed file (nipq.save) or a program (.pt2), or leave attention_bits out."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class QuantizerParameters(nn.Module):
         self.grid = grid
         self.calibrated = False
         self.alpha_raw = nn.Parameter(torch.zeros(channels), requires_grad=learns_boundary)
+        #: Quantizers with one bit-width between them, this one among them; a list of theirs, so not submodules.
+        self.bit_group: list[QuantizerParameters] = [self]
         if bit_range.fixed is not None:
             self.register_buffer("bits_frozen", torch.tensor([bit_range.fixed]))
         else:
@@ -81,9 +84,26 @@ class QuantizerParameters(nn.Module):
         """The allowed bit-width nearest to :attr:`bits` (reads a value: not for a training step)."""
         return int(self._whole_bits().item())
 
+    @property
+    def bit_owner(self) -> QuantizerParameters:
+        """The first of those that share the bit-width: what stands for all of them where bit-widths are chosen."""
+        return self.bit_group[0]
+
+    def share_bits_with_(self, others: Iterable[QuantizerParameters]) -> None:
+        """Give others this one's bit-width, be it learned, frozen now or frozen later.
+
+        Args:
+            others: of the same bit range.
+        """
+        for other in others:
+            self.bit_group.append(other)
+            other.bit_group = self.bit_group
+            if not self.is_frozen:
+                other.bit_raw = self.bit_raw
+
     @torch.no_grad()
     def freeze_bits_(self, bits: int) -> None:
-        """Turn the bit-width into an integer buffer.
+        """Turn the bit-width into an integer buffer, in all quantizers that share it.
 
         Args:
             bits: bit-width, 2 to 16.
@@ -96,10 +116,11 @@ class QuantizerParameters(nn.Module):
                 f"{self.name}: expected a bit-width from {FEWEST_BITS} to {MOST_BITS}, found {bits}. "
                 "Files hold no other; exclude the layer with a rule to keep it float."
             )
-        device = self.alpha_raw.device
-        if not self.is_frozen:
-            del self.bit_raw
-        self.register_buffer("bits_frozen", torch.tensor([int(bits)], device=device))
+        for quantizer in self.bit_group:
+            if not quantizer.is_frozen:
+                del quantizer.bit_raw
+            whole = torch.tensor([int(bits)], device=quantizer.alpha_raw.device)
+            quantizer.register_buffer("bits_frozen", whole)
 
     @torch.no_grad()
     def set_alpha_(self, alpha: Tensor) -> None:
