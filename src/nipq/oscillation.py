@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nipq.distributed import is_sharded
 from nipq.errors import ConfigError
 from nipq.layer_table import weight_table
 from nipq.nn.layers import float_weight
@@ -59,7 +60,7 @@ class Oscillations:
 
     Raises:
         OrderError: if the model is not prepared.
-        ConfigError: if a setting is out of range.
+        ConfigError: if a setting is out of range, or weights are sharded.
     """
 
     def __init__(
@@ -86,6 +87,12 @@ class Oscillations:
         self.freeze = freeze
         self.momentum = momentum
         self._calls = 0
+        for row, quantizer in weight_table(model):
+            if is_sharded(float_weight(row.layer)):
+                raise ConfigError(
+                    f"{quantizer.name}: expected a whole weight to watch for oscillations, found a sharded one. "
+                    "Use DistributedDataParallel, or leave Oscillations out."
+                )
         self._layers = {weight: row.layer for row, weight in weight_table(model)}  # tied weights once
         # Never written to in place, so that state_dict need not copy.
         self._history = {quantizer.name: _new_history(quantizer, weight) for quantizer, weight in self._tensors()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.fsdp import fully_shard
 
-from nipq.distributed import is_sharded, reduce_mean_
+from nipq.distributed import check_same_, reduce_mean_
 from nipq.errors import DistributedError
 from nipq.nn.quantizer import TensorQuantizer
 
@@ -41,14 +41,14 @@ def shard_(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **settin
         The same model.
 
     Raises:
-        DistributedError: without a process group.
+        DistributedError: without a process group, if ranks hold different models, or quantizers were sharded before.
     """
     if not torch.distributed.is_initialized():
         raise DistributedError(
             "shard_: expected a process group, found none. Start the program with torchrun or accelerate launch and "
             "call torch.distributed.init_process_group first."
         )
-    check_whole(model, "shard_")
+    check_same_(model, "shard_")
     # Gathered weights are given back after every forward, the root's as well: who looks at a parameter between steps
     # (weight averages, checkpoints) then sees the same tensor every time.
     given: dict[str, Any] = {
@@ -90,24 +90,6 @@ def average_gradients_(model: nn.Module) -> None:
     for parameter in _parameters(owners):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]
-
-
-def check_whole(model: nn.Module, what: str) -> None:
-    """Refuse quantizers whose parameters were sharded.
-
-    Args:
-        model: a prepared model, or any other.
-        what: who asks, for the message.
-
-    Raises:
-        DistributedError: naming the first such quantizer.
-    """
-    for owner in _owners(model):
-        if any(is_sharded(parameter) for parameter in owner.parameters()):
-            raise DistributedError(
-                f"{what}: expected {owner.name} to have its boundary and bit-width whole, found them sharded. Shard "
-                "with nipq.sharding.shard_, or give fully_shard ignored_params=set(quantizer_parameters(model))."
-            )
 
 
 def _owners(model: nn.Module) -> Iterator[TensorQuantizer]:

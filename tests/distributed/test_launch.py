@@ -1,0 +1,118 @@
+"""``nipq train`` under the launchers, and the group and device that it takes from them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nipq.errors import ConfigError, DistributedError
+from nipq.train import parallel
+from nipq.train.config_file import check_config
+from nipq.train.parallel import is_first, is_launched, lost, pick_device, process_group
+from tests.distributed.ranks import ROOT
+from tests.distributed.runs import SETTINGS
+
+CONFIG = """
+model: {factory: "nipq.train.models:digits_net", kwargs: {width: 4}}
+data: {kind: digits, batch_size: 32, train_limit: 64}
+budget: {average_bits: {weights: 4, activations: 4}}
+stages: {search: {epochs: 1}, finetune: {epochs: 1}}
+bit_start: middle
+batchnorm_batches: 1
+calibration_batches: 1
+device: cpu
+threads: 1
+"""
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+                   "--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
+def test_a_run_under_a_launcher_ends_with_a_proven_model(tmp_path: Path, launcher: str) -> None:
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
+    (tmp_path / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    module, *options = LAUNCHERS[launcher]
+    command = [*options, "-m", "--", "nipq", "train", "config.yaml", "--run", "run", "--quiet", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *command], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)  # the first process alone answers
+    assert answer["verified"]
+    assert answer["steps"] == 4
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 2
+
+
+# ---------------------------------------------------------------------- what launchers say
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """As process 1 of 2, on a port where nobody answers."""
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+def test_a_single_process_makes_no_group() -> None:
+    assert not is_launched()
+    assert is_first()
+    with process_group(check_config(SETTINGS)):
+        assert not torch.distributed.is_initialized()
+
+
+def test_who_speaks_is_known_without_a_group(launched: pytest.MonkeyPatch) -> None:
+    assert is_launched()
+    assert not is_first()
+    launched.setenv("RANK", "0")
+    assert is_first()
+
+
+def test_a_world_of_one_is_no_launch(launched: pytest.MonkeyPatch) -> None:
+    launched.setenv("WORLD_SIZE", "1")
+    assert not is_launched()
+
+
+def test_processes_that_do_not_meet_are_an_error(launched: pytest.MonkeyPatch) -> None:
+    config = check_config({**SETTINGS, "parallel": {"timeout": 0.01}})
+    with (
+        pytest.raises(DistributedError, match=r"expected 2 processes to meet at localhost:1, found that they did not"),
+        process_group(config),
+    ):
+        pass
+
+
+def test_each_process_takes_the_gpu_that_it_is_given(launched: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    launched.setattr(torch.cuda, "is_available", lambda: True)
+    launched.setattr(torch.cuda, "device_count", lambda: 2)
+    launched.setattr(torch.cuda, "set_device", taken.append)
+    launched.setenv("LOCAL_RANK", "1")
+    assert pick_device("auto") == torch.device("cuda", 1)
+    assert taken == [1]
+    assert pick_device("cpu") == torch.device("cpu")
+    launched.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="expected a GPU for each process of this machine, found 2 GPUs and"):
+        pick_device("cuda")
+
+
+def test_an_error_of_the_connection_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
+    assert lost(error) is None
+    monkeypatch.setattr(parallel, "is_distributed", lambda: True)
+    found = lost(error)
+    assert found is not None
+    assert "expected all 1 processes to take part in a training step" in str(found)
+    assert lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

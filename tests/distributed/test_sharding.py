@@ -1,0 +1,148 @@
+"""FSDP2: weights sharded, quantizers whole, the numbers of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import nipq
+from nipq.distributed import is_sharded, part, rank, whole, world_size
+from nipq.errors import DistributedError
+from nipq.layer_table import quantizers
+from nipq.nn.quantizer import InputQuantizer
+from nipq.sharding import quantizer_parameters, shard_
+from tests.distributed.ranks import Ranks
+
+BUDGET = nipq.AverageBits(weights=4, activations=4)
+
+
+class Block(nn.Module):
+    """Two layers around a ReLU, added to what came in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.second(torch.relu(self.first(x)))
+
+
+class Net(nn.Module):
+    """Blocks between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.blocks, self.head = nn.Linear(6, 8), nn.Sequential(Block(), Block()), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)))
+
+
+def prepared(**settings: Any) -> nn.Module:
+    torch.manual_seed(1)
+    model = nipq.prepare_(Net(), torch.zeros(1, 6), nipq.Config(**settings))
+    return nipq.calibrate_(model, [torch.randn(64, 6)], 1)
+
+
+def data(steps: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(16, 6, generator=generator) for _ in range(steps)]
+
+
+def trained(steps: int, accumulate: int = 1, **settings: Any) -> dict[str, Any]:
+    """A search with weight average, a freeze, and rounding; every sample has the noise that one process gives it."""
+    learn, ranks, own = InputQuantizer._learn, world_size(), rank()
+
+    def of_the_whole_batch(self: InputQuantizer, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
+        return learn(self, torch.cat([x] * ranks), key, offset).chunk(ranks)[own]
+
+    model = prepared(**settings)
+    if ranks > 1:
+        shard_(model)
+        assert is_sharded(model.stem.parametrizations.weight.original)
+        assert not any(map(is_sharded, quantizer_parameters(model)))
+    optimizer = torch.optim.SGD(nipq.param_groups(model, lr=0.05), momentum=0.9)
+    search = nipq.Search(model, BUDGET, steps, optimizer=optimizer)
+    average = nipq.WeightAverage(model, 0.9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nipq.nn.quantizer.backend", lambda *_: None)
+        patch.setattr(InputQuantizer, "_learn", of_the_whole_batch)
+        torch.manual_seed(3)
+        for place, x in enumerate(data(steps * accumulate)):
+            loss = model(x.chunk(ranks)[own]).square().mean() + search.penalty()
+            (loss / accumulate).backward()
+            if (place + 1) % accumulate == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+                search.step()
+                average.update(model)
+    found = {f"average.{name}": whole(tensor) for name, tensor in average.state_dict()["average"].items()}
+    bits = nipq.freeze_bits_(model, search.budget).bits
+    nipq.drop_frozen_(optimizer, model)
+    nipq.set_phase_(model, "round")
+    for x in data(4):
+        model(x.chunk(ranks)[own]).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found |= {name: whole(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
+    nipq.calibrate_(model, [data(1)[0].chunk(ranks)[own]], 1)
+    found |= {f"calibrated.{q.name}": q.alpha.detach().clone() for q in quantizers(model)}
+    return {"state": found, "bits": bits}
+
+
+@pytest.mark.parametrize("settings", [{}, {"accumulate": 2}, {"granularity": "channel"}])
+def test_a_sharded_search_is_that_of_one_process(ranks: Ranks, settings: dict[str, Any]) -> None:
+    first, second = ranks(in_rank, settings)
+    expected = trained(30, **settings)
+    assert first["bits"] == second["bits"] == expected["bits"]
+    assert first["state"].keys() == expected["state"].keys()
+    for name, value in expected["state"].items():
+        assert torch.equal(first["state"][name], second["state"][name]), name
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def in_rank(settings: dict[str, Any]) -> dict[str, Any]:
+    return trained(30, **settings)
+
+
+def sharded_too_far() -> None:
+    model = prepared()
+    fully_shard(model)
+    shard_(model)
+
+
+def test_sharded_quantizers_are_refused(ranks: Ranks) -> None:
+    for _, error in ranks.outcomes(sharded_too_far):
+        assert isinstance(error, DistributedError)
+        assert "shard_: expected every rank to hold boundaries and bit-widths whole, found stem.parametriz" in str(
+            error
+        )
+
+
+def watched() -> None:
+    nipq.Oscillations(shard_(prepared()), 10)
+
+
+def test_sharded_weights_are_not_watched_for_oscillations(ranks: Ranks) -> None:
+    for _, error in ranks.outcomes(watched):
+        assert isinstance(error, nipq.ConfigError)
+        assert "stem.weight: expected a whole weight to watch for oscillations, found a sharded one" in str(error)
+
+
+def test_without_a_group_nothing_can_be_sharded() -> None:
+    with pytest.raises(DistributedError, match="shard_: expected a process group, found none"):
+        shard_(prepared())
+
+
+def parts() -> tuple[list[int], list[int]]:
+    model = shard_(prepared())
+    weight = model.stem.parametrizations.weight.original
+    return list(weight.shape), list(part(weight).shape)
+
+
+def test_each_rank_holds_its_part(ranks: Ranks) -> None:
+    assert ranks(parts) == [([8, 6], [4, 6])] * 2
