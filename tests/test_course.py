@@ -24,7 +24,7 @@ from nipq.control import phase_of
 from nipq.course import Course
 from nipq.errors import BudgetError, ConfigError, OrderError
 from nipq.layer_table import quantizers
-from nipq.optim import check_optimizer, param_groups
+from nipq.optim import check_optimizer, param_groups, without_bits
 from nipq.prepare import prepare_
 
 X = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -123,6 +123,13 @@ def test_search_freeze_finetune_finish() -> None:
     loop.course.step()
     assert equal(after, loop.model.state_dict())
     assert loop.course.bits == {q.name: q.bits_rounded for q in quantizers(loop.model)}
+
+
+def test_learned_bits_are_those_that_clipping_leaves_out() -> None:
+    loop = Loop()
+    left = {id(p) for p in loop.model.parameters()} - {id(p) for p in without_bits(loop.model)}
+    assert {id(p) for p in loop.course.learned_bits} == left
+    assert loop.steps(FREEZE).course.learned_bits == []
 
 
 def test_stopping_early_in_the_search_still_gives_a_frozen_model_within_the_budget() -> None:

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler as schedulers
 from nipq.config import Config
 from nipq.errors import OrderError
 from nipq.layer_table import quantizers
-from nipq.optim import check_optimizer, drop_frozen_, drop_frozen_on_load_, param_groups, weight_groups
+from nipq.optim import check_optimizer, drop_frozen_, drop_frozen_on_load_, param_groups, weight_groups, without_bits
 from nipq.prepare import prepare_
 
 
@@ -63,6 +63,13 @@ def test_bits_that_are_fixed_from_the_start_have_no_group() -> None:
 def test_any_optimizer_takes_the_groups(kind) -> None:
     model = net()
     check_optimizer(model, kind(param_groups(model, lr=0.1), lr=0.1))
+
+
+def test_bits_are_left_out_of_clipping() -> None:
+    model = net()
+    bits = {id(q.bit_raw) for q in quantizers(model) if not q.is_frozen}
+    assert {id(p) for p in model.parameters()} - {id(p) for p in without_bits(model)} == bits
+    assert len(without_bits(net(prepared=False))) == 6
 
 
 def test_a_float_model_is_refused_but_its_weights_can_be_grouped() -> None:

@@ -30,7 +30,7 @@ from nipq.errors import (
 )
 from nipq.export.api import export
 from nipq.inspection import inspect
-from nipq.optim import check_optimizer, drop_frozen_, param_groups
+from nipq.optim import check_optimizer, drop_frozen_, param_groups, without_bits
 from nipq.oscillation import Oscillations
 from nipq.phases import Phase
 from nipq.prepare import prepare_, restore_
@@ -61,6 +61,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "param_groups",
     "check_optimizer",
     "drop_frozen_",
+    "without_bits",
     "Budget",
     "AverageBits",
     "ModelSize",

@@ -125,6 +125,11 @@ class Course:
         """Optimizer steps before the freeze."""
         return self.total_steps - round(self.finetune * self.total_steps)
 
+    @property
+    def learned_bits(self) -> list[nn.Parameter]:
+        """Bit parameters that are learned now, for clipping to leave them out."""
+        return [] if self._search is None else self._former
+
     # ------------------------------------------------------------------ in the loop
 
     def penalty(self) -> Tensor:
@@ -159,18 +164,14 @@ class Course:
 
         Call it when training ends, early or not; after weights were averaged, if they are. A second call does nothing.
         """
-        if self.stage == "search":
-            self._freeze()
-        elif self.stage == "finetune":
-            self._measure_batchnorm()
+        {"search": self._freeze, "finetune": self._measure_batchnorm, "done": self.close}[self.stage]()
         self.stage = "done"
         self.close()
 
     def close(self) -> None:
         """Let go of the optimizers, for a loop that ends without :meth:`finish`."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def follow(self, copy: nn.Module) -> None:
         """Freeze a copy of the model along with it, at the same bits, such as torch's ``AveragedModel``.
@@ -224,7 +225,7 @@ class Course:
 
         Raises:
             ConfigError: if it is of another model or budget.
-            OrderError: if this model is frozen already, and the state is not.
+            OrderError: if it is of a search, and this course is past its own.
         """
         if state["bits"] is None and self.bits is not None:
             raise OrderError(

@@ -41,10 +41,10 @@ def check_wrapper(model: nn.Module) -> None:
         held = {id(parameter) for parameter in known}
         missing = [name for name, p in bare.named_parameters() if p.requires_grad and id(p) not in held]
         if missing:
+            named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
             raise OrderError(
                 f"{type(bare).__name__}: expected DistributedDataParallel around a prepared model, found one built "
-                f"before prepare_, which would not average {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}. "
-                "Prepare first, wrap then."
+                f"before prepare_, which would not average {named}. Prepare first, wrap then."
             )
 
 

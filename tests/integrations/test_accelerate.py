@@ -120,6 +120,17 @@ def test_a_step_that_the_scaler_skipped_does_not_count() -> None:
     assert loop.course.steps == BATCHES - 1
 
 
+def test_clipping_does_not_see_the_bits() -> None:
+    loop = Loop()
+    (cross_entropy(loop.model(X), Y) + loop.course.penalty()).backward()
+    bits = [q.bit_raw for q in quantizers(loop.model) if not q.is_frozen]
+    before = [q.grad.clone() for q in bits]
+    loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1e-4)
+    assert all(torch.equal(bit.grad, old) for bit, old in zip(bits, before, strict=True))
+    assert float(loop.model[0].parametrizations.weight.original.grad.norm()) < 1e-4
+    assert float(loop.accelerator.clip_grad_norm_(loop.model[0].bias, 1.0)) < 1e-4
+
+
 def test_an_average_and_an_early_stop() -> None:
     loop = Loop().epochs(0)
     average = WeightAverage(loop.course.model, 0.9)

@@ -126,6 +126,22 @@ def test_the_penalty_is_in_the_loss_and_dictionaries_stay_dictionaries(fit: Call
     assert keeps(fit(Answers(), callbacks=(Watch(),), max_epochs=2).lightning_module)
 
 
+def test_clipping_does_not_see_the_bits(fit: Callable[..., Any]) -> None:
+    norms: list[tuple[float, float]] = []
+
+    class Watch(pl.Callback):
+        def on_before_zero_grad(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            named = [(name, p.grad.norm()) for name, p in pl_module.named_parameters() if p.grad is not None]
+            bits = [norm for name, norm in named if name.endswith("bit_raw")]
+            others = [norm for name, norm in named if not name.endswith("bit_raw")]
+            if bits:
+                norms.append((float(torch.stack(bits).norm()), float(torch.stack(others).norm())))
+
+    fit(callbacks=(Watch(),), gradient_clip_val=1e-4, max_epochs=2)
+    assert len(norms) > 4
+    assert all(bits > 2e-4 and others < 1.001e-4 for bits, others in norms)
+
+
 def test_gradients_accumulate(fit: Callable[..., Any]) -> None:
     course = course_of(fit(accumulate_grad_batches=2))
     assert (course.steps, course.total_steps) == (15, 15)

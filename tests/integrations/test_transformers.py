@@ -126,6 +126,25 @@ def test_the_penalty_is_the_same_however_many_batches_are_accumulated(build: Cal
     torch.testing.assert_close(three, one)
 
 
+def test_clipping_does_not_see_the_bits(build: Callable[..., Any]) -> None:
+    norms = []
+
+    class Watch(transformers.TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+            bits = [q.bit_raw.grad for q in quantizers(model) if not q.is_frozen]
+            others = [
+                p.grad for name, p in model.named_parameters() if not name.endswith("bit_raw") and p.grad is not None
+            ]
+            norms.append([float(torch.stack([g.norm() for g in part]).norm()) for part in (bits, others)])
+            control.should_training_stop = True
+
+    trainer = build(given={"callbacks": [Watch()]}, max_grad_norm=1e-5)
+    quantize(trainer, BUDGET)
+    trainer.train()
+    assert norms[0][0] > 2e-5
+    assert norms[0][1] < 1.001e-5
+
+
 def test_evaluation_and_prediction_have_no_penalty(build: Callable[..., Any]) -> None:
     trainer = build(eval_strategy="steps", eval_steps=6)
     callback = quantize(trainer, BUDGET)

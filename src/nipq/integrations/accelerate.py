@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from nipq.budget import Budget
 from nipq.course import Course
 from nipq.errors import ConfigError, OrderError
-from nipq.integrations.guest import spread_seeds, supported
+from nipq.integrations.guest import leave_bits_unclipped_, spread_seeds, supported
 
 _library = supported("accelerate", least=(1, 1), extra="accelerate")
 
@@ -39,8 +39,8 @@ _ENGINES = ("DEEPSPEED", "MEGATRON_LM")
 class AcceleratedCourse(Course):
     """A :class:`nipq.Course` that knows an ``Accelerator``: its wrapped optimizers, its checkpoints, its trackers.
 
-    :meth:`step` may be called in every micro-batch. ``accelerator.clip_grad_norm_``, mixed precision and
-    ``accelerator.accumulate`` need nothing further.
+    :meth:`step` may be called in every micro-batch. Mixed precision and accumulation need nothing further. From here on
+    ``accelerator.clip_grad_norm_`` leaves bits out, see :func:`nipq.without_bits`.
 
     Args:
         accelerator: the accelerator.
@@ -79,6 +79,7 @@ class AcceleratedCourse(Course):
         super().__init__(model, budget, total_steps, optimizer=own, **settings)
         self._accelerator = accelerator
         accelerator.register_for_checkpointing(self)
+        leave_bits_unclipped_(accelerator, lambda: self)
         spread_seeds()
 
     def log(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import wraps
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nipq.course import Course
 from nipq.distributed import rank, rank_seed
 from nipq.errors import MissingDependencyError, OrderError, require
 
@@ -63,3 +66,26 @@ def spread_seeds() -> None:
 def gradient_of(penalty: Tensor) -> Tensor:
     """Zero with the gradient of the penalty: what a trainer logs as its loss stays the loss of the task."""
     return penalty - penalty.detach()
+
+
+def leave_bits_unclipped_(accelerator: Any, course: Callable[[], Course | None]) -> None:  # noqa: ANN401  (untyped)
+    """Let an accelerator's ``clip_grad_norm_`` pass over bits, see :func:`nipq.optim.without_bits`.
+
+    Under FSDP it stays as it is, as it looks there for the very list of the model's parameters.
+
+    Args:
+        accelerator: changed in place.
+        course: gives the course of the moment.
+    """
+    inner = accelerator.clip_grad_norm_
+    if getattr(accelerator.distributed_type, "name", "") == "FSDP":
+        return
+
+    @wraps(inner)
+    def clip(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        present = course()
+        bits = set() if present is None else {id(parameter) for parameter in present.learned_bits}
+        return inner([parameter for parameter in given if id(parameter) not in bits], *args, **kwargs)
+
+    accelerator.clip_grad_norm_ = clip

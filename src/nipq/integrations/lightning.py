@@ -16,7 +16,7 @@
 
 ``training_step`` stays as it is: for the time of ``fit`` the callback wraps it and adds the penalty to the loss that it
 returns. It has to be there, as no hook may change a loss, and as DDP looks for unused parameters in what
-``training_step`` returns.
+``training_step`` returns. ``configure_gradient_clipping`` is wrapped, too, and does not see the bits.
 """
 
 from __future__ import annotations
@@ -94,14 +94,24 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
                 "the averaged model has to be in place when batch norms are measured at the end."
             )
         self.course, self._resumed = None, None
-        step = pl_module.training_step
+        step, clip = pl_module.training_step, pl_module.configure_gradient_clipping
 
         @wraps(step)
         def with_penalty(*args: Given, **kwargs: Given) -> Given:
             assert self.course is not None
             return _plus(step(*args, **kwargs), gradient_of(self.course.penalty()))
 
-        pl_module.training_step = with_penalty
+        @wraps(clip)
+        def clip_others(*args: Given, **kwargs: Given) -> None:
+            assert self.course is not None
+            kept = [(bit, bit.grad) for bit in self.course.learned_bits]
+            for bit, _ in kept:
+                bit.grad = None
+            clip(*args, **kwargs)
+            for bit, gradient in kept:
+                bit.grad = gradient
+
+        pl_module.training_step, pl_module.configure_gradient_clipping = with_penalty, clip_others
 
     def on_fit_start(self, trainer: Given, pl_module: Given) -> None:
         """Build the course: optimizers exist, the model is where it will be trained."""
@@ -147,12 +157,12 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         self.course.finish()
 
     def teardown(self, _trainer: Given, pl_module: Given, **_: Given) -> None:
-        """Give ``training_step`` back."""
-        pl_module.__dict__.pop("training_step", None)
+        """Give the module's methods back."""
+        _give_back(pl_module)
 
     def on_exception(self, _trainer: Given, pl_module: Given, *_: Given) -> None:
-        """Give ``training_step`` back, and let go of the optimizers."""
-        pl_module.__dict__.pop("training_step", None)
+        """Give the module's methods back, and let go of the optimizers."""
+        _give_back(pl_module)
         if self.course is not None:
             self.course.close()
 
@@ -168,6 +178,11 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         self._resumed = state_dict or None
         if self.course is not None and self._resumed is not None:
             self.course.load_state_dict(self._resumed["course"])
+
+
+def _give_back(pl_module: Given) -> None:
+    for name in ("training_step", "configure_gradient_clipping"):
+        pl_module.__dict__.pop(name, None)
 
 
 def _plus(output: Given, term: torch.Tensor) -> Given:

@@ -27,7 +27,7 @@ from nipq.calibrate import calibrate_, inputs_of
 from nipq.config import Config
 from nipq.course import Course
 from nipq.errors import ConfigError, OrderError
-from nipq.integrations.guest import check_alone, gradient_of, spread_seeds, supported
+from nipq.integrations.guest import check_alone, gradient_of, leave_bits_unclipped_, spread_seeds, supported
 from nipq.nn.layers import is_prepared
 from nipq.optim import check_optimizer, drop_frozen_on_load_, param_groups
 from nipq.prepare import prepare_
@@ -138,6 +138,7 @@ def quantize(
         drop_frozen_on_load_(trainer.optimizer, model)
     trainer.compute_loss = _with_penalty(trainer, callback)
     trainer.create_optimizer = _with_groups(trainer, bits_lr, boundary_lr)
+    leave_bits_unclipped_(trainer.accelerator, lambda: callback.course)
     trainer.add_callback(callback)
     return callback
 
