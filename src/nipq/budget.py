@@ -234,12 +234,9 @@ class BitOps(Budget):
     def _limits(self, model: nn.Module) -> list[Limit]:
         rows = layer_table(model)
         table = BitTable(rows)
-        weight, product = [], []
-        for row in rows:
-            if row.input is None:
-                weight.append((row.weight, row.spec.macs * (IMAGE_BITS if row.spec.is_input else FLOAT_BITS)))
-            else:
-                product.append((row.input, row.spec.macs))
+        product = [(row.input, row.spec.macs) for row in rows if row.input is not None]
+        unquantized = [row for row in rows if row.input is None]
+        weight = [(r.weight, r.spec.macs * (IMAGE_BITS if r.spec.is_input else FLOAT_BITS)) for r in unquantized]
         form = cost_form(table, weight, product=product)
         accounting = (
             f"per sample over {sum(not row.spec.is_table for row in rows)} layers, first and last included; "

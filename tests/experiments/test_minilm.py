@@ -13,6 +13,7 @@ from torch.nn.functional import one_hot
 from experiments.tasks import minilm
 from experiments.tasks.minilm import Rating, SentenceNetwork, main, network, rating_task, renamed, spearman
 from experiments.tasks.snippets import MODEL
+from nipq.config import Config
 from nipq.errors import ConfigError, MissingDependencyError
 from nipq.layer_table import layer_table
 from nipq.prepare import prepare_
@@ -137,12 +138,18 @@ def test_linear_layers_are_quantized_and_the_rest_is_listed() -> None:
     pytest.importorskip("transformers")
     model = network(2, **SMALL).eval()
     example = {"input_ids": torch.ones(1, 6, dtype=torch.int64), "attention_mask": torch.ones(1, 6, dtype=torch.int64)}
-    findings = validate(model, example)
+    config = Config(embedding_bits=None)
+    findings = validate(model, example, config)
     assert {finding.severity for finding in findings} == {"float"}
     said = "\n".join(map(str, findings))
-    for piece in ("word_embeddings.weight", "attention.self: matmul (2 times)", "self: softmax", "layer_norm"):
+    for piece in (
+        "word_embeddings: the settings leave embeddings float",
+        "attention.self: matmul (2 times)",
+        "self: softmax",
+        "layer_norm",
+    ):
         assert piece in said
-    prepare_(model, example)
+    prepare_(model, example, config)
     rows = layer_table(model)
     assert len(rows) == sum(isinstance(module, nn.Linear) for module in model.modules()) == 7
     assert all(row.input is not None for row in rows)
