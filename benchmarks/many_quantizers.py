@@ -72,6 +72,20 @@ def own_parts(layers: int, x: Tensor) -> Parts:
     }  # fmt: skip
 
 
+#: Parts that every step of a search has, beside the float one's.
+OWN_STEP = ("forward + backward", "penalty + backward", "search.step")
+
+
+def overhead(parts: Samples) -> list[float]:
+    """Seconds that a step of the search takes more than one of float training, for each round.
+
+    Args:
+        parts: seconds by part, in rounds.
+    """
+    own = zip(*(parts[part] for part in OWN_STEP), strict=True)
+    return [sum(step) - plain for step, plain in zip(own, parts["float forward + backward"], strict=True)]
+
+
 def per_quantizer(samples: dict[int, Samples]) -> dict[str, dict[str, list[float]]]:
     """Microseconds for each quantizer, by part and number of quantizers.
 
@@ -108,6 +122,7 @@ def main() -> None:
         x = torch.randn(BATCH, WIDTH)
         tasks = own_parts(count // 2, x) | float_parts(count // 2, x)
         samples[count] = interleaved(tasks, given.rounds, least=0.01)
+        samples[count]["all of a step minus float"] = overhead(samples[count])
         print(
             count, {part: f"{quartiles(s).median * 1e6 / count:.2f}" for part, s in samples[count].items()}, flush=True
         )

@@ -22,7 +22,7 @@ import robustness_page  # noqa: E402
 import table as fashion  # noqa: E402
 from grid import EPOCHS  # noqa: E402
 
-from benchmarks import speed_page  # noqa: E402
+from benchmarks import scale_page, speed_page  # noqa: E402
 from experiments.export import page as export_page  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -152,6 +152,7 @@ def documents() -> dict[Path, str]:
         "README.md": f"{short}\nAll results: [docs/results.md](docs/results.md).\n",
         "docs/rivals.md": rivals_page.page(),
         "docs/robustness.md": robustness_page.page(),
+        "docs/scale.md": scale_page.page(),
         "docs/speed.md": speed_page.page(),
     } | export_page.pages()
     head = "# Results\n\nWritten by `python experiments/write_results.py` from the committed result files.\n\n"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks.many_quantizers import growth, own_parts, per_quantizer
+from benchmarks.many_quantizers import OWN_STEP, growth, overhead, own_parts, per_quantizer
 from benchmarks.memory import saved_bytes
 from benchmarks.networks import NETWORKS, Encoder, Network
 from benchmarks.training_step import measure, trainings
@@ -62,6 +62,11 @@ def test_a_small_network_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parts_of_a_step_with_many_quantizers_run() -> None:
     for part in own_parts(3, torch.randn(4, 8)).values():
         part()
+
+
+def test_overhead_is_what_a_search_adds_to_a_float_step() -> None:
+    parts = {"float forward + backward": [1.0, 2.0], "optimizer.step": [9.0, 9.0]}
+    assert overhead({part: [2.0, 3.0] for part in OWN_STEP} | parts) == [5.0, 7.0]
 
 
 def test_growth_is_one_when_each_quantizer_costs_the_same() -> None:
