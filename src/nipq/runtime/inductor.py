@@ -21,6 +21,7 @@ from torch.nn.functional import conv2d, linear
 from nipq.deploy.modules import Deployed, DeployedLayer, deployed_layers, replace_modules
 from nipq.errors import ConfigError, require
 from nipq.export.portable import PortableLayer, portable_layers
+from nipq.nn.kinds import along_channels
 from nipq.runtime.compiled import CompiledModel, Kernel
 from nipq.target import inductor_reason
 from nipq.trace import ExampleInputs, call_model
@@ -41,6 +42,8 @@ class Int8Layer(nn.Module):
         numbers: its portable numbers.
     """
 
+    weight_codes: Tensor
+    weight_scale: Tensor
     bias: Tensor | None
 
     def __init__(self, layer: DeployedLayer, numbers: PortableLayer) -> None:
@@ -51,10 +54,15 @@ class Int8Layer(nn.Module):
         limits = torch.tensor([layer.code_low, layer.code_high]) * numbers.input.scale
         self.low, self.high = (float(limit) for limit in limits)
         channels = numbers.weight.shape[0]
-        self.register_buffer("weight", numbers.weight)
+        self.register_buffer("weight_codes", numbers.weight)
         self.register_buffer("weight_scale", numbers.weight_scale.expand(channels).clone())
         self.register_buffer("weight_zero_point", torch.zeros(channels, dtype=torch.int64))
         self.register_buffer("bias", numbers.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, for models that look at its type; see ``nipq.deploy.modules``."""
+        return self.weight_codes * along_channels(self.weight_scale, self.shell, self.weight_codes)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output.
@@ -67,7 +75,7 @@ class Int8Layer(nn.Module):
         x = operators.dequantize_per_tensor(x, *given)
         axis_and_range = (0, -127, 127, torch.int8)
         weight = operators.dequantize_per_channel(
-            self.weight, self.weight_scale, self.weight_zero_point, *axis_and_range
+            self.weight_codes, self.weight_scale, self.weight_zero_point, *axis_and_range
         )
         shell: Any = self.shell
         if isinstance(shell, nn.Linear):
