@@ -2,8 +2,8 @@
 
 python -m benchmarks.integrations
 
-"By hand" is the least that anybody would write: ``Search.penalty()`` in the loss, ``Search.step()`` after the step. Both
-run the same prepared network in the same trainer, so their ratio is what the integration costs.
+"By hand" is the least that anybody would write: ``Search.penalty()`` in the loss, ``Search.step()`` after the step.
+Both run the same prepared network in the same trainer, so their ratio is what the integration costs.
 """
 
 from __future__ import annotations

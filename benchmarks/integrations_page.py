@@ -42,7 +42,7 @@ def overhead(content: Record) -> str:
         )
     return (
         "\n".join(parts)
-        + "\nMedian (quartiles) over rounds of the ratio, and of the difference, between a trainer with the integration "
-        "and the same trainer with `Search` by hand (`penalty()` in the loss, `step()` after the step). CPU time of one "
+        + "\nMedian (quartiles) over rounds of the ratio and of the difference between a trainer with its integration "
+        "and the same trainer with `Search` by hand (`penalty()` in the loss, `step()` after the step). CPU time, one "
         "thread. " + origin(content)
     )

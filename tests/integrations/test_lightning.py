@@ -174,6 +174,22 @@ def test_stopping_early_gives_a_frozen_model(fit: Callable[..., Any]) -> None:
     assert keeps(trainer.lightning_module)
 
 
+def test_scores_start_anew_at_the_freeze(fit: Callable[..., Any], tmp_path: Path) -> None:
+    """Scores of the search are better here; the first after the freeze would stop training, and none be the best."""
+
+    class Judged(Net):
+        def validation_step(self, batch: Any) -> None:
+            frozen = course_of(self.trainer).bits is not None
+            self.log("score", (0.0 if frozen else -100.0) - float(self.global_step))
+
+    stop = pl.callbacks.EarlyStopping("score", patience=1)
+    save = pl.callbacks.ModelCheckpoint(tmp_path, monitor="score", save_top_k=1)
+    trainer = fit(Judged(), callbacks=(stop, save), enable_checkpointing=True, num_sanity_val_steps=0)
+    assert course_of(trainer).steps == EPOCHS * BATCHES
+    assert "epoch=4" in save.best_model_path
+    trainer.lightning_module.load_state_dict(torch.load(save.best_model_path, weights_only=True)["state_dict"])
+
+
 def test_logs_go_to_the_trainers_own_logger(fit: Callable[..., Any], tmp_path: Path) -> None:
     trainer = fit(logger=pl.loggers.CSVLogger(tmp_path), log_every_n_steps=3)
     rows = [line.split(",") for line in Path(trainer.logger.log_dir, "metrics.csv").read_text().splitlines()]

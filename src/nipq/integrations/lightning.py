@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from functools import wraps
 from typing import Any, TypeAlias
 
@@ -36,6 +37,12 @@ from nipq.integrations.guest import check_alone, gradient_of, spread_seeds, supp
 #: A ``Trainer``, a ``LightningModule``, and what the one hands to the other.
 Given: TypeAlias = Any
 
+#: What callbacks that compare scores keep of the best ones.
+_SCORES = (
+    "best_score", "wait_count", "best_model_score", "best_model_path", "best_k_models", "kth_best_model_path",
+    "kth_value",
+)  # fmt: skip
+
 _NAMES = ("lightning.pytorch", "pytorch_lightning")
 #: Under either name, but the same as the trainer's: the one that was imported first.
 _library = supported(
@@ -48,7 +55,8 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
 
     Steps are counted, saved, resumed and logged by themselves: ``nipq/...`` goes to the module's ``log_dict`` every
     ``log_every_n_steps``. Checkpoints hold the course and the state of torch's random numbers. A ``WeightAveraging``
-    callback has to stand in front of this one; its model is frozen along.
+    callback has to stand in front of this one; its model is frozen along. At the freeze ``EarlyStopping`` and
+    ``ModelCheckpoint`` start anew: a score of the search is that of another model.
 
     Args:
         budget: the limits.
@@ -76,6 +84,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
             budget, total_steps, module, loader, settings
         )  # fmt: skip
         self._resumed: dict[str, Any] | None = None
+        self._unscored: list[tuple[Given, dict[str, Any]]] = []
 
     def setup(self, trainer: Given, pl_module: Given, stage: str) -> None:
         """Check the trainer, and put the penalty into the loss."""
@@ -94,6 +103,12 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
                 "the averaged model has to be in place when batch norms are measured at the end."
             )
         self.course, self._resumed = None, None
+        judges = (_library.callbacks.EarlyStopping, _library.callbacks.ModelCheckpoint)
+        self._unscored = [
+            (other, {name: value for name, value in deepcopy(other.state_dict()).items() if name in _SCORES})
+            for other in trainer.callbacks
+            if isinstance(other, judges)
+        ]
         step, clip = pl_module.training_step, pl_module.configure_gradient_clipping
 
         @wraps(step)
@@ -147,7 +162,11 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
     def on_train_batch_end(self, trainer: Given, *_: Given) -> None:
         """Go on, if the optimizer did."""
         assert self.course is not None
+        before = self.course.stage
         self.course.step()
+        if self.course.stage != before:
+            for other, fresh in self._unscored:
+                other.load_state_dict(other.state_dict() | deepcopy(fresh))
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
             self.log_dict(self.course.logs())
 
