@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import nipq
+from nipq.allocation import sensitivities
+from nipq.analysis.network import float_twin, layers, stored_weights
 from nipq.budget import AverageBits, BitOps
 from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
@@ -189,3 +191,40 @@ def test_a_file_with_half_an_attention_is_refused(tmp_path: Path) -> None:
     path = nipq.save(deployed, tmp_path / "model.nipq.safetensors")
     with pytest.raises(FileFormatError, match=r"scores: expected both products of an attention"):
         nipq.load(path, Net())
+
+
+@pytest.mark.parametrize("target", ["openvino", "inductor", "onnxruntime"])
+def test_a_target_says_what_it_makes_of_attention(target: str) -> None:
+    notes = [f for f in validate(Net(), X, Config(attention_bits=8, target=target)) if "inside attention" in f.reason]
+    assert [note.name for note in notes] == [SCORES, MIX]
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq+", "pact", "diffq", "ste"])
+def test_rivals_quantize_attention_too(method: str) -> None:
+    bits = dict.fromkeys(("weight_bits", "activation_bits", "attention_bits"), 4)
+    model = prepared(Config(method=method, **bits)).train()
+    model(X).square().mean().backward()
+    set_bits_(model, 4)
+    set_phase_(model, "round")
+    assert nipq.verify(model, nipq.convert(model), [X])
+
+
+def test_half_precision_around_it_changes_no_code_of_the_deployed_model() -> None:
+    model = prepared().train()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X).float().square().mean().backward()
+    set_bits_(model, 4)
+    deployed = nipq.convert(model)
+    expected = deployed(X)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(deployed(X), expected)
+
+
+def test_measurements_look_at_layers_and_leave_attention_alone() -> None:
+    assert list(layers(prepared())) == list(layers(Net())) == ["inner.qkv", "inner.out"]
+    model = nn.Sequential(nn.Embedding(4, 16), Net())
+    assert list(stored_weights(model)) == ["1.inner.qkv.weight", "1.inner.out.weight"]
+    with torch.no_grad():
+        assert torch.allclose(float_twin(prepared(), quantized=False)(X), Net()(X), atol=1e-6)
+    with pytest.raises(ConfigError, match=rf"{SCORES}: expected attention of fixed bit-widths"):
+        sensitivities(prepared(), [(X, X)], nn.functional.mse_loss)

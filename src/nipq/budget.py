@@ -160,6 +160,7 @@ class AverageBits(Budget):
             hidden = sum(row.input is not None and not row.spec.is_input for row in rows)
             total = sum(count for _, count in found)
             what = f"over {total:,} inputs of {hidden} layers per sample, the last included, the model's own input not"
+            what += ", keys and values of attention included" if any(row.spec.is_product for row in rows) else ""
             limits.append(average_limit("activation", self.activations, self.mode, table, found, what))
         return limits
 

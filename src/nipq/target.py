@@ -33,9 +33,17 @@ def target_notes(
         Name of the layer (empty for the model) and what the runtime does.
     """
     if target == "onnxruntime":
+        for name in (name for name, (spec, _) in plans.items() if spec.is_product):
+            yield name, "it is a product inside attention, for which ONNX files have no form"
         yield "", "ONNX Runtime computes what was trained in its faithful session only, on exact levels in floats"
         return
-    for name, (_, plan) in plans.items():
+    for name, (spec, plan) in plans.items():
+        if spec.is_product:
+            how = "computes it in floats, exactly and slowly" if target == "inductor" else "has no form for it"
+            yield name, f"it is a product inside attention; {_NAMES[target]} {how}"
+            continue
+        if spec.is_table:
+            continue  # looked up everywhere
         layer = model.get_submodule(name)
         others = [other for other in shared.get(name, ()) if other in plans and other != name]
         if plan.activation_bits is None:

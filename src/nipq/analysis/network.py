@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from nipq.control import set_phase_
 from nipq.layer_table import weight_table
-from nipq.nn.kinds import is_supported
+from nipq.nn.kinds import is_supported, is_table
 from nipq.nn.layers import float_weight, is_prepared
 from nipq.phases import Phase
 from nipq.prepare import restore_
@@ -37,10 +37,14 @@ def layers(model: nn.Module) -> dict[str, nn.Module]:
         model: prepared or not.
 
     Returns:
-        Convolutions, linear layers and tables in the order of their registration.
+        Convolutions and linear layers in the order of their registration.
     """
-    chosen = is_prepared if is_quantized(model) else is_supported
-    return {name: module for name, module in model.named_modules() if chosen(module)}
+    quantized = is_quantized(model)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if is_supported(module) and not is_table(module) and (is_prepared(module) or not quantized)
+    }
 
 
 def stored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
