@@ -71,3 +71,17 @@ def digits() -> nn.Sequential:
         nn.Conv2d(8, 8, 3, 2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Flatten(), nn.Linear(128, 10),
     )  # fmt: skip
+
+
+def spare() -> nn.Sequential:
+    """The same with a layer that no forward reaches."""
+
+    class Spare(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in list(self)[:-1]:
+                x = layer(x)
+            return x
+
+    model = Spare(*digits())
+    model.add_module("spare", nn.Linear(3, 3))
+    return model

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from nipq.errors import ConfigError, DistributedError
 from nipq.train import parallel
 from nipq.train.config_file import check_config
-from nipq.train.parallel import is_first, is_launched, lost, pick_device, process_group
+from nipq.train.parallel import explained, is_first, is_launched, pick_device, process_group
 from tests.distributed.ranks import ROOT
 from tests.distributed.runs import SETTINGS
 
@@ -109,10 +110,10 @@ def test_each_process_takes_the_gpu_that_it_is_given(launched: pytest.MonkeyPatc
 
 
 def test_an_error_of_the_connection_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer")
-    assert lost(error) is None
+    error, model = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), nn.Linear(1, 1)
+    assert explained(error, model) is None
     monkeypatch.setattr(parallel, "is_distributed", lambda: True)
-    found = lost(error)
-    assert found is not None
+    found = explained(error, model)
+    assert isinstance(found, DistributedError)
     assert "expected all 1 processes to take part in a training step" in str(found)
-    assert lost(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert explained(RuntimeError("mat1 and mat2 shapes cannot be multiplied"), model) is None

@@ -239,6 +239,18 @@ def test_ranks_that_start_from_different_seeds_are_refused(ranks: Ranks, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+def with_a_spare_layer() -> None:
+    trainer = Trainer(check_config({**SETTINGS, "model": {"factory": "tests.distributed.models:spare"}}))
+    for batch in trainer.batches():
+        trainer.step(*batch)
+
+
+def test_layers_that_take_no_part_are_named(ranks: Ranks) -> None:
+    for _, error in ranks.outcomes(with_a_spare_layer):
+        assert isinstance(error, ConfigError)
+        assert "found that spare.weight, spare.bias did not, which parallel.strategy ddp waits for" in str(error)
+
+
 def dying(folder: Path) -> None:
     """Rank 1 ends within the third step."""
     step, calls = Trainer.step, [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nipq.distributed import is_distributed, rank, world_size
-from nipq.errors import ConfigError, DistributedError
+from nipq.errors import ConfigError, DistributedError, NipqError
 from nipq.sharding import shard_
 from nipq.synced_batchnorm import sync_, unsync_
 from nipq.train.batches import Split
@@ -142,13 +143,28 @@ def part_(model: nn.Module) -> None:
     unsync_(model)
 
 
-def lost(error: RuntimeError) -> DistributedError | None:
-    """What an error in a step means if it comes from the connection to the other processes; ``None`` otherwise."""
-    text = str(error).lower()
-    if not is_distributed() or not any(word in text for word in ("gloo", "nccl", "connection", "timed out")):
+def explained(error: RuntimeError, model: nn.Module) -> NipqError | None:
+    """What an error in a step means if it comes from there being several processes; ``None`` otherwise.
+
+    Args:
+        error: What torch raised.
+        model: The model, to name parameters.
+    """
+    text = str(error)
+    if not is_distributed():
+        return None
+    if "Expected to have finished reduction" in text:
+        listed = re.search(r"did not receive grad for rank \d+: ([\d ]+)", text)
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        unused = [names[int(place)] for place in listed[1].split()] if listed else []
+        return ConfigError(
+            f"expected every parameter to take part in a training step, found that {', '.join(unused[:3]) or 'some'} "
+            "did not, which parallel.strategy ddp waits for; take the layers out of the model, or choose fsdp"
+        )
+    if not any(word in text.lower() for word in ("gloo", "nccl", "connection", "timed out")):
         return None
     return DistributedError(
         f"expected all {world_size()} processes to take part in a training step, found on rank {rank()} that one did "
-        f"not ({str(error).splitlines()[0]}); look for the first error in the other ranks' output, then continue from "
-        "the last checkpoint with --resume"
+        f"not ({text.splitlines()[0]}); look for the first error in the other ranks' output, then continue from the "
+        "last checkpoint with --resume"
     )

@@ -25,7 +25,7 @@ from nipq.train.factory import build_model, build_task
 from nipq.train.guard import check_state, non_finite_loss
 from nipq.train.nested import Nested, count_of, moved, pick
 from nipq.train.objective import Objective
-from nipq.train.parallel import join_, lost, part_, pick_device, share
+from nipq.train.parallel import explained, join_, part_, pick_device, share
 from nipq.train.passage import LEAVE, scored
 from nipq.train.preflight import make_budget, preflight
 from nipq.train.seeds import seed_of
@@ -115,7 +115,7 @@ class Trainer:
                 raise self._non_finite(inputs, progress.step)
             total.backward()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise lost(error) or error from error
+            raise explained(error, self.model) or error from error
         self.stage.end(bad)
         with torch.no_grad():
             self.tally.add(loss, self.task.batch_total(outputs, targets), count_of(inputs))
