@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from nipq.calibrate import inputs_of, to_device
 from nipq.control import set_phase_
@@ -35,7 +37,7 @@ class Observation:
         labels: right answers, or None.
         calls: what went into each layer and came out, phase ``"round"``.
         logits: what the model said, phase ``"round"``.
-        other_kernels: the same on torch's plain kernels.
+        other_kernels: the same with sums in another order.
         alone: the same sample by sample; None once enough samples were.
         codes: input codes by layer and call, phase ``"int"``.
         exact: what the model said in phase ``"int"``.
@@ -72,7 +74,7 @@ def observations(model: nn.Module, rows: dict[str, LayerRow], loader: Iterable[A
             with recording(rows) as calls:
                 logits = logits_of(run_model(model, piece))
             # Flips are rare, so the trained model's own are counted on every sample, not on a few.
-            with _other_kernels():
+            with other_kernels():
                 other = logits_of(run_model(model, piece))
             alone = None
             if noise_samples < NOISE_SAMPLES:
@@ -98,12 +100,36 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:  # noqa: ANN401  
 
 
 @contextmanager
-def _other_kernels() -> Iterator[None]:
-    """Run on torch's plain kernels instead of oneDNN's or cuDNN's."""
+def other_kernels() -> Iterator[None]:
+    """Run on torch's plain kernels instead of oneDNN's or cuDNN's, and add up the products of linear layers by halves.
+
+    Linear layers are not oneDNN's in every build of torch; without the halves some models would have no noise to see.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some builds warn about settings that they do not have
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False):
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False), _ByHalves():
             yield
+
+
+class _ByHalves(TorchFunctionMode):
+    """Linear layers, and ``addmm`` of those that call it, as the sum of two products of half the length."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        if kwargs or func not in (linear, torch.addmm):
+            return func(*args, **(kwargs or {}))
+        if func is linear:
+            x, weight, *bias = args
+            half = weight.shape[1] // 2
+            return linear(x[..., :half], weight[:, :half], *bias) + linear(x[..., half:], weight[:, half:])
+        bias, x, weight = args
+        half = len(weight) // 2
+        return torch.addmm(bias, x[:, :half], weight[:half]) + x[:, half:] @ weight[half:]
 
 
 def _cut(inputs: ExampleInputs, count: int, start: int, end: int) -> ExampleInputs:
