@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from nipq.budget import AverageBits, costs
 from nipq.calibrate import calibrate_
 from nipq.course import Course
-from nipq.distributed import rank, rank_seed, world_size
+from nipq.distributed import rank, rank_seed, whole, world_size
 from nipq.errors import DistributedError, OrderError
 from nipq.layer_table import quantizers
 from nipq.optim import param_groups
 from nipq.prepare import prepare_
+from nipq.sharding import shard_
 from tests.distributed.ranks import Ranks
 
 X = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -79,6 +80,22 @@ def plain(find_unused: bool) -> dict[str, Any]:
         course.step()
     course.finish()
     return outcome(model, course)
+
+
+def sharded() -> dict[str, Any]:
+    model = shard_(prepared())
+    torch.manual_seed(rank_seed(5))
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
+    course = Course(model.train(), BUDGET, 8, optimizer=optimizer, loader=[X[rank() :: 2]])
+    for step in range(8):
+        own = slice(8 * ((2 * step + rank()) % 8), 8 * ((2 * step + rank()) % 8) + 8)
+        (cross_entropy(model(X[own]), Y[own]) + course.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        course.step()
+    course.finish()
+    found = outcome(model, course)
+    return found | {"parameters": {name: whole(value) for name, value in found["parameters"].items()}}
 
 
 def differing() -> None:
@@ -183,6 +200,10 @@ def lit(folder: str) -> dict[str, Any]:
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_a_plain_loop(ranks: Ranks, find_unused: bool) -> None:
     agree(*ranks(plain, find_unused))
+
+
+def test_a_plain_loop_with_sharded_weights(ranks: Ranks) -> None:
+    agree(*ranks(sharded))
 
 
 def test_models_that_differ_and_wrappers_that_came_first_are_refused(ranks: Ranks) -> None:
