@@ -16,8 +16,10 @@ from nipq.train.batches import TensorSplit, slice_of
 from nipq.train.config import TrainConfig
 from nipq.train.guard import non_finite_loss
 from nipq.train.image_folder import FolderSplit
+from nipq.train.pipeline import run
+from nipq.train.run_folder import RunFolder
 from nipq.train.tally import Tally
-from nipq.train.trainer import Trainer
+from nipq.train.trainer import LOOK_EVERY, Trainer
 
 Make = Callable[..., TrainConfig]
 DATA = {"kind": "digits", "batch_size": 32, "train_limit": 128}
@@ -89,9 +91,8 @@ def test_the_first_loss_that_is_not_finite_is_remembered() -> None:
 def lagging(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A trainer that looks once in three steps, as on a GPU."""
     monkeypatch.setattr(optimizers, "FUSED", ("cpu",))
-    trainer = Trainer(make_config(stages={"float": {"epochs": 2}, "search": {"epochs": 1}}, data=DATA))
-    trainer.look_every = 3
-    return trainer
+    monkeypatch.setitem(LOOK_EVERY, "cpu", 3)
+    return Trainer(make_config(stages={"float": {"epochs": 2}, "search": {"epochs": 1}}, data=DATA))
 
 
 def test_sums_are_brought_up_to_date_once_in_so_many_steps(lagging: Trainer) -> None:
@@ -102,6 +103,16 @@ def test_sums_are_brought_up_to_date_once_in_so_many_steps(lagging: Trainer) -> 
     assert counts == [0, 0, 96, 96]
     lagging.gather()
     assert lagging.progress.sums[2] == 128
+
+
+@pytest.mark.usefixtures("lagging")
+def test_a_whole_run_that_looks_seldom_counts_every_sample(make_config: Make, tmp_path: Path) -> None:
+    stages = {"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1}}
+    results = run(make_config(stages=stages, data=DATA, checkpoint_every=2), tmp_path / "run", quiet=True)
+    assert results["verified"]
+    rows = RunFolder(tmp_path / "run").rows()
+    assert [row["stage"] for row in rows] == ["float", "search", "finetune"]
+    assert all(0 < row["train_loss"] < 10 and 0 <= row["train_accuracy"] <= 100 for row in rows)
 
 
 def test_a_loss_that_was_not_finite_is_found_later_and_its_place_named(lagging: Trainer) -> None:

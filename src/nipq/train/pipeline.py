@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TITLES = {"float": "float", "search": "search", "finetune": "fine-tune"}
 BITS_EVERY = 10
-"""Steps between two looks at the bits for the progress bar; each look reads every quantizer."""
+"""Steps between two looks at the bits for the progress bar, at least; each look reads every quantizer."""
 
 
 def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     bits: dict[str, float | None] = {}
     for inputs, targets in trainer.batches():
         trainer.step(inputs, targets)
-        if stage.search is not None and progress.step % BITS_EVERY == 1:
+        if stage.search is not None and progress.step % max(BITS_EVERY, trainer.look_every) == 1:
             bits = bits_now(trainer)
         reporter.step(_means(progress.sums, metric) | bits)
         if every and progress.step % every == 0 and progress.step < total:
@@ -173,6 +173,8 @@ def per_layer_bits(trainer: Trainer) -> dict[str, Any]:
 def _means(sums: list[float], metric: str) -> dict[str, float | None]:
     """Mean loss and metric of an epoch's steps so far; without the metric where the task has none of single batches."""
     loss, score, count = sums
+    if not count:  # not looked at yet
+        return {}
     means: dict[str, float | None] = {"loss": loss / count}
     return means if math.isnan(score) else means | {metric: score / count}
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nipq.train.config import TrainConfig
 
 NEXT = {"float": "search", "search": "finetune", "finetune": "done"}
-LOOK_EVERY = 50
+LOOK_EVERY = {"cuda": 50}
 """On a GPU, reading a number waits for all that it was asked to do, so losses are looked at once in so many steps."""
 
 
@@ -73,7 +73,7 @@ class Trainer:
         self.progress = Progress() if checkpoint is None else checkpoint.progress
         self.stage: Stage | None = None
         self.is_sharded = False
-        self.look_every = LOOK_EVERY if self.device.type == "cuda" else 1
+        self.look_every = LOOK_EVERY.get(self.device.type, 1)
         if checkpoint is not None:
             self._load_model(checkpoint.model)
         self._enter()
