@@ -116,7 +116,7 @@ class Inspection:
                 spec.name + (f" = {layer.shares_weight_with}" if layer.shares_weight_with else ""),
                 spec.kind,
                 _choices(layer.weight_bits) + (f" x{layer.boundaries}" if layer.boundaries > 1 else ""),
-                _choices(layer.input_bits) + (" (image)" if spec.is_input else ""),
+                "-" if spec.is_table else _choices(layer.input_bits) + (" (image)" if spec.is_input else ""),
                 f"{spec.weight_count:,}",
                 f"{spec.activation_count:,}",
                 f"{spec.macs / 1e6:.3f}",

@@ -26,7 +26,7 @@ class LayerSummary:
     Attributes:
         name: full name of the layer.
         kind: class name.
-        weight_bits: bit-width of the weight.
+        weight_bits: bit-width of the weight; of a product inside attention, that of key or value.
         weight_bits_soft: the learned, continuous one; equal to ``weight_bits`` once frozen.
         activation_bits: bit-width of the input, None when it stays float.
         activation_bits_soft: the learned, continuous one.
@@ -96,7 +96,7 @@ class Summary:
                 layer.kind,
                 layer.grid,
                 _bits(layer.weight_bits, layer.weight_bits_soft),
-                "float" if layer.activation_bits is None else _bits(layer.activation_bits, layer.activation_bits_soft),
+                _input_bits(layer),
                 f"{layer.weight_alpha:.3g}",
                 "-" if layer.activation_alpha is None else f"{layer.activation_alpha:.3g}",
                 f"{layer.weight_count:,}",
@@ -126,6 +126,12 @@ def plain_text(*parts: RenderableType) -> str:
     text = io.StringIO()
     Console(file=text, width=160, color_system=None, highlight=False, markup=False).print(*parts, sep="\n")
     return text.getvalue().rstrip()
+
+
+def _input_bits(layer: LayerSummary) -> str:
+    if layer.activation_bits is None:
+        return "float" if layer.macs else "-"  # a table reads numbers of rows
+    return _bits(layer.activation_bits, layer.activation_bits_soft)
 
 
 def _bits(whole: int, soft: float | None) -> str:

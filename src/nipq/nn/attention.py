@@ -176,7 +176,8 @@ def uninstall(module: nn.Module) -> None:
         module: as given to it.
     """
     delattr(module, PRODUCTS)
-    module.__dict__.pop("forward", None)
+    if getattr(vars(module).get("forward"), "__func__", None) is _forward_with_products:  # not somebody else's since
+        del module.forward
 
 
 def _forward_with_products(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (the module's own)
