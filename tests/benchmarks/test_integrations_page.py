@@ -5,26 +5,26 @@ from typing import Any
 from benchmarks.integrations_page import overhead
 
 
+def rows(extra: float) -> dict[str, Any]:
+    row = {"ratio": [0.99, 1.01, 1.05], "trainer": [1.1, 1.2, 1.3]}
+    return {
+        "plain loop": row | {"extra_microseconds": [0.0, extra, 2 * extra]},
+        "Lightning": row | {"extra_microseconds": [0.0, 4 * extra, 8 * extra]},
+    }
+
+
 def test_the_table_shows_shares_and_who_missed_the_goal() -> None:
-    rows: dict[str, Any] = {
-        "plain loop": {
-            "ratio": [1.0, 1.004, 1.01],
-            "extra_microseconds": [0.0, 32.0, 80.0],
-            "trainer": [1.0, 1.0, 1.0],
-        },
-        "Lightning": {
-            "ratio": [1.0, 1.02, 1.05],
-            "extra_microseconds": [0.0, 160.0, 400.0],
-            "trainer": [1.1, 1.2, 1.3],
-        },
+    networks = {
+        "least": {"shown": "little", "steps": 4, "milliseconds": [1.0, 1.5, 2.0], "rows": rows(40.0)},
+        "small": {"shown": "more", "steps": 4, "milliseconds": [7.0, 8.0, 9.0], "rows": rows(0.0)},
     }
     content = {
         "command": "python -m benchmarks.integrations", "rounds": 3, "revision": "abc", "versions": {"torch": "1"},
-        "machine": {"processor": "P", "cores": 2, "load_before": [5.0, 5.0, 5.0]},
-        "networks": {"small": {"shown": "Two", "steps": 4, "milliseconds": [7.0, 8.0, 9.0], "rows": rows}},
+        "machine": {"processor": "P", "cores": 2, "load_before": [5.0, 5.0, 5.0]}, "networks": networks,
     }  # fmt: skip
     lines = overhead(content).splitlines()
-    assert lines[0] == "**Two**, a step of 8 ms in the plain loop by hand"
-    assert "| plain loop | 0.40 (0.00 to 1.00) | 32 (0 to 80) | 1.00 (1.00 to 1.00) | yes |" in lines
-    assert "| Lightning | 2.00 (0.00 to 5.00) | 160 (0 to 400) | 1.20 (1.10 to 1.30) | **no** |" in lines
+    assert "of a step of 8 ms" in lines[0]
+    assert "| plain loop | 40 (0 to 80) | 0.5 % | yes | 1.0 (-1.0 to 5.0) | 1.20 (1.10 to 1.30) |" in lines
+    assert "| Lightning | 160 (0 to 320) | 2.0 % | **no** | 1.0 (-1.0 to 5.0) | 1.20 (1.10 to 1.30) |" in lines
+    assert "on little, where a step takes 1.5 ms" in lines[-1]
     assert "busy with other work" in lines[-1]

@@ -281,6 +281,15 @@ def test_a_checkpoint_of_a_float_trainer_is_refused(build: Callable[..., Any], t
     assert isinstance(error.value, ValueError)
 
 
+def test_calibration_leaves_no_loader_open(build: Callable[..., Any]) -> None:
+    for batches in (2, 100):
+        trainer = build()
+        state = trainer.accelerator.gradient_state
+        before = len(state.dataloader_references)
+        quantize(trainer, BUDGET, calibration_batches=batches)
+        assert len(state.dataloader_references) == before
+
+
 def test_rules_of_a_config_hold(build: Callable[..., Any]) -> None:
     trainer = build(max_steps=4)
     quantize(trainer, AverageBits(weights=4), config=Config(weight_bits={2, 4}), finetune=0.5)

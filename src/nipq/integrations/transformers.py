@@ -153,8 +153,9 @@ class _TrainBatches:
         loader = self._trainer.get_train_dataloader()
         try:
             yield from loader
-        finally:  # Accelerate counts a loader that was left midway as the running one
+        except GeneratorExit:  # Accelerate counts a loader that is left midway as the running one
             getattr(loader, "end", lambda: None)()
+            raise
 
 
 def _check(trainer: Trainer) -> None:
