@@ -101,18 +101,19 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:  # noqa: ANN401  
 
 @contextmanager
 def other_kernels() -> Iterator[None]:
-    """Run on torch's plain kernels instead of oneDNN's or cuDNN's, and add up the products of linear layers by halves.
+    """Run on torch's plain kernels instead of oneDNN's or cuDNN's, and linear layers with sums in float64.
 
-    Linear layers are not oneDNN's in every build of torch; without the halves some models would have no noise to see.
+    Linear layers are not oneDNN's in every build of torch, and would then show no noise of their own. Their sums in
+    float64, rounded once, differ from the usual ones by the whole rounding error of these.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some builds warn about settings that they do not have
-        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False), _ByHalves():
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False), _InDouble():
             yield
 
 
-class _ByHalves(TorchFunctionMode):
-    """Linear layers, and ``addmm`` of those that call it, as the sum of two products of half the length."""
+class _InDouble(TorchFunctionMode):
+    """Linear layers, and ``addmm`` of those that call it, in float64, rounded once."""
 
     def __torch_function__(
         self,
@@ -121,15 +122,11 @@ class _ByHalves(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        if kwargs or func not in (linear, torch.addmm):
+        if func not in (linear, torch.addmm):
             return func(*args, **(kwargs or {}))
-        if func is linear:
-            x, weight, *bias = args
-            half = weight.shape[1] // 2
-            return linear(x[..., :half], weight[:, :half], *bias) + linear(x[..., half:], weight[:, half:])
-        bias, x, weight = args
-        half = len(weight) // 2
-        return torch.addmm(bias, x[:, :half], weight[:half]) + x[:, half:] @ weight[half:]
+        wide = [value.double() if isinstance(value, Tensor) else value for value in args]
+        named = {key: value.double() if isinstance(value, Tensor) else value for key, value in (kwargs or {}).items()}
+        return func(*wide, **named).to(next(value.dtype for value in args if isinstance(value, Tensor)))
 
 
 def _cut(inputs: ExampleInputs, count: int, start: int, end: int) -> ExampleInputs:
