@@ -211,10 +211,10 @@ def _with_groups(trainer: Trainer, bits_lr: float, boundary_lr: float) -> Callab
     inner = trainer.create_optimizer
 
     @wraps(inner)
-    def create_optimizer(model: nn.Module | None = None) -> Given:
+    def create_optimizer(*model: nn.Module | None) -> Given:  # older ones take none
         if trainer.optimizer is not None:
-            return inner(model)
-        own = trainer.model if model is None else model
+            return inner(*model)
+        own = next((given for given in model if given is not None), trainer.model)
         kind, settings = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, own)
         if not (isinstance(kind, type) and issubclass(kind, Optimizer)) or settings.keys() & _OWN_GROUPS:
             raise ConfigError(
