@@ -230,9 +230,8 @@ class TrainConfig(Settings):
         stages: Lengths of the stages.
         optimizer: Optimizer and schedule.
         penalty: How the search pulls bits to the budget: ``controller`` (size-normalised) or ``paper``.
-        tempering: How the share of the true rounding error in the noise rises from 0 to 1 over the search; for methods
-            that train with noise.
-        oscillation: Calming of weights that swing between two levels, in search and fine-tuning; ``None``: left alone.
+        tempering: How the share of the true rounding error in the noise rises over the search, from 0 to 1.
+        oscillation: Calming of weights that swing between two levels; ``None``: left alone.
         teacher: Distillation, or ``None``.
         ema_decay: Decay of the weight average that replaces the weights at the end of a stage, or ``None``.
         batchnorm_batches: Batches for re-estimating batch-norm statistics after freezing; 0 leaves them alone.
@@ -243,8 +242,7 @@ class TrainConfig(Settings):
         amp: ``bf16`` runs the training forward in mixed precision.
         channels_last: Memory layout of model and images.
         device: ``auto`` takes CUDA when there is one.
-        threads: Threads of the CPU, ``None`` for torch's choice. Small nets are as fast with one, and their numbers
-            then do not depend on the machine's cores.
+        threads: Of the CPU, ``None`` for torch's choice. With one, numbers do not depend on the machine's cores.
         seed: Of weights, data order, augmentation and noise.
         checkpoint_every: Also checkpoint after every so many steps (``None``: after each epoch only).
     """
