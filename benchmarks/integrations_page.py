@@ -35,5 +35,5 @@ def overhead(content: Record) -> str:
         + "\nMedian (quartiles) over rounds of the difference between a trainer with its integration and the same one "
         f"with `Search` by hand (`penalty()` in the loss, `step()` after the step), on {least['shown']}, where a step "
         f"takes {number(least['milliseconds'])} ms in the plain loop; set against a step of {small['shown']}; and the "
-        "difference as it shows there. CPU time of one thread, the median step of each run. " + origin(content)
+        "difference as it shows there. CPU time of one thread, the shortest step of each run. " + origin(content)
     )
