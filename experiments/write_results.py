@@ -22,7 +22,7 @@ import robustness_page  # noqa: E402
 import table as fashion  # noqa: E402
 from grid import EPOCHS  # noqa: E402
 
-from benchmarks import scale_page, speed_page  # noqa: E402
+from benchmarks import integrations_page, scale_page, speed_page  # noqa: E402
 from experiments.export import page as export_page  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -150,6 +150,7 @@ def documents() -> dict[Path, str]:
     short = "\n".join(part for part in (demo_section(), fashion_section()) if part)
     pages = {
         "README.md": f"{short}\nAll results: [docs/results.md](docs/results.md).\n",
+        "docs/integrations.md": integrations_page.page(),
         "docs/rivals.md": rivals_page.page(),
         "docs/robustness.md": robustness_page.page(),
         "docs/scale.md": scale_page.page(),
