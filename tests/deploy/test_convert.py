@@ -186,4 +186,4 @@ def test_a_model_that_looks_at_a_layer_sees_floats_and_its_settings() -> None:
     set_phase_(model, "int")
     assert torch.equal(deployed(x), model(x))
     with pytest.raises(AttributeError, match="no_such_setting"):
-        deployed.head.no_such_setting
+        _ = deployed.head.no_such_setting
