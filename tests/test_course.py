@@ -237,6 +237,8 @@ def test_states_that_do_not_belong_are_refused() -> None:
     early, late = Loop().steps(1).course.state_dict(), Loop().steps(FREEZE).course.state_dict()
     with pytest.raises(OrderError, match=r"state of a course after its freeze.*found one from its search"):
         Loop().steps(FREEZE).course.load_state_dict(early)
+    with pytest.raises(ConfigError, match=r"expected a state with limits .*Build it with the same budget"):
+        Loop().course.load_state_dict(late | {"limits": {"average weight bits": 2.0}})
     late["bits"]["9.weight"] = late["bits"].pop("6.weight")
     with pytest.raises(ConfigError, match=r"the same quantized tensors, found a difference: [69]\.weight"):
         Loop().course.load_state_dict(late)

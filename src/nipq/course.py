@@ -113,6 +113,7 @@ class Course:
         self.bits: dict[str, int] | None = None
         self._former = [q.bit_raw for q in quantizers(self.model) if not q.is_frozen]
         self._attach = waits_for_all(model)
+        self._limits = {limit.name: float(limit.target) for limit in budget.limits(self.model)}
         self._costs: dict[str, float] = {}
         self._copies: list[nn.Module] = []
         self._stepped = not self._optimizers
@@ -211,6 +212,7 @@ class Course:
             "steps": self.steps,
             "total_steps": self.total_steps,
             "finetune": self.finetune,
+            "limits": self._limits,
             "bits": None if self.bits is None else dict(self.bits),
             "search": search,
         }
@@ -232,6 +234,9 @@ class Course:
                 "Course: expected the state of a course after its freeze, as this one's, found one from its search. "
                 "Build model and course afresh and load it there."
             )
+        if state["limits"] != self._limits:
+            found = f"expected a state with limits {self._limits}, found {state['limits']}"
+            raise ConfigError(f"Course: {found}. Build it with the same budget.")
         if state["bits"] is not None:
             self._freeze_to(state["bits"])
         if self._search is not None and state["search"] is not None:

@@ -89,7 +89,7 @@ def average_gradients_(model: nn.Module) -> None:
 
     for parameter in _parameters(owners):
         if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]
+            parameter.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]  # torch gives it no type
 
 
 def _owners(model: nn.Module) -> Iterator[TensorQuantizer]:

@@ -40,4 +40,5 @@ def test_other_functions_stay_as_they_are() -> None:
     x = torch.randn(3, 4)
     with other_kernels():
         torch.testing.assert_close(torch.addmm(x, x, torch.eye(4), alpha=2), 3 * x)
+        torch.testing.assert_close(nn.functional.linear(input=x, weight=torch.eye(4)), x)
         assert torch.equal(torch.relu(x), x.clamp(min=0))

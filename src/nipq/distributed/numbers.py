@@ -20,12 +20,12 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a sharded tensor, on every rank; any other tensor itself."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor's
 
 
 def part(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, in the same memory; any other tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # a DTensor's
 
 
 def like(tensor: Tensor, other: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def like(tensor: Tensor, other: Tensor) -> Tensor:
     if not is_sharded(other) or is_sharded(tensor):
         return tensor
     tensors = importlib.import_module("torch.distributed.tensor")  # here alone, for it takes long
-    sharded: Tensor = tensors.distribute_tensor(tensor, other.device_mesh, other.placements)  # type: ignore[attr-defined]
+    sharded: Tensor = tensors.distribute_tensor(tensor, other.device_mesh, other.placements)  # type: ignore[attr-defined]  # a DTensor's
     return sharded
 
 
@@ -69,7 +69,7 @@ def broadcast_(tensors: Iterable[Tensor]) -> None:
 
     def send(flat: Tensor) -> None:
         if rank():
-            flat.zero_()  # sums of one rank's numbers and zeros: exact, and the same message as a reduction
+            flat.zero_()  # plus zeros, one rank's numbers stay (-0 becomes 0); a message like a reduction's
         dist.all_reduce(flat)
 
     _joined_(tensors, send)

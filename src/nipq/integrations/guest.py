@@ -54,13 +54,16 @@ def check_alone(guests: Iterable[object], kind: type) -> None:
         raise OrderError(f"trainer: expected one {kind.__name__}, found {found}. Remove the others.")
 
 
-def spread_seeds() -> None:
+def spread_seeds(steps: int = 0) -> None:
     """Give every rank but the first a stream of random numbers of its own: trainers seed all ranks alike.
 
     With equal noise on all ranks, more ranks would not make its average any smaller.
+
+    Args:
+        steps: made before a run was resumed, so that it does not draw its first numbers again.
     """
     if rank():
-        torch.manual_seed(rank_seed(torch.initial_seed()))
+        torch.manual_seed(rank_seed(torch.initial_seed() + steps))
 
 
 def gradient_of(penalty: Tensor) -> Tensor:

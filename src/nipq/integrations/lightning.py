@@ -155,6 +155,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         torch.set_rng_state(self._resumed["rng"].cpu())
         if self._resumed["cuda_rng"] is not None:
             torch.cuda.set_rng_state(self._resumed["cuda_rng"].cpu())
+        spread_seeds(trainer.global_step)  # a checkpoint has the numbers of rank 0 alone
         fetcher = trainer.fit_loop._data_fetcher
         if not any(hasattr(loader, "load_state_dict") for loader in fetcher.combined_loader.flattened):
             iter(fetcher)  # draws again what was drawn before the numbers were put back: the order of the data

@@ -92,7 +92,7 @@ class AttentionProducts(nn.Module):
     def __init__(self, scores: nn.Module, mix: nn.Module) -> None:
         super().__init__()
         self.scores, self.mix = scores, mix
-        self.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]  # torch gives it no type
 
     def forward(
         self,

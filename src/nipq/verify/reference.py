@@ -126,7 +126,8 @@ class _InDouble(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         wide = [value.double() if isinstance(value, Tensor) else value for value in args]
         named = {key: value.double() if isinstance(value, Tensor) else value for key, value in (kwargs or {}).items()}
-        return func(*wide, **named).to(next(value.dtype for value in args if isinstance(value, Tensor)))
+        given = (*args, *(kwargs or {}).values())
+        return func(*wide, **named).to(next(value.dtype for value in given if isinstance(value, Tensor)))
 
 
 def _cut(inputs: ExampleInputs, count: int, start: int, end: int) -> ExampleInputs:
