@@ -56,6 +56,15 @@ def scores(record: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def move(tensors: dict[str, Tensor], record: dict[str, Any], where: str) -> None:
+    """The same attention once more, with its tensors, in another module."""
+    for part in ("scores", "mix"):
+        old, new = f"0.attention_products.{part}", f"{where}.attention_products.{part}"
+        record["products"][new] = record["products"][old]
+        for key in [key for key in tensors if key.startswith(f"{old}.")]:
+            tensors[key.replace(old, new)] = tensors[key].clone()
+
+
 Change = Callable[[dict[str, Tensor], dict[str, Any]], object]
 CHANGES: list[tuple[Change, str]] = [
     (lambda t, r: r.update(products=[]), "valid dictionary"),
@@ -69,10 +78,19 @@ CHANGES: list[tuple[Change, str]] = [
     (lambda t, r: t.update({f"{NAME}.y.step": torch.ones(2)}), rf"{NAME}: expected y\.step of 1 float32"),
     (lambda t, r: r["products"].pop(NAME), r"0\.attention_products\.mix: expected both products of an attention"),
     (lambda t, r: r["products"].update({"0.elsewhere.scores": scores(r)}), r"0\.elsewhere\.scores: expected both"),
+    (lambda t, r: move(t, r, "9"), r"9\.attention_products\.scores: expected the model to have the module around it"),
+    (lambda t, r: move(t, r, "1"), r"1\.attention_products\.scores: expected attention outside of layers, .* a Linear"),
+    (lambda t, r: move(t, r, "0.key"), r"0\.key\.attention_products\.scores: expected attention outside of layers"),
     (
-        lambda t, r: r["products"].update({NAME.replace("0", "9"): scores(r), "9.attention_products.mix": scores(r)}),
-        r"9\.attention_products\.scores: expected the tensor",
+        lambda t, r: move(t, r, "1.layer"),
+        r"1\.layer\.attention_products\.scores: expected the model to have the module",
     ),
+    (lambda t, r: move(t, r, NAME), rf"{NAME}\.attention_products\.scores: expected the model to have the module"),
+    (
+        lambda t, r: r["products"].update({"9.attention_products.mix": 0, "9.attention_products.scores": 0}),
+        "to have the",
+    ),
+    (lambda t, r: r["products"].update({"scores": scores(r), "mix": scores(r)}), "scores: expected both products"),
     (lambda t, r: r.pop("products"), r"attention_products\.mix\.x\.step: expected the model to have this tensor"),
 ]
 

@@ -120,7 +120,7 @@ class _Reader:
         container = read_container(path, model)
         self.tensors = container.tensors
         self.records = self._records(container.layers, model)
-        self.products = self._products(container.products)
+        self.products = self._products(container.products, model)
         self.codes: dict[str, Tensor] = {}
 
     def error(self, name: str, expected: str, found: str) -> FileFormatError:
@@ -140,7 +140,20 @@ class _Reader:
             where, *field = (str(part) for part in fault["loc"] or ("metadata",))
             raise self.error(where, f"{'.'.join(field)}: {fault['msg']}", repr(fault["input"])) from error
 
-    def _products(self, products: object) -> dict[str, ProductRecord]:
+    def _products(self, products: object, model: nn.Module) -> dict[str, ProductRecord]:
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name in products if isinstance(products, dict) else ():  # first, for the same reason
+            where, part = _attention_of(name)
+            partner = f"{name.removesuffix(part)}{'mix' if part == 'scores' else 'scores'}"
+            if part not in ("scores", "mix") or partner not in products:
+                raise self.error(name, f"both products of an attention under {PRODUCTS!r}", "another name or one alone")
+            if where not in modules:
+                raise self.error(name, "the model to have the module around it", f"none in {type(model).__name__}")
+            around = [
+                modules[where[:end]] for end in range(len(where) + 1) if end in (0, len(where)) or where[end] == "."
+            ]
+            if any(map(is_supported, around)):
+                raise self.error(name, "attention outside of layers", f"it in a {type(modules[where]).__name__}")
         try:
             return TypeAdapter(dict[str, ProductRecord]).validate_python({} if products is None else products)
         except ValidationError as error:
@@ -151,13 +164,9 @@ class _Reader:
     def attentions(self) -> Iterator[tuple[str, AttentionProducts]]:
         """Modules whose attention is quantized, and what stands in it."""
         for name in self.products:
-            inside, _, part = name.rpartition(".")
-            where, _, container = inside.rpartition(".")
-            partner = f"{inside}.{'mix' if part == 'scores' else 'scores'}"
-            if container != PRODUCTS or part not in ("scores", "mix") or partner not in self.products:
-                raise self.error(name, f"both products of an attention under {PRODUCTS!r}", "another name or one alone")
+            where, part = _attention_of(name)
             if part == "scores":
-                yield where, AttentionProducts(self.product(name), self.product(partner))
+                yield where, AttentionProducts(self.product(name), self.product(f"{name.removesuffix(part)}mix"))
 
     def product(self, name: str) -> DeployedProduct:
         """A product inside attention."""
@@ -268,3 +277,9 @@ class _Reader:
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(self.tensors[key])
+
+
+def _attention_of(product: str) -> tuple[str, str]:
+    """Name of the module whose attention it is, and which product of it; no product where the name is none of one."""
+    *where, container, part = ("", *product.split("."))
+    return ".".join(where[1:]), part if container == PRODUCTS else ""
