@@ -20,7 +20,7 @@ from nipq.control import set_bits_
 from nipq.deploy.convert import convert
 from nipq.deploy.file import NO_CHECKSUM, fixed_bytes, save, seal
 from nipq.deploy.load import load
-from nipq.errors import FileFormatError
+from nipq.errors import ConfigError, FileFormatError
 from nipq.prepare import prepare_
 
 X = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -110,3 +110,10 @@ def test_an_untouched_file_loads(path: Path) -> None:
     loaded = load(path, model())
     assert loaded[0].attention_products.scores.x.bits == 16
     assert "bits=16, grid=signed" in repr(loaded)
+
+
+def test_a_forward_that_somebody_replaced_is_not_dropped(path: Path) -> None:
+    wrapped = model()
+    wrapped[0].forward = wrapped[0].forward
+    with pytest.raises(ConfigError, match="0: expected a module with the forward of its class, found one that was"):
+        load(path, wrapped)

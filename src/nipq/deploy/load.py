@@ -78,7 +78,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     Raises:
         FileFormatError: if the file is missing, truncated, foreign, newer than this version, changed since it was
             written, or of another architecture (with the module's full name).
-        ConfigError: if the model is prepared or deployed rather than plain.
+        ConfigError: if the model is prepared or deployed rather than plain, or something replaced the forward of a
+            module whose attention is quantized.
     """
     if any(is_prepared(module) or isinstance(module, Deployed) for module in model.modules()):
         raise ConfigError(
@@ -98,7 +99,13 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             replacements[reader.batchnorm(twin, record.batchnorm)] = nn.Identity()
     twin = replace_modules(twin, replacements)
     for name, products in reader.attentions():
-        install(reader.find(twin, name), products.to(next(model.parameters()).device))
+        module = reader.find(twin, name)
+        if "forward" in vars(module):
+            raise ConfigError(
+                f"{name}: expected a module with the forward of its class, found one that was replaced. "
+                "Take off what wraps it, load, and wrap it again."
+            )
+        install(module, products.to(next(model.parameters()).device))
     twin.eval().requires_grad_(False)
     reader.fill(twin)
     return twin
@@ -142,10 +149,11 @@ class _Reader:
 
     def _products(self, products: object, model: nn.Module) -> dict[str, ProductRecord]:
         modules = dict(model.named_modules(remove_duplicate=False))
-        for name in products if isinstance(products, dict) else ():  # first, for the same reason
+        given = products if isinstance(products, dict) else {}
+        for name in given:  # first, for the same reason
             where, part = _attention_of(name)
             partner = f"{name.removesuffix(part)}{'mix' if part == 'scores' else 'scores'}"
-            if part not in ("scores", "mix") or partner not in products:
+            if part not in ("scores", "mix") or partner not in given:
                 raise self.error(name, f"both products of an attention under {PRODUCTS!r}", "another name or one alone")
             if where not in modules:
                 raise self.error(name, "the model to have the module around it", f"none in {type(model).__name__}")
