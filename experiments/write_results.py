@@ -24,6 +24,7 @@ from grid import EPOCHS  # noqa: E402
 
 from benchmarks import integrations_page, scale_page, speed_page  # noqa: E402
 from experiments.export import page as export_page  # noqa: E402
+from experiments.tasks import tasks_page  # noqa: E402
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -155,6 +156,7 @@ def documents() -> dict[Path, str]:
         "docs/robustness.md": robustness_page.page(),
         "docs/scale.md": scale_page.page(),
         "docs/speed.md": speed_page.page(),
+        "docs/tasks.md": tasks_page.page(),
     } | export_page.pages()
     head = "# Results\n\nWritten by `python experiments/write_results.py` from the committed result files.\n\n"
     return {ROOT / name: filled(ROOT / name, results) for name, results in pages.items()} | {
