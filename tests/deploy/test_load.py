@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,13 @@ from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from nipq.calibrate import calibrate_
+from nipq.control import set_bits_
 from nipq.deploy.convert import convert
 from nipq.deploy.file import NO_CHECKSUM, save, seal
 from nipq.deploy.load import load
 from nipq.errors import ConfigError, FileFormatError
+from nipq.prepare import prepare_
 
 Contents = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -149,6 +153,17 @@ def test_another_architecture_is_refused_by_the_modules_name(path: Path, mixed: 
     other.head = nn.Identity()
     with pytest.raises(FileFormatError, match="head: expected a Linear"):
         load(path, other)
+
+
+@pytest.mark.parametrize("more", [{"input": {"bits": 8, "grid": "signed", "zero_point": 0}}, {"batchnorm": "2"}])
+def test_a_table_has_no_input_and_no_batch_norm(tmp_path: Path, more: dict[str, Any]) -> None:
+    net, ids = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), torch.tensor([1, 2])
+    prepared = calibrate_(prepare_(copy.deepcopy(net), ids), [ids])
+    set_bits_(prepared, 4)
+    path = save(convert(prepared), tmp_path / "model")
+    rewrite(path, lambda t, r: (r["layers"]["0"].update(more), t.update({"0.input_step": torch.ones(1)})))
+    with pytest.raises(FileFormatError, match="0: expected a table without input and batch norm"):
+        load(path, net)
 
 
 def test_the_float_model_is_left_as_it_was(path: Path, mixed: Any) -> None:

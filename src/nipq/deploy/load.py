@@ -28,7 +28,7 @@ from nipq.functional.grid import Grid, levels
 from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
 from nipq.nn.attention import PRODUCTS, AttentionProducts, install
 from nipq.nn.integer import bias_of
-from nipq.nn.kinds import is_supported, output_channels
+from nipq.nn.kinds import is_supported, is_table, output_channels
 from nipq.nn.layers import is_prepared, plain_shell
 
 Bits = Annotated[int, Field(ge=FEWEST_BITS, le=MOST_BITS)]
@@ -94,6 +94,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         kind, shape = type(layer).__name__, list(getattr(layer, "weight", torch.empty(0)).shape)
         if not is_supported(layer) or (kind, shape) != (record.kind, record.shape):
             raise reader.error(name, f"a {record.kind} with a weight of shape {record.shape}", f"a {kind} with {shape}")
+        if is_table(layer) and (record.input is not None or record.batchnorm is not None):
+            raise reader.error(name, "a table without input and batch norm", "a record with one of them")
         replacements[layer] = reader.layer(layer, name).to(next(layer.parameters()).device)
         if record.batchnorm is not None:
             replacements[reader.batchnorm(twin, record.batchnorm)] = nn.Identity()
