@@ -1,4 +1,4 @@
-"""The results part of docs/tasks.md, from the committed cells of its grids; ``experiments/write_results.py`` calls it."""
+"""The results part of docs/tasks.md, from the committed cells of its grids, for ``experiments/write_results.py``."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def section(path: Path) -> str:
     records = [json.loads(cell.read_text(encoding="utf-8")) for cell in cells_of(path)]
     hours = sum(record["results"]["seconds"] for record in records) / 3600
     return (
-        f"{text}\n\n{len(records)} of {len(expand(grid))} cells so far, {hours:.1f} hours on one thread each, on a busy "
-        'machine (seconds and "x float" say nothing about the methods): '
+        f"{text}\n\n{len(records)} of {len(expand(grid))} cells so far, {hours:.1f} hours on one thread each, on a "
+        'busy machine (seconds and "x float" say nothing about the methods): '
         f"`nipq compare experiments/tasks/{path.name} --run experiments/tasks/results/{path.stem} --data FOLDER`; "
         f"{where(records[0])}.\n"
     )
