@@ -110,6 +110,32 @@ def test_what_is_counted() -> None:
     assert stored_rows(layer_table(model))[0].name == "head"
 
 
+class Routed(nn.Module):
+    """Two experts; which one a sample meets depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.low, self.high = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x, high = self.words(ids), ids > 5
+        y = torch.zeros_like(x)
+        y[high], y[~high] = self.high(x[high]), self.low(x[~high])
+        return y
+
+
+def test_a_layer_that_the_example_batch_leaves_without_rows_is_no_table() -> None:
+    ids = torch.tensor([[1, 2, 3]])  # none for the second expert
+    model = calibrate_(prepare_(Routed(), ids), [IDS])
+    rows = {row.name: row for row in layer_table(model)}
+    assert rows["high"].spec.macs == 0
+    assert [name for name, row in rows.items() if row.spec.is_table] == ["words"]
+    assert rows["high"].input is not None
+    assert quantizers_of(model)["high"] == quantizers_of(model)["low"] == (tuple(range(2, 9)), 1)
+    (average,) = AverageBits(weights=4).limits(model)
+    assert average.form.weight.tolist() == [0, 0.5, 0.5]
+
+
 def test_one_number_for_all_layers_leaves_tables_as_they_are() -> None:
     set_bits_(model := prepared(), 4)
     assert {row.name: row.weight.bits_rounded for row in layer_table(model)} == {

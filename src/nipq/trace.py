@@ -289,4 +289,5 @@ def _spec(
         is_input=calls.is_input,
         relu=watcher.foldable_relu(model, layer),
         tied_to=multiplying.get(id(layer.weight)) if is_table(layer) else None,
+        is_table=is_table(layer),
     )

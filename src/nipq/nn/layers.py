@@ -38,6 +38,7 @@ class LayerSpec:
         is_input: whether the layer reads the model's own input.
         relu: full name of the ReLU right in front, whose result the layer alone reads, or None.
         tied_to: for a table, full name of the layer that multiplies with the same weight, or None.
+        is_table: whether the weight is looked up, not multiplied with.
     """
 
     name: str
@@ -52,11 +53,7 @@ class LayerSpec:
     relu: str | None = None
     tied_to: str | None = None
     other_count: int = 0
-
-    @property
-    def is_table(self) -> bool:
-        """Whether the layer's weight is looked up, not multiplied with."""
-        return self.macs == 0
+    is_table: bool = False
 
     @property
     def is_product(self) -> bool:
