@@ -183,6 +183,30 @@ def test_attention_of_another_kind_is_refused_by_name() -> None:
         prepare_(wrapped, X, Config(attention_bits=8))
 
 
+class Around(Net):
+    """Attention of its own, and a child's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(x, self.inner(x), x)
+
+
+def test_float_attention_inside_a_quantized_one_is_refused_by_name() -> None:
+    with pytest.raises(
+        NotQuantizableError, match=r"error: 0\.inner: it stays float and runs inside the attention of 0"
+    ):
+        prepare_(nn.Sequential(Around()), X, Config(attention_bits=8, rules=[Rule("*.inner.att*", quantize=False)]))
+    with pytest.raises(NotQuantizableError, match=r"inner: it stays float .* attention of the model \(Around\)"):
+        prepare_(Around(), X, Config(attention_bits=8, rules=[Rule("inner.att*", quantize=False)]))
+    for config in (Config(attention_bits=8), Config(attention_bits=8, rules=[Rule("0.att*", quantize=False)])):
+        calls: list[str] = []
+        model = calibrate_(prepare_(nn.Sequential(Around()), X, config), [X])
+        products = [row for row in layer_table(model) if row.spec.is_product]
+        for row in products:
+            row.layer.register_forward_hook(lambda *_, name=row.name, calls=calls: calls.append(name))
+        model(X)
+        assert sorted(calls) == sorted(row.name for row in products)
+
+
 def test_a_file_with_half_an_attention_is_refused(tmp_path: Path) -> None:
     set_bits_(model := prepared(), 4)
     deployed = nipq.convert(model)

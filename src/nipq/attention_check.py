@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from torch import nn
 
@@ -17,7 +17,7 @@ _REMEDY = (
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
 
 
-def attention_findings(model: nn.Module, traced: Trace) -> Iterator[Finding]:
+def attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Finding]:
     """Refusals where ``attention_bits`` asks for what no product of this library stands for.
 
     Attention is known by what it does: a call of torch's function, of its fused form with projections, or a softmax
@@ -26,6 +26,7 @@ def attention_findings(model: nn.Module, traced: Trace) -> Iterator[Finding]:
     Args:
         model: the float model.
         traced: one forward of it.
+        planned: names of the modules whose attention is to be quantized.
     """
     pieces: dict[str, dict[str, int]] = {}
     for piece in traced.float_pieces:
@@ -45,5 +46,11 @@ def attention_findings(model: nn.Module, traced: Trace) -> Iterator[Finding]:
         if "forward" in vars(model.get_submodule(attention.name)):
             remedy = "Take off what wraps it before preparing."
             yield Finding(attention.name, "error", "the forward of this very module was replaced", remedy)
+        for outer in sorted(attention.within & planned if attention.name not in planned else ()):
+            where = outer or f"the model ({type(model).__name__})"
+            remedy = (
+                "Let the rules quantize both or neither: the products of the outer one would stand in its place too."
+            )
+            yield Finding(attention.name, "error", f"it stays float and runs inside the attention of {where}", remedy)
     if not found:
         yield Finding("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)

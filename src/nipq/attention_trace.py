@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -25,12 +25,14 @@ class Attention:
         place: how many layers ran before its first call.
         scores: facts of query times key; its input is the query.
         mix: facts of probability times value; its input is the probability.
+        within: names of the modules whose forward ran around its own.
     """
 
     name: str
     place: int
     scores: LayerSpec
     mix: LayerSpec
+    within: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -39,9 +41,11 @@ class AttentionCalls:
 
     Attributes:
         place: how many layers ran before the first call.
+        within: names of the modules whose forward ran around it.
     """
 
     place: int
+    within: set[str] = field(default_factory=set)
     calls: int = 0
     queries: int = 0
     keys: int = 0
@@ -51,18 +55,20 @@ class AttentionCalls:
     mix_macs: int = 0
     outputs: int = 0
 
-    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], within: Iterable[str]) -> None:
         """Count one call.
 
         Args:
             args: positional arguments of the function.
             kwargs: named ones.
+            within: names of the modules whose forward runs around it.
         """
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
         query, key, value = (given[name] for name in ("query", "key", "value"))
         assert isinstance(query, Tensor)
         pairs = math.prod(query.shape[:-1]) * key.shape[-2]
         self.calls += 1
+        self.within.update(within)
         self.queries += query.numel()
         self.keys += key.numel()
         self.values += value.numel()
@@ -98,4 +104,4 @@ class AttentionCalls:
             output_count=self.outputs // batch,
             **common,
         )
-        return Attention(name, self.place, scores, mix)
+        return Attention(name, self.place, scores, mix, frozenset(self.within))

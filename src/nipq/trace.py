@@ -137,7 +137,8 @@ class _Watcher(TorchFunctionMode):
         if inner is not None and is_supported(inner):
             return self._made(results, None, result)
         if operation == FUNCTION:
-            self.attention.setdefault(where, AttentionCalls(len(self.layers))).add(args, kwargs or {})
+            within = [self.names[module] for module in self.stack[:-1]]
+            self.attention.setdefault(where, AttentionCalls(len(self.layers))).add(args, kwargs or {}, within)
         if operation in REASONS and (len(operands) > 1 or operation not in BETWEEN_ACTIVATIONS):
             self.pieces[where, operation] += 1
         origins = {self.origin.get(id(tensor)) for tensor in operands}

@@ -118,7 +118,7 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
         times = f" ({piece.count} times)" if piece.count > 1 else ""
         yield Finding(piece.name, "float", f"{piece.operation}{times}: {piece.reason}")
     if config.attention_bits is not None:
-        yield from attention_findings(model, traced)
+        yield from attention_findings(model, traced, replaced)
     for spec, _ in plans.values():
         if spec.calls > 1 and not spec.is_product:
             once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
