@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.train import optimizers
 from nipq.train.batches import TensorSplit, slice_of
-from nipq.train.config import TrainConfig
+from nipq.train.config import OptimizerConfig, TrainConfig
 from nipq.train.guard import non_finite_loss
 from nipq.train.image_folder import FolderSplit
 from nipq.train.pipeline import run
@@ -142,6 +142,32 @@ def test_a_bad_batch_is_named_when_it_is_looked_at_later(lagging: Trainer) -> No
         NonFiniteError, match="epoch 1, step 2, found NaN or infinity first in the output of classifier"
     ):
         lagging.step(*next(batches))
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_checkpoint_of_another_device_goes_on_with_the_kernel_of_this_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a fused step can be told to change nothing; a file from a CPU says nothing about that."""
+    layer = nn.Linear(2, 2)
+
+    def built(device: str) -> optimizers.Optimizers:
+        monkeypatch.setattr(optimizers, "FUSED", (device,))
+        found = optimizers.Optimizers(layer, OptimizerConfig(name=name), prepared=False)
+        layer(torch.ones(1, 2)).sum().backward()
+        return found
+
+    plain = built("cuda")
+    plain.step()
+    fused = built("cpu")
+    fused.load_state_dict(plain.state_dict())
+    before = layer.weight.detach().clone()
+    fused.step(torch.ones(()))
+    assert torch.equal(layer.weight, before)
+    back = built("cuda")
+    back.load_state_dict(fused.state_dict())
+    back.step()
+    assert not torch.equal(layer.weight, before)
 
 
 def explode_at(trainer: Trainer, step: int) -> Callable[..., Tensor | None]:

@@ -64,7 +64,7 @@ class Optimizers:
         """Apply the gradients and clear them.
 
         Args:
-            skip: 1.0 to change nothing, float32, shape (1,), on the device; for fused optimizers only.
+            skip: 1.0 to change nothing, float32, no dimensions, on the device; for fused optimizers only.
         """
         for optimizer in self.all:
             if skip is not None:
@@ -88,7 +88,10 @@ class Optimizers:
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Take over states of the same optimizers."""
         for optimizer, state in zip(self.all, states, strict=True):
-            optimizer.load_state_dict(state)
+            pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+            # the kernel is this device's, and torch puts step counts where it wants them
+            groups = [saved | {"fused": own["fused"]} for saved, own in pairs]
+            optimizer.load_state_dict({**state, "param_groups": groups})
             for parameter, entries in optimizer.state.items():
                 for name, value in entries.items():
                     if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -87,7 +87,7 @@ class Stage:
         """Apply the gradients, then let everything follow that goes by steps.
 
         Args:
-            skip: 1.0 to leave the parameters as they are, float32, shape (1,), where that can be told on the device.
+            skip: 1.0 to leave the parameters as they are, float32, no dimensions, where that can be told on the device.
         """
         self.optimizers.step(skip)
         if self.search is not None:

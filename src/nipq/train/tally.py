@@ -23,7 +23,7 @@ class Tally:
         """Start with what is known."""
         self._before = list(sums)
         self._added = torch.zeros(3, dtype=torch.float64, device=device)
-        self.bad_step = torch.full((1,), math.inf, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), math.inf, dtype=torch.float64, device=device)
 
     @torch.no_grad()
     def add(self, loss: Tensor, score: Tensor | float | None, count: int) -> None:
@@ -47,7 +47,7 @@ class Tally:
             step: The step.
 
         Returns:
-            1.0 from that step on, else 0.0, float32, shape (1,), on the device.
+            1.0 from that step on, else 0.0, float32, no dimensions, on the device.
         """
         bad = torch.where(total.isfinite(), math.inf, float(step))
         self.bad_step = torch.minimum(self.bad_step, bad)
