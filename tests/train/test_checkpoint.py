@@ -9,7 +9,17 @@ import pytest
 import torch
 
 from nipq.errors import FileFormatError
-from nipq.train.checkpoint import FORMAT, Checkpoint, Progress
+from nipq.train.checkpoint import FORMAT, Checkpoint, Progress, _filled
+
+WHOLE = {
+    "format": FORMAT,
+    "version": 1,
+    "progress": {},
+    "model": {},
+    "optimizers": None,
+    "search": None,
+    "average": None,
+}
 
 
 @pytest.fixture
@@ -71,10 +81,16 @@ def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ([1, 2], "found something else"),
         ({"format": FORMAT, "version": 99}, "expected checkpoint version 1 in .*, found 99"),
         ({"format": FORMAT, "version": 1, "progress": {}}, "lacks entries"),
+        ({**WHOLE, "shards": "../elsewhere"}, "the name of the folder of its shards, found '../elsewhere'"),
     ],
-    ids=["state_dict", "list", "version", "incomplete"],
+    ids=["state_dict", "list", "version", "incomplete", "shards elsewhere"],
 )
 def test_foreign_file(content: object, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
     with pytest.raises(FileFormatError, match=message):
         Checkpoint.load(tmp_path / "checkpoint.pt")
+
+
+def test_a_parameter_called_shard_is_no_shard() -> None:
+    model = {"shard": torch.ones(1), "weight": {"shard": "model/weight", "shape": [2], "dtype": "float32"}}
+    assert _filled(model, lambda entry: entry["shard"]) == {**model, "weight": "model/weight"}

@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, read without running anything stored in them.
+"""Checkpoints: written whole or not at all. A file of whole tensors is read without running anything stored in it.
 
 Where processes hold parts of tensors, the parts lie in a folder beside the file, written by all of them at once
 through ``torch.distributed.checkpoint``; the file names the folder, so it is the file that makes a checkpoint valid. A
 folder is named anew every time and goes when the next file is there. Any number of processes can read it, one as well.
-(Its index is a pickle of torch's, so a run folder with shards has to be one's own.)
+Its index is a pickle that torch runs, so a run folder with shards has to be one's own.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from nipq.files import written_whole
 
 FORMAT = "nipq.train.checkpoint"
 VERSION = 1
+PLACEHOLDER = {"shard", "shape", "dtype"}
+"""Entries of what stands for a sharded tensor."""
 
 
 @dataclass
@@ -136,7 +138,7 @@ class Checkpoint:
             kept = {key: content[key] for key in ("model", "optimizers", "search", "average")}
             kept["oscillation"] = content.get("oscillation")  # older files have none
             if content.get("shards") is not None:
-                kept = _joined(kept, path.with_name(content["shards"]))
+                kept = _joined(kept, _folder(path, content["shards"]))
             return cls(progress=Progress(**content["progress"]), **kept)
         except (KeyError, TypeError) as error:
             raise FileFormatError(f"the checkpoint {path} lacks entries ({error}); start a new folder") from error
@@ -157,6 +159,17 @@ def _apart(tree: Any, name: str, parts: dict[str, Tensor]) -> Any:  # noqa: ANN4
         parts[name] = tree.detach()
         return {"shard": name, "shape": list(tree.shape), "dtype": str(tree.dtype).removeprefix("torch.")}
     return tree
+
+
+def _folder(path: Path, name: str) -> Path:
+    """The folder of shards that a checkpoint names; it lies beside it."""
+    try:
+        return path.with_name(name)
+    except ValueError as error:
+        raise FileFormatError(
+            f"expected in {path} the name of the folder of its shards, found {name!r}; restore the file or start a new "
+            "folder"
+        ) from error
 
 
 def _joined(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -184,7 +197,7 @@ def _reason(error: BaseException) -> str:
 
 def _filled(tree: Any, read: Callable[[dict[str, Any]], Tensor]) -> Any:  # noqa: ANN401
     if isinstance(tree, dict):
-        return read(tree) if "shard" in tree else {key: _filled(value, read) for key, value in tree.items()}
+        return read(tree) if tree.keys() == PLACEHOLDER else {key: _filled(value, read) for key, value in tree.items()}
     return [_filled(value, read) for value in tree] if isinstance(tree, list) else tree
 
 
