@@ -103,6 +103,33 @@ def test_the_snap_decides_once_for_a_group_and_keeps_the_budget() -> None:
     assert nipq.verify(model, deployed, [X])
 
 
+class Crossed(nn.Module):
+    """Two groups, of which one weight is in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.b.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x) + self.c(x))
+        return self.d(y) + self.b(y)
+
+
+def test_groups_with_a_weight_in_common_become_one() -> None:
+    model = calibrate_(prepare_(Crossed(), X, Config(shared_bits=("?",))), [X])
+    table = BitTable(layer_table(model))
+    groups = [sorted(member.name for member in group) for group in table.members]
+    assert groups == [["a.weight", "c.weight", "d.weight"], ["a.input", "c.input"], ["b.input", "d.input"]]
+    a, d = (model.get_submodule(name).parametrizations.weight[0] for name in "ad")
+    assert a.bit_raw is d.bit_raw
+    nipq.Search(model, AverageBits(weights=4), 2).penalty().backward()
+    assert len([name for name, _ in model.named_parameters() if name.endswith("weight.0.bit_raw")]) == 1
+    set_bits_(model, {"c": {"weights": 3}})
+    assert {row.weight.bits_rounded for row in layer_table(model)} == {3}
+
+
 def test_bits_fixed_for_one_are_fixed_for_all_and_states_and_copies_keep_the_group() -> None:
     model = prepared()
     twin = copy.deepcopy(model)

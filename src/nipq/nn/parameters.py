@@ -90,16 +90,17 @@ class QuantizerParameters(nn.Module):
         return self.bit_group[0]
 
     def share_bits_with_(self, others: Iterable[QuantizerParameters]) -> None:
-        """Give others this one's bit-width, be it learned, frozen now or frozen later.
+        """Give others, and those that share with them already, this one's bit-width, learned, frozen now or later.
 
         Args:
             others: of the same bit range.
         """
         for other in others:
-            self.bit_group.append(other)
-            other.bit_group = self.bit_group
-            if not self.is_frozen:
-                other.bit_raw = self.bit_raw
+            for member in other.bit_group if other.bit_group is not self.bit_group else ():
+                self.bit_group.append(member)
+                member.bit_group = self.bit_group
+                if not self.is_frozen:
+                    member.bit_raw = self.bit_raw
 
     @torch.no_grad()
     def freeze_bits_(self, bits: int) -> None:
