@@ -47,11 +47,14 @@ def reductions() -> dict[str, Any]:
     first = [torch.full((2, 2), own + 3.0), torch.tensor([own == 0])]
     distributed.reduce_sum_(sums)
     distributed.reduce_mean_(means)
+    least = torch.tensor([own + 1.0, float("inf"), -own])
+    distributed.reduce_min_([least])
     distributed.broadcast_(first[:1])
     distributed.barrier("the end")
     return {
         "sums": [t.tolist() for t in sums],
         "means": [t.tolist() for t in means],
+        "least": least.tolist(),
         "first": first[0].tolist(),
         "samples": distributed.gather_samples(torch.arange(2.0 + own) + 10 * own, 100).tolist(),
         "none on rank 0": distributed.gather_samples(torch.ones(own), 100).tolist(),
@@ -68,6 +71,7 @@ def test_both_ranks_get_the_same_numbers(ranks: Ranks) -> None:
     assert first == {
         "sums": [[3, 3], [1]],
         "means": [[[1.5]]],
+        "least": [1, float("inf"), -1],
         "first": [[3, 3], [3, 3]],
         "samples": [0, 1, 10, 11, 12],
         "none on rank 0": [1],

@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nipq.distributed import rank
 from nipq.errors import ConfigError, DistributedError, FileFormatError
 from nipq.nn import quantizer
-from nipq.train import checkpoint
+from nipq.train import checkpoint, optimizers
 from nipq.train import trainer as trainer_module
 from nipq.train.config_file import check_config
 from nipq.train.pipeline import run
 from nipq.train.trainer import Trainer
 from tests.distributed.ranks import Ranks
-from tests.distributed.runs import SETTINGS, StopError, in_rank, patched, train
+from tests.distributed.runs import SETTINGS, StopError, attempt, in_rank, patched, train
 
 FSDP = {"parallel": {"strategy": "fsdp"}}
 SHORT = {"stages": {"float": {"epochs": 1}, "search": {"epochs": 2}, "finetune": {"epochs": 1}}}
@@ -249,6 +249,29 @@ def test_layers_that_take_no_part_are_named(ranks: Ranks) -> None:
     for _, error in ranks.outcomes(with_a_spare_layer):
         assert isinstance(error, ConfigError)
         assert "found that spare.weight, spare.bias did not, which parallel.strategy ddp waits for" in str(error)
+
+
+def bad_on_rank_1() -> bool:
+    """Whether parameters are those before the second step, whose loss is not finite on rank 1; looks in the third."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optimizers, "FUSED", ("cpu",))
+        patch.setitem(trainer_module.LOOK_EVERY, "cpu", 3)
+        trainer = Trainer(check_config({**SETTINGS, "parallel": {"sync_batchnorm": False}}))
+    batches = trainer.batches()
+    trainer.step(*next(batches))
+    before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
+    if rank() == 1:
+        trainer.model[-1].register_forward_hook(lambda _module, _args, output: output / 0)
+    trainer.step(*next(batches))
+    error = attempt(lambda: trainer.step(*next(batches)))
+    assert ("DistributedError" if rank() == 0 else "NonFiniteError") in error, error
+    assert "epoch 1, step 2, found NaN or infinity" in error, error
+    assert ("in another process" if rank() == 0 else "first in the output of 7") in error, error
+    return all(torch.equal(p, q) for p, q in zip(trainer.model.parameters(), before, strict=True))
+
+
+def test_a_loss_that_is_not_finite_in_one_process_moves_nothing_in_any(ranks: Ranks) -> None:
+    assert ranks(bad_on_rank_1) == [True, True]
 
 
 def dying(folder: Path) -> None:

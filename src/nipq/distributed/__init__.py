@@ -14,6 +14,7 @@ from nipq.distributed.numbers import (
     like,
     part,
     reduce_mean_,
+    reduce_min_,
     reduce_sum_,
     whole,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "rank",
     "rank_seed",
     "reduce_mean_",
+    "reduce_min_",
     "reduce_sum_",
     "whole",
     "world_size",

@@ -60,6 +60,15 @@ def reduce_mean_(tensors: Iterable[Tensor]) -> None:
     _reduce_(tensors, world_size())
 
 
+def reduce_min_(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor by the least over ranks, element by element, with one message for each type and device.
+
+    Args:
+        tensors: the same shapes and types on every rank.
+    """
+    _joined_(tensors, lambda flat: dist.all_reduce(flat, dist.ReduceOp.MIN))
+
+
 def broadcast_(tensors: Iterable[Tensor]) -> None:
     """Replace each tensor by that of rank 0, with one message for each type and device.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nipq.distributed import reduce_sum_
+from nipq.distributed import reduce_min_, reduce_sum_
 
 
 class Tally:
@@ -23,7 +23,8 @@ class Tally:
         """Start with what is known."""
         self._before = list(sums)
         self._added = torch.zeros(3, dtype=torch.float64, device=device)
-        self.bad_step = torch.full((), math.inf, dtype=torch.float64, device=device)
+        self.bad_step = torch.full((), math.inf, dtype=torch.float64, device=device)  # of all processes
+        self.own_bad_step = self.bad_step.clone()
 
     @torch.no_grad()
     def add(self, loss: Tensor, score: Tensor | float | None, count: int) -> None:
@@ -40,7 +41,7 @@ class Tally:
 
     @torch.no_grad()
     def watch(self, total: Tensor, step: int) -> Tensor:
-        """Remember the first step whose loss is not finite.
+        """Remember the first step whose loss is not finite, in any process: averaged gradients carry it to all.
 
         Args:
             total: What backward starts from, shape ().
@@ -49,8 +50,10 @@ class Tally:
         Returns:
             1.0 from that step on, else 0.0, float32, no dimensions, on the device.
         """
-        bad = torch.where(total.isfinite(), math.inf, float(step))
+        bad = torch.where(total.isfinite(), math.inf, float(step)).double()
+        self.own_bad_step = torch.minimum(self.own_bad_step, bad)
         self.bad_step = torch.minimum(self.bad_step, bad)
+        reduce_min_([self.bad_step])
         return self.bad_step.isfinite().float()
 
     def look(self) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.distributed import all_or_none, check_same_, is_distributed, rank_seed
-from nipq.errors import ConfigError, NonFiniteError
+from nipq.errors import ConfigError, DistributedError, NonFiniteError
 from nipq.prepare import prepare_
 from nipq.trace import call_model
 from nipq.train.batches import Split
@@ -92,7 +92,7 @@ class Trainer:
         """One training step; the sums of :class:`Progress` grow by its loss and metric.
 
         On a GPU they are brought up to date, and losses that are not finite are noticed, once in ``LOOK_EVERY``
-        steps; after such a loss no step changes a parameter.
+        steps; after such a loss, in whichever process, no step changes a parameter.
 
         Args:
             inputs: Of the model.
@@ -129,8 +129,14 @@ class Trainer:
 
         Raises:
             NonFiniteError: If a loss was not finite since the last look, naming the layer.
+            DistributedError: If that was the case in another process only.
         """
         first_bad = float(self.tally.bad_step)
+        if first_bad < float(self.tally.own_bad_step):
+            raise DistributedError(
+                f"expected finite losses in all processes {self._place(int(first_bad))}, found NaN or infinity in "
+                "another process than this one. Its output names the layer."
+            )
         if first_bad < float("inf"):
             raise self._repeated(int(first_bad))
         self.progress.sums = self.tally.look()
@@ -240,6 +246,14 @@ class Trainer:
             raise ConfigError(
                 f"the checkpoint does not fit the model of this config: {error}; use the run's own"
             ) from error
+        own = self.model.state_dict()
+        for key in (*state, *own):  # a prepared layer takes a float one's weight, and would keep boundaries of its own
+            if (key in state) != (key in own):
+                raise ConfigError(
+                    f"the checkpoint does not fit the model of this config: expected the same tensors in both, found "
+                    f"{key} in the {'checkpoint' if key in state else 'model'} alone; use the run's own and the nipq "
+                    "release that wrote it"
+                )
 
     # ------------------------------------------------------------------ small parts
 
