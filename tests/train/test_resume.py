@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nipq.errors import ConfigError
+from nipq.layer_table import layer_table
+from nipq.train.config import TrainConfig
 from nipq.train.config_file import load_config
 from nipq.train.pipeline import run
+from nipq.train.trainer import Trainer
 
 SETTINGS = """
 model: {factory: "nipq.train.models:digits_net", kwargs: {width: 8}}
@@ -97,3 +103,21 @@ def test_resume_of_nothing_starts_afresh(tmp_path: Path) -> None:
     path.write_text(SETTINGS.replace("search: {epochs: 3}", "search: {epochs: 1}"), encoding="utf-8")
     (tmp_path / "run").mkdir()
     assert run(load_config(path), tmp_path / "run", resume=True, quiet=True)["verified"] is True
+
+
+def test_a_layer_that_was_float_is_not_continued_as_a_quantized_one(
+    make_config: Callable[..., TrainConfig], until: Callable[[Trainer, str], Trainer]
+) -> None:
+    stages = {"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1, "lr": 0.01}}
+    config = make_config(stages=stages, data={"kind": "digits", "batch_size": 32, "train_limit": 64})
+    checkpoint = copy.deepcopy(until(Trainer(config), "search").checkpoint())
+    assert Trainer(config, checkpoint).progress.stage == "search"
+    frozen = until(Trainer(config, checkpoint), "finetune").checkpoint()
+    assert Trainer(config, frozen).progress.stage == "finetune"
+    name = layer_table(Trainer(config, checkpoint).model)[-1].name
+    checkpoint.model[f"{name}.weight"] = checkpoint.model[f"{name}.parametrizations.weight.original"]
+    for key in list(checkpoint.model):
+        if key.startswith((f"{name}.parametrizations.", f"{name}.quantization.")):
+            del checkpoint.model[key]
+    with pytest.raises(ConfigError, match=rf"found {name}\.weight in the checkpoint alone; use the run's own"):
+        Trainer(config, checkpoint)
