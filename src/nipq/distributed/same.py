@@ -38,7 +38,8 @@ def check_same_(model: nn.Module, what: str) -> None:
         if name.endswith(QUANTIZER_PARAMETERS) and is_sharded(parameter):
             raise DistributedError(
                 f"{what}: expected every rank to hold boundaries and bit-widths whole, found {name} sharded. "
-                "Shard with nipq.sharding.shard_, or give fully_shard ignored_params=set(quantizer_parameters(model))."
+                "Shard with nipq.sharding.shard_; or give fully_shard ignored_params=set(quantizer_parameters(model)) "
+                "and call nipq.sharding.average_gradients_(model) after it."
             )
     ranks = gather_objects(_fingerprint(model))
     for other, found in enumerate(ranks[1:], start=1):
