@@ -87,6 +87,8 @@ def average_gradients_(model: nn.Module) -> None:
             queued.append(True)
             Variable._execution_engine.queue_callback(finish)  # as FSDP itself does
 
+    # A backward pass that ended with an error never came to its end, and must not keep the next from being averaged.
+    model.register_forward_pre_hook(lambda *_: queued.clear())
     for parameter in _parameters(owners):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]  # torch gives it no type

@@ -14,7 +14,7 @@ from nipq.distributed import is_sharded, part, rank, whole, world_size
 from nipq.errors import DistributedError
 from nipq.layer_table import quantizers
 from nipq.nn.quantizer import InputQuantizer
-from nipq.sharding import quantizer_parameters, shard_
+from nipq.sharding import average_gradients_, quantizer_parameters, shard_
 from tests.distributed.ranks import Ranks
 
 BUDGET = nipq.AverageBits(weights=4, activations=4)
@@ -121,6 +121,39 @@ def test_sharded_quantizers_are_refused(ranks: Ranks) -> None:
         assert "shard_: expected every rank to hold boundaries and bit-widths whole, found stem.parametriz" in str(
             error
         )
+        assert str(error).endswith("and call nipq.sharding.average_gradients_(model) after it.")
+
+
+def by_hand() -> list[list[float]]:
+    model = prepared()
+    for module in (*model.blocks, model):
+        fully_shard(module, ignored_params=set(quantizer_parameters(model)))
+    average_gradients_(model)
+    model(data(1)[0] * (1 + rank())).square().mean().backward()
+    return [parameter.grad.tolist() for parameter in quantizer_parameters(model) if parameter.grad is not None]
+
+
+def test_what_the_message_advises_averages_gradients(ranks: Ranks) -> None:
+    first, second = ranks(by_hand)
+    assert first == second != []
+
+
+def test_a_backward_pass_that_failed_does_not_end_the_averaging(monkeypatch: pytest.MonkeyPatch) -> None:
+    averaged: list[int] = []
+    monkeypatch.setattr("nipq.sharding.reduce_mean_", lambda gradients: averaged.append(len(gradients)))
+    model = prepared()
+    average_gradients_(model)
+
+    def fail(_gradient: Tensor) -> None:
+        raise ValueError("out of luck")
+
+    x = data(1)[0].requires_grad_()
+    x.register_hook(fail)
+    with pytest.raises(ValueError, match="out of luck"):
+        model(x).sum().backward()
+    assert averaged == []
+    model(data(1)[0]).sum().backward()
+    assert averaged == [len(quantizer_parameters(model))]
 
 
 def watched() -> None:
