@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nipq.calibrate import inputs_of, to_device
+from nipq.calibrate import in_step, to_device
 from nipq.control import set_phase_
-from nipq.distributed import check_same_, gather_objects, inner, is_distributed
+from nipq.distributed import check_same_, inner
 from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import quantizers
 from nipq.phases import Phase
 from nipq.synced_batchnorm import synced
-from nipq.trace import ExampleInputs, call_model
+from nipq.trace import call_model
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -112,7 +112,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
     Raises:
         OrderError: if the model is not prepared.
         ConfigError: if the model has no batch norm with running statistics, or the loader is empty.
-        DistributedError: if ranks hold different models, or one of them is gone.
+        DistributedError: if ranks hold different models, or one of them failed or is gone.
     """
     owners = quantizers(model)
     found = {
@@ -141,7 +141,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
             handles.append(statistics.module.register_forward_hook(statistics.add))
         device = next(model.parameters()).device
         with synced(model):
-            for inputs, ranks in _common(islice(loader, batches)):
+            for inputs, ranks in in_step(islice(loader, batches), "reestimate_bn_"):
                 for statistics in pooled:
                     statistics.ranks = ranks
                 call_model(inner(model), to_device(inputs, device))
@@ -167,26 +167,6 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
             for quantizer, phase in phases.items():
                 quantizer.phase = phase
     return BatchNormUpdate(before, read)
-
-
-def _common(loader: Iterable[Any]) -> Iterator[tuple[ExampleInputs, float]]:
-    """Inputs while every rank has some, and how many samples all ranks have for each of this one."""
-    if not is_distributed():
-        yield from ((inputs_of(batch), 1.0) for batch in loader)
-        return
-    batches = iter(loader)
-    while True:
-        batch = next(batches, None)
-        inputs = None if batch is None else inputs_of(batch)
-        sizes = gather_objects(0 if inputs is None else _samples(inputs))
-        if inputs is None or not all(sizes):
-            return
-        yield inputs, sum(sizes) / _samples(inputs)
-
-
-def _samples(inputs: ExampleInputs) -> int:
-    tensors = [inputs] if isinstance(inputs, Tensor) else inputs.values() if isinstance(inputs, Mapping) else inputs
-    return next(len(tensor) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _store(statistics: _Pooled, batches: int) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -14,8 +15,11 @@ from nipq.distributed import (
     broadcast_,
     check_same_,
     from_rank_zero,
+    gather_objects,
     gather_samples,
     inner,
+    is_distributed,
+    is_sharded,
     rank,
     whole,
     world_size,
@@ -26,7 +30,7 @@ from nipq.nn.initial import start_input_boundary_, start_weight_boundary_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
 from nipq.phases import Phase
-from nipq.trace import ExampleInputs, call_model
+from nipq.trace import ExampleInputs, call_model, tensors_in
 
 #: Values kept of each input over all batches; the squared error of a boundary is known to a per cent from far fewer.
 SAMPLE_SIZE = 65_536
@@ -65,6 +69,42 @@ def to_device(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
     return [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
 
 
+def in_step(loader: Iterable[Any], what: str) -> Iterator[tuple[ExampleInputs, float]]:
+    """Inputs while every rank has some.
+
+    Args:
+        loader: batches, see :func:`inputs_of`.
+        what: what they are for, for the message.
+
+    Yields:
+        Inputs, and how many samples all ranks have for each of this one.
+
+    Raises:
+        ConfigError: if a batch holds no tensor.
+        DistributedError: if the loader of another rank failed.
+    """
+    if not is_distributed():
+        yield from ((inputs_of(batch), 1.0) for batch in loader)
+        return
+    batches = iter(loader)
+    while True:
+        with all_or_none(what):
+            batch = next(batches, None)
+            inputs = None if batch is None else inputs_of(batch)
+            own = 0 if inputs is None else _samples(inputs)
+        sizes = gather_objects(own)
+        if inputs is None or not all(sizes):
+            return
+        yield inputs, sum(sizes) / own
+
+
+def _samples(inputs: ExampleInputs) -> int:
+    first = next(tensors_in(inputs), None)
+    if first is None:
+        raise ConfigError("loader: expected a tensor in every batch, found none. Let it yield the model's inputs.")
+    return len(first)
+
+
 @torch.no_grad()
 def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.Module:
     """Start every boundary afresh: the inputs' grids and boundaries from data, the weights' from the weights.
@@ -79,7 +119,8 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
 
     Args:
         model: a prepared model.
-        loader: batches, see :func:`inputs_of`; only the first ``batches`` are read, on each rank.
+        loader: batches, see :func:`inputs_of`; only the first ``batches`` are read, on each rank. Of a sharded model
+            the rank with the fewest says how many.
         batches: how many batches to read, at least 1.
 
     Returns:
@@ -111,8 +152,11 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
     try:
         model.eval()
         set_phase_(model, Phase.FLOAT)
-        with all_or_none("calibrate_"):
-            _read(inner(model), loader, batches)
+        if any(is_sharded(parameter) for parameter in model.parameters()):  # every forward needs all ranks
+            _read(model, (inputs for inputs, _ in in_step(islice(loader, batches), "calibrate_")), batches)
+        else:
+            with all_or_none("calibrate_"):
+                _read(inner(model), loader, batches)
     finally:
         for handle in handles:
             handle.remove()

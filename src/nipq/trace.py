@@ -67,15 +67,16 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:  # noqa:
     return model(*example_inputs)
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in mappings, tuples and lists, however deep."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (tuple, list)):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 @dataclass
@@ -110,7 +111,7 @@ class _Watcher(TorchFunctionMode):
         self.origin: dict[int, Literal["input", "constant"]] = {
             id(tensor): "constant" for tensor in (*model.parameters(), *model.buffers())
         }
-        self.origin |= {id(tensor): "input" for tensor in _tensors(example_inputs)}
+        self.origin |= {id(tensor): "input" for tensor in tensors_in(example_inputs)}
         #: Names of the layers that read a tensor in one state of it, by its id and version.
         self.layers_on: dict[tuple[int, int], dict[str, None]] = {}
         self.attention: dict[str, AttentionCalls] = {}
@@ -124,12 +125,12 @@ class _Watcher(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         result = func(*args, **(kwargs or {}))
-        results = list(_tensors(result))
+        results = list(tensors_in(result))
         if not results:
             return result  # shape, dim(), dtype: not a reader of the values
         inner = self.stack[-1] if self.stack else None
         where = "" if inner is None else self.names[inner]
-        operands = [*_tensors(args), *_tensors(kwargs or {})]
+        operands = [*tensors_in(args), *tensors_in(kwargs or {})]
         self.keep.append((operands, results))
         for tensor in operands:
             self.readers.setdefault(id(tensor), set()).add(where)
@@ -158,7 +159,7 @@ class _Watcher(TorchFunctionMode):
         self.stack.append(module)
         if not (is_supported(module) or isinstance(module, _BatchNorm)):
             return
-        (x, *_) = _tensors((args, kwargs))
+        (x, *_) = tensors_in((args, kwargs))
         self.keep.append(x)
         if isinstance(module, _BatchNorm):
             self.batchnorm_calls[self.names[module]] += 1
@@ -176,13 +177,13 @@ class _Watcher(TorchFunctionMode):
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
         self.stack.pop()
         if cap_of(module) is not None:
-            (y,) = _tensors(output)
+            (y,) = tensors_in(output)
             self.keep.append(y)
             self.relu_outputs[id(y)] = self.names[module]
             self.relu_calls[self.names[module]] += 1
         if is_supported(module):
             calls = self.layers[module]
-            (x, *_), (y, *_) = _tensors((args, kwargs)), _tensors(output)
+            (x, *_), (y, *_) = tensors_in((args, kwargs)), tensors_in(output)
             calls.calls += 1
             calls.outputs += y.numel()
             calls.positions += weight_uses(module, x, y)
@@ -227,7 +228,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     Raises:
         NotQuantizableError: if the forward fails on the example inputs, or they hold no tensor.
     """
-    tensors = list(_tensors(example_inputs))
+    tensors = list(tensors_in(example_inputs))
     if not tensors or tensors[0].ndim == 0:
         raise NotQuantizableError(
             "trace: expected example inputs with a batch axis, found none. "
@@ -255,7 +256,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
             handle.remove()
         for module, training in modes.items():
             module.training = training
-    for tensor in _tensors(output):
+    for tensor in tensors_in(output):
         watcher.readers.setdefault(id(tensor), set()).add("")  # whoever called the model
     multiplying = {id(layer.weight): name for layer, name in watcher.multiplying()}
     layers = tuple(_spec(model, layer, watcher, tensors[0].shape[0], multiplying) for layer in watcher.layers)

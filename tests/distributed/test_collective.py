@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch.nn.functional import cross_entropy
 
 import nipq
 from nipq import bit_start
+from nipq.calibrate import in_step
 from nipq.distributed import rank, world_size
 from nipq.errors import ConfigError, DistributedError
 from nipq.layer_table import quantizers
+from nipq.sharding import shard_
 from nipq.synced_batchnorm import sync_, synced, unsync_
 from tests.distributed.models import batches, loss_of, net, own, prepared, state
 from tests.distributed.ranks import Ranks
@@ -86,6 +89,60 @@ def test_an_empty_loader_on_one_rank_ends_calibration_on_all(ranks: Ranks) -> No
     assert "calibrate_: expected every rank to succeed, found that rank 1 did not: calibrate_: expected at" in str(
         first[1]
     )
+
+
+def torn(step: str) -> None:
+    """The second batch of rank 1 cannot be read; a ``sharded`` model needs all ranks for a forward pass."""
+    model = prepared(norm=step == "batch norm")
+
+    def loader() -> Iterator[Tensor]:
+        for place, (x, _) in enumerate(own(batches(3))):
+            if place == 1 and rank() == 1:
+                raise OSError("a torn file")
+            yield x
+
+    if step == "sharded":
+        shard_(model)
+    if step == "batch norm":
+        nipq.reestimate_bn_(model, loader())
+    else:
+        nipq.calibrate_(model, loader())
+
+
+@pytest.mark.parametrize("step", ["whole", "sharded", "batch norm"])
+def test_a_loader_that_fails_on_one_rank_ends_the_step_on_all(ranks: Ranks, step: str) -> None:
+    first, second = ranks.outcomes(torn, step)
+    assert isinstance(second[1], OSError)
+    assert isinstance(first[1], DistributedError)
+    assert "expected every rank to succeed, found that rank 1 did not: a torn file" in str(first[1])
+
+
+def unevenly_sharded() -> dict[str, Tensor]:
+    model = shard_(prepared(norm=False, calibrated=False))
+    nipq.calibrate_(model, own(batches(3))[: 3 - rank()], batches=3)
+    return {quantizer.name: quantizer.alpha.detach().clone() for quantizer in quantizers(model)}
+
+
+def test_sharded_models_are_calibrated_with_the_fewest_batches(ranks: Ranks) -> None:
+    same(*ranks(unevenly_sharded))
+
+
+def deep() -> int:
+    """A batch whose first tensor lies within a list."""
+    given: list[object] = [{"pixels": ([torch.zeros(3 + rank(), 2)], "text")}]
+    ((_, share),) = in_step(given, "reading")
+    return round(share * (3 + rank()))
+
+
+def test_samples_are_counted_however_deep_they_lie(ranks: Ranks) -> None:
+    assert ranks(deep) == [7, 7]
+    for _, error in ranks.outcomes(empty):
+        assert isinstance(error, ConfigError)
+        assert "loader: expected a tensor in every batch, found none" in str(error)
+
+
+def empty() -> None:
+    next(in_step([{"text": "none"}], "reading"))
 
 
 def different(step: str) -> None:
