@@ -127,7 +127,7 @@ def _reduce_(tensors: Iterable[Tensor], divisor: int) -> None:
 
 
 @torch.no_grad()
-def _joined_(tensors: Iterable[Tensor], send: Callable[[Tensor], None]) -> None:
+def _joined_(tensors: Iterable[Tensor], send: Callable[[Tensor], object]) -> None:
     """Send tensors of one type and device as one, and write back what came of it."""
     if not is_distributed():
         return
