@@ -112,9 +112,7 @@ def growth(costs: dict[str, list[float]]) -> float:
 
 def main() -> None:
     """Measure and write."""
-    options = record.parser(__doc__, "many_quantizers", 9)
-    options.add_argument("--counts", nargs="+", type=int, default=list(COUNTS), help="numbers of quantizers")
-    given = options.parse_args()
+    given = record.parser(__doc__, "many_quantizers", 9, counts=COUNTS).parse_args()
     record.refuse_existing(given.out, overwrite=given.overwrite)
     load, samples = record.load(), {}
     for count in given.counts:

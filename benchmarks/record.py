@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,21 @@ RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "torchvision", "brevitas", "diffq")
 
 
-def parser(text: str | None, name: str, rounds: int) -> argparse.ArgumentParser:
+def parser(text: str | None, name: str, rounds: int, *, counts: Sequence[int] | None = None) -> argparse.ArgumentParser:
     """The options that all benchmarks have.
 
     Args:
         text: docstring of the script.
         name: of its result file.
         rounds: how many by default.
+        counts: numbers of quantizers by default, for benchmarks that vary them.
     """
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     found.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="result file (default: %(default)s)")
     found.add_argument("--overwrite", action="store_true", help="replace the result file")
     found.add_argument("--rounds", type=int, default=rounds, help="samples of each task (default: %(default)s)")
+    if counts is not None:
+        found.add_argument("--counts", nargs="+", type=int, default=list(counts), help="numbers of quantizers")
     return found
 
 

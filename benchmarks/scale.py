@@ -91,7 +91,7 @@ def saved(layers: int) -> dict[str, int]:
     segments = max(1, layers // 10)
     kept["quantized, blocks of ten recomputed"] = _kept(
         models["quantized"],
-        lambda: checkpoint_sequential(models["quantized"], segments, x, use_reentrant=False),  # type: ignore[no-untyped-call]
+        lambda: checkpoint_sequential(models["quantized"], segments, x, use_reentrant=False),  # type: ignore[no-untyped-call]  # as torch has it
     )
     return kept
 
@@ -124,7 +124,7 @@ def seconds(layers: int, rounds: int) -> dict[str, list[float]]:
     model = prepared(layers)
     search = nipq.Search(model, BUDGET, 10_000)
     tasks = {
-        "penalty + backward": lambda: search.penalty().backward(),  # type: ignore[no-untyped-call]
+        "penalty + backward": lambda: search.penalty().backward(),  # type: ignore[no-untyped-call]  # torch gives it no type
         "search.step": search.step,
         "freeze_bits_": lambda: nipq.freeze_bits_(spread_out(layers), BUDGET),
         "model to be frozen": lambda: spread_out(layers),
@@ -237,9 +237,7 @@ def line(points: dict[str, float]) -> dict[str, float]:
 
 def main() -> None:
     """Measure and write."""
-    options = record.parser(__doc__, "scale", 7)
-    options.add_argument("--counts", nargs="+", type=int, default=list(COUNTS), help="numbers of quantizers")
-    given = options.parse_args()
+    given = record.parser(__doc__, "scale", 7, counts=COUNTS).parse_args()
     record.refuse_existing(given.out, overwrite=given.overwrite)
     load, measured = record.load(), {}
     for count in given.counts:

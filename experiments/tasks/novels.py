@@ -105,6 +105,7 @@ def novels(folder: str | Path | None) -> dict[str, str]:
             start, length = map(int, variables[name])
             # R keeps each object as its length in four bytes, then a zlib stream.
             texts[name] = "\n".join(map(str, value(zlib.decompress(store[start + 4 : start + length]))))
+    # NotImplementedError is how rdata says that it does not know a format.
     except (OSError, KeyError, ValueError, NotImplementedError, zlib.error) as error:
         raise ConfigError(f"expected six novels in {found[0]}: {error!r}. {NOVELS_HELP}") from error
     return texts

@@ -86,22 +86,12 @@ class AttentionCalls:
         """
         inside = ".".join(filter(None, (name, PRODUCTS)))
         common: dict[str, Any] = {"weight_count": 0, "calls": self.calls, "batchnorm": None, "is_input": False}
-        scores = LayerSpec(
-            name=f"{inside}.scores",
-            kind="QueryKey",
-            macs=self.score_macs // batch,
-            activation_count=self.queries // batch,
-            other_count=self.keys // batch,
-            output_count=self.probabilities // batch,
-            **common,
-        )
-        mix = LayerSpec(
-            name=f"{inside}.mix",
-            kind="ProbabilityValue",
-            macs=self.mix_macs // batch,
-            activation_count=self.probabilities // batch,
-            other_count=self.values // batch,
-            output_count=self.outputs // batch,
-            **common,
-        )
+        counts = ("macs", "activation_count", "other_count", "output_count")
+
+        def product(part: str, kind: str, *sums: int) -> LayerSpec:
+            each: dict[str, Any] = {count: total // batch for count, total in zip(counts, sums, strict=True)}
+            return LayerSpec(name=f"{inside}.{part}", kind=kind, **each, **common)
+
+        scores = product("scores", "QueryKey", self.score_macs, self.queries, self.keys, self.probabilities)
+        mix = product("mix", "ProbabilityValue", self.mix_macs, self.probabilities, self.values, self.outputs)
         return Attention(name, self.place, scores, mix, frozenset(self.within))

@@ -74,7 +74,7 @@ class _Pooled:
         self.module = module
         self.count = 0
         self.ranks = 1.0  # samples of all ranks for each of this one
-        self.mean = torch.zeros_like(module.running_mean, dtype=torch.float64)  # type: ignore[arg-type]
+        self.mean = torch.zeros_like(module.running_mean, dtype=torch.float64)  # type: ignore[arg-type]  # it has statistics
         self.squares = torch.zeros_like(self.mean)
 
     def add(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:

@@ -94,7 +94,7 @@ class BitTable:
             ) from None
         # Ends as tensors instead of numbers: the same formula, for tensors of different ranges at once.
         low, high = self._tensors["low"], self._tensors["high"]
-        learned = bits_from_raw(raw.float(), low, high)  # type: ignore[arg-type]
+        learned = bits_from_raw(raw.float(), low, high)  # type: ignore[arg-type]  # see above
         return bits.index_copy(0, self._tensors["place"], learned.double())
 
     def round(self, bits: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class Settings(BaseModel):
             raise config_error(type(self), error, _field_names(type(self))) from error
 
     # Settings inside other settings then skip __init__, and a message names the whole path to the faulty field.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic's own mark
 
     @classmethod
     def model_validate(cls, obj: Any, **options: Any) -> Self:  # noqa: ANN401  (pydantic's own signature)
@@ -153,7 +153,7 @@ class BitRange(Settings):
                     f"expected settings that agree, found {name}={getattr(self, name)} beside bit-widths "
                     f"{', '.join(map(str, choices))}; leave {name} out"
                 )
-        if not choices[0] <= resolved["start"] <= choices[-1]:  # type: ignore[operator]
+        if not choices[0] <= resolved["start"] <= choices[-1]:  # type: ignore[operator]  # a number by now
             raise ValueError(
                 f"expected start from {choices[0]} to {choices[-1]}, found {self.start:g}; move it into the range"
             )
@@ -195,7 +195,7 @@ class Rule(Settings):
     def __init__(self, pattern: str, **settings: Any) -> None:  # noqa: ANN401  (each field has its own type)
         super().__init__(pattern=pattern, **settings)
 
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # pydantic's own mark
 
 
 class Config(Settings):

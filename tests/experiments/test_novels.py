@@ -14,9 +14,10 @@ from experiments.tasks import novels
 from experiments.tasks.decoder import NextCharacter, guess_without_reading, llama
 from nipq.errors import ConfigError, MissingDependencyError
 from nipq.train.batches import TensorSplit
-from nipq.train.config import DataConfig, TrainConfig
+from nipq.train.config import TrainConfig
 from nipq.train.pipeline import run
 from nipq.validate import validate
+from tests.experiments.texts import section
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
 NAMES = (*novels.LEARNED, novels.UNSEEN)
@@ -48,11 +49,6 @@ def made_up(count: int) -> list[str]:
 @pytest.fixture
 def shelf(tmp_path: Path) -> Path:
     return write_novels(tmp_path / "deep", {name: made_up(40) for name in NAMES}).parent
-
-
-def section(folder: Path | None, **fields: object) -> DataConfig:
-    settings = {"kind": "custom", "factory": "x:y", "path": folder and str(folder), "batch_size": 8}
-    return DataConfig.model_validate(settings | fields)
 
 
 def test_novels_are_read_line_by_line(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from experiments.tasks import snippets
 from experiments.tasks.snippets import rating, sentiment, tokenised
 from nipq.errors import ConfigError
 from nipq.train.batches import Sources, TensorSplit
-from nipq.train.config import DataConfig, TrainConfig
+from nipq.train.config import TrainConfig
 from nipq.train.pipeline import run
+from tests.experiments.texts import section, write_tokenizer
 
 WORDS = ["good", "bad", "plain", "film", "plot", "cast", "it", "is", "and", "never"]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 14}
@@ -40,20 +41,9 @@ def made_up(count: int) -> list[tuple[float, str]]:
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A folder of 90 snippets, sorted by rating as the real ones are, and a tokenizer of a few words."""
-    tokenizers = pytest.importorskip("tokenizers")
     folder = write_snippets(tmp_path / "texts" / "package", sorted(made_up(90))).parent
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    place = folder / "other" / snippets.MODEL
-    place.mkdir(parents=True)
-    tokenizer.save(str(place / "tokenizer.json"))
+    write_tokenizer(folder, WORDS)
     return folder
-
-
-def section(folder: Path | None, **fields: object) -> DataConfig:
-    settings = {"kind": "custom", "factory": "x:y", "path": folder and str(folder), "batch_size": 8}
-    return DataConfig.model_validate(settings | fields)
 
 
 def parts(sources: Sources) -> list[tuple[dict[str, Tensor], Tensor]]:

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.tasks import snippets, topics
+from experiments.tasks import topics
 from nipq.errors import ConfigError
 from nipq.train.batches import TensorSplit
-from nipq.train.config import DataConfig
+from tests.experiments.texts import section, write_tokenizer
 
 GROUPS = ("rec.autos", "sci.space", "alt.atheism")
 
@@ -23,22 +23,10 @@ def write_articles(folder: Path, rows: list[tuple[str, str]]) -> Path:
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    tokenizers = pytest.importorskip("tokenizers")
     rows = [(GROUPS[n % 3], f"{GROUPS[n % 3].split('.')[1]} article {n}") for n in range(60)]
     write_articles(tmp_path / "deep", sorted(rows))
-    words = ["[PAD]", "[UNK]", "autos", "space", "atheism", "article"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    place = tmp_path / "other" / snippets.MODEL
-    place.mkdir(parents=True)
-    tokenizer.save(str(place / "tokenizer.json"))
+    write_tokenizer(tmp_path, ["autos", "space", "atheism", "article"])
     return tmp_path
-
-
-def section(folder: Path | None, **fields: object) -> DataConfig:
-    settings = {"kind": "custom", "factory": "x:y", "path": folder and str(folder), "batch_size": 8}
-    return DataConfig.model_validate(settings | fields)
 
 
 def test_articles_become_tokens_with_the_number_of_their_group(texts: Path) -> None:

@@ -18,20 +18,7 @@ from nipq.nn.kinds import (
     shell_class,
     weight_channel_axis,
 )
-
-
-class Conv1D(nn.Module):
-    """As in the transformers library."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        size_out = (*x.size()[:-1], self.nf)
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
+from tests.nn.gpt2 import Conv1D
 
 
 class Louder(Conv1D):

@@ -17,21 +17,7 @@ from nipq.layer_table import layer_table
 from nipq.nn.kinds import is_supported, output_channel_axis
 from nipq.nn.layers import is_prepared, plain_shell, quantization, weight_quantizer
 from nipq.prepare import prepare_, restore_
-
-
-class Conv1D(nn.Module):
-    """GPT-2's linear layer, as in the transformers library."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf))
-        self.bias = nn.Parameter(torch.randn(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        size_out = (*x.size()[:-1], self.nf)
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size_out)
-
+from tests.nn.gpt2 import Conv1D
 
 LAYERS = {
     "linear": (nn.Linear(6, 4), (5, 6)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -44,6 +44,9 @@ class InputRecord(_Record):
     bits: Bits
     grid: Literal["signed", "unsigned", "shifted"]
     zero_point: Annotated[int, Field(ge=0)]
+
+
+Records = TypeVar("Records")
 
 
 class LayerRecord(_Record):
@@ -142,12 +145,7 @@ class _Reader:
         for name in layers if isinstance(layers, dict) else ():  # first, so that what follows is no longer than a model
             if name not in names:
                 raise self.error(name, "the model to have this module", f"none in {type(model).__name__}")
-        try:
-            return TypeAdapter(dict[str, LayerRecord]).validate_python(layers)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where, *field = (str(part) for part in fault["loc"] or ("metadata",))
-            raise self.error(where, f"{'.'.join(field)}: {fault['msg']}", repr(fault["input"])) from error
+        return self._checked(TypeAdapter(dict[str, LayerRecord]), layers)
 
     def _products(self, products: object, model: nn.Module) -> dict[str, ProductRecord]:
         modules = dict(model.named_modules(remove_duplicate=False))
@@ -164,8 +162,12 @@ class _Reader:
             ]
             if any(map(is_supported, around)):
                 raise self.error(name, "attention outside of layers", f"it in a {type(modules[where]).__name__}")
+        return self._checked(TypeAdapter(dict[str, ProductRecord]), {} if products is None else products)
+
+    def _checked(self, kind: TypeAdapter[Records], given: object) -> Records:
+        """Records as the file has them, or an error that names the first faulty field."""
         try:
-            return TypeAdapter(dict[str, ProductRecord]).validate_python({} if products is None else products)
+            return kind.validate_python(given)
         except ValidationError as error:
             fault = error.errors()[0]
             where, *field = (str(part) for part in fault["loc"] or ("metadata",))

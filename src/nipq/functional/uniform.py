@@ -37,7 +37,7 @@ def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | f
     """
     # A step without dimensions does not widen a half-precision x by itself, and x / step would be rounded twice.
     wide = x.to(torch.promote_types(x.dtype, step.dtype))
-    return torch.clamp((wide / step).round_(), low, high)  # type: ignore[arg-type]
+    return torch.clamp((wide / step).round_(), low, high)  # type: ignore[arg-type]  # numbers and tensors alike
 
 
 def widened(x: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def weight_quantizer(layer: nn.Module) -> TensorQuantizer:
     computed = quantization(layer).computed
     if computed is not None:
         return computed
-    quantizer = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+    quantizer = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]  # torch types it as a module
     assert isinstance(quantizer, WeightQuantizer)
     return quantizer
 
@@ -133,7 +133,7 @@ def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization,
     layer.quantization = record
     layer.train(layer.training)  # new modules start in training mode, whatever the layer is in
     layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
-    layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]
+    layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]  # torch gives it no type
 
 
 def detach(layer: nn.Module) -> None:
@@ -260,7 +260,7 @@ def _integer_domain_forward(layer: nn.Module, input: Tensor, *args: Any, **kwarg
     shell, dim = plain_shell(layer), channel_dim(layer)
     float64 = needs_float64(weight, *record.input.code_range(), weight_channel_axis(layer))
     batchnorm = record.folded[0] if record.folded else None
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]
+    bias: Tensor | None = layer.bias  # type: ignore[assignment]  # or a module, to torch
     scale, offset = fold(record.input.step(), quantizer.step(), bias, batchnorm, output_channels(layer))
 
     def run(x: Tensor, codes: Tensor) -> Tensor:

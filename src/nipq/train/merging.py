@@ -54,5 +54,5 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
             old = result.get(key)
             new = value.model_dump(exclude_unset=True) if key in result and isinstance(value, Settings) else value
             joined = key not in WHOLE and isinstance(old, Mapping) and isinstance(new, Mapping)
-            result[key] = merged(old, new) if joined else copy.deepcopy(value)  # type: ignore[arg-type]
+            result[key] = merged(old, new) if joined else copy.deepcopy(value)  # type: ignore[arg-type]  # trees if joined
     return result

@@ -113,7 +113,7 @@ class Trainer:
             bad = None if self.look_every == 1 else self.tally.watch(total, progress.step)
             if bad is None and not bool(total.isfinite()):
                 raise self._non_finite(inputs, progress.step)
-            total.backward()  # type: ignore[no-untyped-call]
+            total.backward()  # type: ignore[no-untyped-call]  # torch gives it no type
         except RuntimeError as error:
             raise explained(error, self.model) or error from error
         self.stage.end(bad)
