@@ -85,3 +85,17 @@ def spare() -> nn.Sequential:
     model = Spare(*digits())
     model.add_module("spare", nn.Linear(3, 3))
     return model
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Equal to the bit."""
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance: float) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(
+            second[name], value, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
