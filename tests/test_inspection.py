@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
+import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,11 +11,15 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from nipq.budget import AverageBits, BitOps, ModelSize, costs
+from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
 from nipq.control import set_bits_
+from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, NotQuantizableError
+from nipq.export.api import export
 from nipq.inspection import inspect
 from nipq.prepare import prepare_
+from nipq.trace import ExampleInputs
 
 
 class Net(nn.Module):
@@ -115,3 +122,45 @@ def test_mistakes_are_errors() -> None:
         inspect(Net(), X, Config(rules=[Rule("nothing", weight_bits=4)]))
     with pytest.raises(NotQuantizableError, match="expected a forward that accepts the example inputs"):
         inspect(Net(), torch.zeros(1, 2))
+
+
+class TwoInputs(nn.Module):
+    """Called with two tensors by position."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(3, 5), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.relu(self.left(x)) + self.right(y)
+
+
+@pytest.mark.parametrize(
+    ("build", "example", "config", "bits"),
+    [
+        (Net, torch.randn(2, 3, 4, 4), Config(weight_bits={3, 8}, activation_bits={3, 8}), (3, 8)),
+        (TwoInputs, (torch.randn(2, 3), torch.randn(2, 4)), Config(weight_bits=4, activation_bits=4), (4,)),
+    ],
+)
+def test_onnx_files_are_promised_to_the_byte_before_anything_is_done(
+    tmp_path: Path, build: type[nn.Module], example: ExampleInputs, config: Config, bits: tuple[int, ...]
+) -> None:
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    network = build()
+    promised = {found.name: found.uniform for found in inspect(network, example, config, onnx=True).ranges}
+    for width, pack in itertools.product(bits, (False, True)):
+        model = prepare_(copy.deepcopy(network), example, config)
+        inputs = example if isinstance(example, Tensor) else {"x": example[0], "y": example[1]}
+        calibrate_(model, [inputs])
+        set_bits_(model, width)
+        with torch.no_grad():  # training moves every number
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        path = tmp_path / f"{width}{pack}.onnx"
+        export(convert(model), path, inputs, pack=pack)
+        assert path.stat().st_size == promised["ONNX file, packed" if pack else "ONNX file"][width]
+
+
+def test_onnx_files_are_promised_on_demand_only() -> None:
+    assert not [found for found in inspect(Net(), X).ranges if found.name.startswith("ONNX")]

@@ -148,7 +148,7 @@ SIDEWAYS = {
     "integrations.lightning": "integrations.guest",
     "integrations.transformers": "integrations.guest",
     "course": "batchnorm budget distributed.__init__ optim search snap wrapping",
-    "inspection": "budget limit summary",
+    "inspection": "budget calibrate limit summary",
     "search": "budget controller distributed.__init__ limit optim",
     "snap": "bit_programme budget distributed.__init__ limit",
     "summary": "budget limit",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -13,7 +15,9 @@ from torch import nn
 
 from nipq.bit_table import BitTable
 from nipq.budget import AverageBits, BitOps, ModelSize
+from nipq.calibrate import calibrate_
 from nipq.config import BitRange, Config
+from nipq.export.promise import promised_bytes
 from nipq.finding import Finding
 from nipq.layer_table import LayerRow, layer_table
 from nipq.limit import exact_range, stored_rows
@@ -145,20 +149,25 @@ class Inspection:
         return table
 
 
-def inspect(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> Inspection:
+def inspect(
+    model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None, *, onnx: bool = False
+) -> Inspection:
     """Look at a model before anything is done to it; the model is not changed.
 
     Args:
         model: a float model.
         example_inputs: as for ``prepare_``.
         config: as for ``prepare_``.
+        onnx: promise the bytes of ONNX files, too, plain and packed: several exports. They hold for the kinds of grid
+            that the example inputs choose, so give a batch of real data.
 
     Returns:
         Layers, what stays float and why, and the range of each kind of budget.
 
     Raises:
         NotQuantizableError: if the forward fails on the example inputs, or no layer is left to quantize.
-        ConfigError: if a rule matches no layer.
+        ConfigError: if a rule matches no layer, or an ONNX file is to be promised of a model that torch cannot export.
+        MissingDependencyError: if an ONNX file is to be promised without the packages that write it.
 
     Example:
         >>> found = inspect(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4))
@@ -172,6 +181,8 @@ def inspect(model: nn.Module, example_inputs: ExampleInputs, config: Config | No
         prepared = prepare_(copy.deepcopy(model), example_inputs, config)
         rows = layer_table(prepared)
         ranges = _ranges(prepared, rows)
+        if onnx:
+            ranges += _onnx_ranges(prepared, rows, example_inputs)
     first: dict[TensorQuantizer, str] = {}
     for row in rows:
         first.setdefault(row.weight, row.name)
@@ -206,13 +217,36 @@ def _ranges(model: nn.Module, rows: Sequence[LayerRow]) -> list[BudgetRange]:
     count = len(table.weights)
     found = []
     for limit in budget.limits(model):
-        uniform = {}
-        for bits in UNIFORM:
-            nearest = table.round(torch.full((len(table.choices),), float(bits), dtype=torch.float64))
-            whole = [int(choice) for choice in nearest.tolist()]
-            uniform[bits] = float(limit.exact_cost(whole[:count], whole[count:]))
-        low, high = exact_range(limit, table)
-        found.append(BudgetRange(limit.name, limit.unit, float(low), float(high), uniform, limit.accounting))
+        low, high = (float(end) for end in exact_range(limit, table))
+        uniform = {n: float(limit.exact_cost(bits[:count], bits[count:])) for n, bits in _uniform(table).items()}
+        found.append(BudgetRange(limit.name, limit.unit, low, high, uniform, limit.accounting))
+    return found
+
+
+def _uniform(table: BitTable) -> dict[int, tuple[int, ...]]:
+    """Each of UNIFORM -> the allowed bit-widths nearest to it, one for each tensor of the table."""
+    nearest = {n: table.round(torch.full((len(table.choices),), float(n), dtype=torch.float64)) for n in UNIFORM}
+    return {n: tuple(int(bits) for bits in found.tolist()) for n, found in nearest.items()}
+
+
+def _onnx_ranges(model: nn.Module, rows: Sequence[LayerRow], example_inputs: ExampleInputs) -> list[BudgetRange]:
+    if not isinstance(example_inputs, (torch.Tensor, Mapping)):  # calibration takes several inputs by name
+        forward = signature(model.forward)
+        example_inputs = dict(forward.bind(*example_inputs).arguments)
+    calibrate_(model, [example_inputs])
+    table = BitTable(rows)
+    found = []
+    for name, pack in (("ONNX file", False), ("ONNX file, packed", True)):
+
+        @cache
+        def promised(*bits: int, pack: bool = pack) -> float:
+            for quantizer, width in zip(table.quantizers, bits, strict=True):
+                quantizer.freeze_bits_(width)
+            return float(promised_bytes(model, example_inputs, pack=pack))
+
+        low, high = (promised(*map(pick, table.choices)) for pick in (min, max))
+        uniform = {n: promised(*bits) for n, bits in _uniform(table).items()}
+        found.append(BudgetRange(name, "bytes", low, high, uniform, "to the byte, with the grids of these inputs"))
     return found
 
 

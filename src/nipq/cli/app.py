@@ -67,11 +67,14 @@ def inspect(
     input_shape: Annotated[str, typer.Option(help="Shape of the input, batch first.")] = "1,3,224,224",
     arguments: Annotated[str, typer.Option("--kwargs", help="Arguments of the factory, as YAML or JSON.")] = "{}",
     target: Annotated[str | None, typer.Option(help=TARGET_HELP)] = None,
+    onnx: Annotated[
+        bool, typer.Option("--onnx", help="Promise the bytes of ONNX files, too; a minute or two.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """List a model's layers, what stays float and why, and the budgets within reach."""
     with reporting(as_json):
-        show_inspection(factory, input_shape, arguments, target=target, as_json=as_json)
+        show_inspection(factory, input_shape, arguments, target=target, onnx=onnx, as_json=as_json)
 
 
 @app.command()

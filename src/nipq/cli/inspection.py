@@ -16,7 +16,9 @@ from nipq.train.config_file import parse_overrides
 from nipq.train.factory import build_model
 
 
-def show_inspection(factory: str, input_shape: str, arguments: str, *, target: str | None, as_json: bool) -> None:
+def show_inspection(
+    factory: str, input_shape: str, arguments: str, *, target: str | None, onnx: bool, as_json: bool
+) -> None:
     """Build a model with random weights and print what :func:`nipq.inspection.inspect` finds.
 
     Args:
@@ -24,6 +26,7 @@ def show_inspection(factory: str, input_shape: str, arguments: str, *, target: s
         input_shape: Whole numbers with commas, batch first.
         arguments: Arguments of the factory, as YAML or JSON.
         target: Runtime to deploy on, or ``None``.
+        onnx: Promise the bytes of ONNX files, too.
         as_json: Print JSON.
 
     Raises:
@@ -31,7 +34,8 @@ def show_inspection(factory: str, input_shape: str, arguments: str, *, target: s
     """
     config, shape = Config(target=target), parse_shape(input_shape)
     model = build_model(ModelConfig(factory=factory, kwargs=parse_kwargs(arguments))).eval()
-    example = torch.zeros(shape)
+    # Noise, and not zeros: the kinds of grid, on which an ONNX file's size depends, are chosen by values.
+    example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     try:
         with torch.no_grad():
             model(example)
@@ -39,7 +43,7 @@ def show_inspection(factory: str, input_shape: str, arguments: str, *, target: s
         raise ConfigError(
             f"model {factory!r} cannot take an input of shape {shape}: {error}; correct --input-shape"
         ) from error
-    found = inspect(model, example, config)
+    found = inspect(model, example, config, onnx=onnx)
     if as_json:
         answer(found.to_dict())
     else:
