@@ -15,7 +15,7 @@ from nipq.layer_table import layer_table
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
 from nipq.nn.estimator import Estimator
 from nipq.nn.initial import SHIFTS, start_weight_boundary_
-from nipq.nn.kinds import output_channel_axis
+from nipq.nn.kinds import close_shortcuts_, output_channel_axis
 from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared, quantization, weight_quantizer
 from nipq.nn.offset import OffsetInputQuantizer
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
@@ -89,6 +89,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
         if attention.scores.name in products:
             found = AttentionProducts(products[attention.scores.name], products[attention.mix.name]).to(device)
             install(model.get_submodule(attention.name), found)
+    close_shortcuts_(model)
     set_phase_(model, Phase.NOISE)
     return model
 

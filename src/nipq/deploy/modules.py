@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
 from nipq.nn.integer import integer_forward, needs_float64
-from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table, weight_channel_axis
+from nipq.nn.kinds import along_channels, channel_dim, close_shortcuts_, is_plain, is_table, weight_channel_axis
 
 
 class _Deployed(nn.Module, ABC):
@@ -264,6 +264,7 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
         for name, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[name] = replacements[child]
+    close_shortcuts_(model)
     return replacements.get(model, model)
 
 

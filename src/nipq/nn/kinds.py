@@ -169,3 +169,18 @@ def shell_class(layer: nn.Module) -> type[nn.Module]:
     """The class whose forward runs the layer on any weight, with a bias or without."""
     kind: type[nn.Module] = parametrize.type_before_parametrizations(layer)
     return Conv1D if is_conv1d(layer) else kind
+
+
+def close_shortcuts_(model: nn.Module) -> None:
+    """Keep torch's transformer encoders from passing by their layers' forwards.
+
+    In evaluation they may hand all weights to one fused function, and so never call the layers whose weights they are.
+
+    Args:
+        model: changed in place; computes what it did.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # the fused function knows these two; "another one" is not fused
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False

@@ -104,7 +104,8 @@ class TensorQuantizer(QuantizerParameters):
             )
         if self.phase is Phase.INT:
             return self.codes(widened(x))
-        self._follow(x)
+        if not self.alpha_raw.requires_grad:
+            self._follow(x)
         if not self.training:
             return quantize(x, self._spread(self.alpha, x.ndim), self._whole_bits(), self.grid)
         if self.phase is Phase.ROUND:
@@ -162,8 +163,6 @@ class TensorQuantizer(QuantizerParameters):
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
         """Take the boundary from the tensor itself, where the method does so."""
-        if self.alpha_raw.requires_grad:
-            return
         axis = self.channel_axis if self.alpha_raw.numel() > 1 else None
         alpha = self.estimator.follow(
             self.role, widened(x), self.alpha, self.bits_rounded, self.grid, axis, training=self.training
