@@ -217,6 +217,14 @@ def test_resuming_after_an_epoch_equals_not_stopping_to_the_bit(
     assert all(torch.equal(whole[name], found[name]) for name in whole)
 
 
+def test_a_fit_that_was_over_is_over_again(fit: Callable[..., Any], tmp_path: Path) -> None:
+    saving = {"enable_checkpointing": True, "limit_val_batches": 0}
+    fit(callbacks=(pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1),), **saving)
+    again = fit(resume=tmp_path / f"epoch={EPOCHS - 1}.ckpt", **saving)
+    assert course_of(again).stage == "done"
+    assert keeps(again.lightning_module)
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 def test_an_averaged_model_crosses_the_freeze_and_becomes_the_model(
     fit: Callable[..., Any], use_buffers: bool, tmp_path: Path

@@ -161,7 +161,7 @@ def hugged(folder: str) -> dict[str, Any]:
     return outcome(trainer.model, callback.course)
 
 
-def lit(folder: str) -> dict[str, Any]:
+def lit(folder: str, resume: str | None = None) -> dict[str, Any]:
     as_torchrun()
     import pytorch_lightning as pl
 
@@ -183,12 +183,13 @@ def lit(folder: str) -> dict[str, Any]:
 
     pl.seed_everything(5, verbose=False)
     callback = NipqCallback(BUDGET)
+    save = pl.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = pl.Trainer(
-        accelerator="cpu", strategy="ddp", devices=2, max_epochs=3, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, callbacks=[callback],
+        accelerator="cpu", strategy="ddp", devices=2, max_epochs=3, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, callbacks=[callback, save],
     )  # fmt: skip
     model = Net()
-    trainer.fit(model, DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True))
+    trainer.fit(model, DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True), ckpt_path=resume)
     assert callback.course is not None
     assert callback.course.steps == 12
     return outcome(model, callback.course)
@@ -225,3 +226,5 @@ def test_transformers(ranks: Ranks, tmp_path: Path) -> None:
 def test_lightning(ranks: Ranks, tmp_path: Path) -> None:
     pytest.importorskip("pytorch_lightning")
     agree(*ranks(lit, str(tmp_path)))
+    for epoch in (0, 1):  # before the freeze, and after it: a checkpoint has the random numbers of one rank only
+        agree(*ranks(lit, str(tmp_path / f"again{epoch}"), str(tmp_path / f"epoch={epoch}.ckpt")))

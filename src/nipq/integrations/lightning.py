@@ -176,6 +176,10 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         assert self.course is not None
         self.course.finish()
 
+    def on_fit_end(self, *_: Given) -> None:
+        """The same where nothing was left to train: a fit that is resumed after its last step has no end of training."""
+        self.on_train_end()
+
     def teardown(self, _trainer: Given, pl_module: Given, **_: Given) -> None:
         """Give the module's methods back."""
         _give_back(pl_module)
