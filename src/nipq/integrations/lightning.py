@@ -177,7 +177,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         self.course.finish()
 
     def on_fit_end(self, *_: Given) -> None:
-        """The same where nothing was left to train: a fit that is resumed after its last step has no end of training."""
+        """The same where nothing was left to train: a fit resumed after its last step has no end of training."""
         self.on_train_end()
 
     def teardown(self, _trainer: Given, pl_module: Given, **_: Given) -> None:
