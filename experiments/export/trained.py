@@ -1,11 +1,11 @@
 """E0 to E3 of `nipq verify` for trained models: every file and every runtime, on held-out data, with the task's metric.
 
     python -m experiments.export.trained --group digits RUN...            # run folders of nipq train, demo or compare
-    python -m experiments.export.trained --group fashion-mnist RUN...
+    python -m experiments.export.trained --group rivals --only model.onnx RUN...
 
 Each trained model is written as a packed file, ONNX, plain and packed, arrays and a torch.export program; these and
-OpenVINO's compiled form are compared with it, and so is the packed file that the run itself wrote. Needs the extras
-`onnx` and `openvino`; without OpenVINO its part is left out.
+OpenVINO's compiled form are compared with it, and so is the packed file that the run itself wrote; `--only` names fewer
+files. Needs the extras `onnx` and `openvino`; without OpenVINO its part is left out.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,30 @@ def default_session(path: Path) -> OnnxModule:
     return OnnxModule(onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"]), path)
 
 
-def compared(place: RunFolder, samples: int, folder: Path) -> Record:
+def _faithful(path: Path) -> OnnxModule:
+    return OnnxModule(faithful_session(path, threads=1), path)
+
+
+def _program(path: Path) -> ProgramModule:
+    return ProgramModule(torch.export.load(path))
+
+
+#: Who reads which file, as the pages' table calls it.
+READERS: dict[str, tuple[str, Callable[[Path], nn.Module]]] = {
+    "program": ("model.pt2", _program),
+    "faithful": ("model.onnx", _faithful),
+    "faithful, packed": ("packed.onnx", _faithful),
+    "default": ("model.onnx", default_session),
+}
+
+
+def compared(place: RunFolder, samples: int, names: Sequence[str], folder: Path) -> Record:
     """Everything about one run.
 
     Args:
         place: the run.
         samples: of the test data.
+        names: of the files to write beside the packed one; ``model.onnx`` is always among them.
         folder: for the files.
     """
     model, batches, metric = trained_run(place, samples)
@@ -123,15 +141,10 @@ def compared(place: RunFolder, samples: int, folder: Path) -> Record:
         "layers": len(layer_table(model)),
         "bytes": {packed.name: packed.stat().st_size},
     }
-    for name in FILES:
+    for name in names:
         report = nipq.export(deployed, folder / name, example, pack=name == "packed.onnx")
         facts["bytes"][name] = report.bytes
-    others: dict[str, nn.Module] = {
-        "program": ProgramModule(torch.export.load(folder / "model.pt2")),
-        "faithful": OnnxModule(faithful_session(folder / "model.onnx", threads=1), folder / "model.onnx"),
-        "faithful, packed": OnnxModule(faithful_session(folder / "packed.onnx", threads=1), folder / "packed.onnx"),
-        "default": default_session(folder / "model.onnx"),
-    }
+    others = {title: opened(folder / name) for title, (name, opened) in READERS.items() if name in names}
     compiled = []
     if installed_version("openvino") is not None:
         runtime = openvino_model(folder / "model.onnx", batches[0][0], threads=1, strict=False)
@@ -143,7 +156,7 @@ def compared(place: RunFolder, samples: int, folder: Path) -> Record:
         }
         others["openvino"] = runtime
         compiled = [runtime]
-    files = [packed, *(folder / name for name in FILES)]
+    files = [packed, *(folder / name for name in names)]
     result = nipq.verify(model, *files, *compiled, loader=batches, metric=metric)
     facts["rungs"] = rungs_of(result)
     # The run wrote its file with the library of its day, which may have computed boundaries to another last digit.
@@ -153,24 +166,29 @@ def compared(place: RunFolder, samples: int, folder: Path) -> Record:
     return facts
 
 
-def measure(place: RunFolder, group: str, samples: int) -> Record:
+def measure(place: RunFolder, group: str, samples: int, names: Sequence[str]) -> Record:
     """One run; a failure is its result.
 
     Args:
         place: the run.
         group: what its models have in common.
         samples: of the test data.
+        names: of the files, as for :func:`compared`.
     """
     started = time.perf_counter()
     torch.set_num_threads(1)
     facts: Record = {"name": place.path.name, "group": group}
     try:
         with tempfile.TemporaryDirectory() as folder:
-            facts |= compared(place, samples, Path(folder))
+            facts |= compared(place, samples, names, Path(folder))
     except Exception as error:  # whatever it is, it is the result
         facts["error"] = short(error)
-    command = f"{COMMAND} --group {group} --samples {samples} RUNS/{place.path.name}"
+    command = f"{COMMAND} --group {group} --samples {samples}{_only(names)} RUNS/{place.path.name}"
     return facts | origin(command, time.perf_counter() - started)
+
+
+def _only(names: Sequence[str]) -> str:
+    return "" if tuple(names) == FILES else f" --only {','.join(names)}"
 
 
 def main() -> int:
@@ -179,15 +197,19 @@ def main() -> int:
     options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     options.add_argument("--group", required=True, help="what the runs have in common; a folder of the results")
     options.add_argument("--samples", type=int, default=512, help="of the test data (default: %(default)s)")
+    options.add_argument("--only", default=",".join(FILES), help="files to write, with commas (default: %(default)s)")
     given = options.parse_args()
+    names = given.only.split(",")
+    if "model.onnx" not in names or set(names) - set(FILES):
+        options.error(f"--only: expected model.onnx and others of {', '.join(FILES)}; found {given.only}")
     places = {run.resolve(): given.out / given.group / f"{run.resolve().name}.json" for run in given.runs}
     if given.here:
         for run, path in places.items():
-            write(path, measure(RunFolder(run), given.group, given.samples))
+            write(path, measure(RunFolder(run), given.group, given.samples, names))
         return 0
-    same = ["--group", given.group, "--samples", str(given.samples), "--out", str(given.out)]
+    same = ["--group", given.group, "--samples", str(given.samples), "--only", given.only, "--out", str(given.out)]
     items = [(path, [str(run), *same]) for run, path in places.items()]
-    command = f"{COMMAND} --group {given.group} --samples {given.samples} RUNS"
+    command = f"{COMMAND} --group {given.group} --samples {given.samples}{_only(names)} RUNS"
     return int(each("experiments.export.trained", items, command, given) > 0)
 
 
