@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -81,7 +82,7 @@ def test_phase_float_is_the_float_model_bit_for_bit(small_net: Build, x: Tensor)
 
 @pytest.mark.parametrize("noise", ["uniform", "empirical"])
 def test_every_quantizer_parameter_gets_a_gradient_in_one_noise_step(small_net: Build, x: Tensor, noise: str) -> None:
-    prepared = calibrate_(prepare_(small_net(), x, Config(noise=noise)), [x]).train()
+    prepared = calibrate_(prepare_(small_net(), x, Config(noise=noise, learn_input_boundary=True)), [x]).train()
     functional.cross_entropy(prepared(x), torch.arange(4)).backward()
     learned = [(q.name, name, p) for q in quantizers(prepared) for name, p in q.named_parameters()]
     assert len(learned) == 2 * (2 * len(LAYERS)) - 1  # the model's input has no learned bit-width
@@ -89,6 +90,30 @@ def test_every_quantizer_parameter_gets_a_gradient_in_one_noise_step(small_net: 
         assert parameter.grad is not None, (tensor, name)
         assert torch.isfinite(parameter.grad).all(), (tensor, name)
         assert parameter.grad.abs().sum() > 0, (tensor, name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "learned"),
+    [
+        ({}, False),
+        ({"learn_input_boundary": True}, True),
+        ({"input_bits": 4}, True),
+        ({"input_bits": 4, "learn_input_boundary": False}, False),
+        ({"rules": [Rule("stem", activation_bits=(4, 10))]}, True),
+        ({"input_bits": 16}, False),
+    ],
+)
+def test_the_data_need_no_gradient_for_a_boundary_of_many_bits(
+    small_net: Build, x: Tensor, settings: dict[str, Any], learned: bool
+) -> None:
+    prepared = calibrate_(prepare_(small_net(), x, Config(**settings)), [x]).train()
+    seen = []
+    prepared.stem.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].requires_grad))
+    functional.cross_entropy(prepared(x), torch.arange(4)).backward()
+    own = next(q for q in quantizers(prepared) if q.name == "stem.input")
+    assert seen == [learned]
+    assert (own.alpha_raw.grad is not None) == learned
+    assert all((p.grad is not None) for q in quantizers(prepared) for p in q.parameters() if q is not own)
 
 
 def test_no_quantizer_parameter_gets_a_gradient_in_phase_float(model: nn.Module, x: Tensor) -> None:
@@ -103,7 +128,8 @@ def test_rounding_trains_the_boundaries_of_frozen_bits(model: nn.Module, x: Tens
     set_phase_(model, "round")
     model.train()(x).square().sum().backward()
     assert all([name for name, _ in q.named_parameters()] == ["alpha_raw"] for q in quantizers(model))
-    assert all(q.alpha_raw.grad is not None and q.alpha_raw.grad.isfinite().all() for q in quantizers(model))
+    learned = [q.alpha_raw for q in quantizers(model) if q.name != "stem.input"]  # the image's stays as it was set
+    assert all(alpha.grad is not None and alpha.grad.isfinite().all() for alpha in learned)
 
 
 def test_all_parameters_exist_when_prepare_returns(small_net: Build, x: Tensor) -> None:
@@ -140,7 +166,8 @@ def test_autocast_trains(model: nn.Module, x: Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = functional.cross_entropy(model.train()(x), torch.arange(4))
     loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in model.parameters())
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.dtype == p.dtype for p in learned)
 
 
 @pytest.mark.slow
@@ -150,7 +177,7 @@ def test_training_and_evaluation_compile_into_one_graph(model: nn.Module, x: Ten
     torch.testing.assert_close(compiled(x), expected)
     compiled.train()
     compiled(x).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 # ---------------------------------------------------------------------- settings

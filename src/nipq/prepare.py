@@ -33,6 +33,9 @@ _FIRST_GRIDS: dict[GridChoice, Grid] = {
     "shifted": Grid("shifted", SHIFTS["hardswish"]),
 }
 
+#: From so many fixed bits on, the boundary of the model's own input stays as calibration set it.
+IMAGE_BITS = 8
+
 
 def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> nn.Module:
     """Give every convolution and linear layer bit-widths and boundaries to learn, every embedding those of its table.
@@ -170,7 +173,11 @@ def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config:
     if plan.activation_bits is None:
         return None
     assert isinstance(layer.weight, Tensor)
-    return _operand(f"{spec.name}.input", plan.activation_bits, plan.grid, config).to(layer.weight.device)
+    bits, learns = plan.activation_bits, True
+    if spec.is_input:
+        few = bits.fixed is None or bits.fixed < IMAGE_BITS
+        learns = few if config.learn_input_boundary is None else config.learn_input_boundary
+    return _operand(f"{spec.name}.input", bits, plan.grid, config, learns=learns).to(layer.weight.device)
 
 
 def _product_record(spec: LayerSpec, plan: LayerPlan, config: Config, order: int) -> LayerQuantization:
@@ -184,9 +191,10 @@ def _product_record(spec: LayerSpec, plan: LayerPlan, config: Config, order: int
     return LayerQuantization(spec, quantizers[0], order, quantizers[1])
 
 
-def _operand(name: str, bits: BitRange, grid: GridChoice, config: Config) -> InputQuantizer:
+def _operand(name: str, bits: BitRange, grid: GridChoice, config: Config, *, learns: bool = True) -> InputQuantizer:
     estimator = _estimator(config)
     kind = OffsetInputQuantizer if estimator.learns_offset else InputQuantizer
     return kind(
-        name, bits, grid=_FIRST_GRIDS[grid], grid_choice=grid, estimator=estimator, init=config.init
+        name, bits, grid=_FIRST_GRIDS[grid], grid_choice=grid, estimator=estimator, init=config.init,
+        learns_boundary=learns,
     )  # fmt: skip

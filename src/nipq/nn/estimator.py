@@ -53,6 +53,10 @@ class Estimator:
         """Whether the boundary of a weight, or of an input, is a parameter that an optimizer moves."""
         return self.method not in ("diffq", "ste") and (self.method, role) != ("pact", "weight")
 
+    def follows(self, role: Role) -> bool:
+        """Whether the method takes that boundary from the tensor itself, by :meth:`follow`."""
+        return self.method == "diffq" or (self.method, role) == ("pact", "weight")
+
     @property
     def learns_bits(self) -> bool:
         """Whether the bit-width gets a gradient."""

@@ -50,6 +50,7 @@ class TensorQuantizer(QuantizerParameters):
         grid: where the levels lie.
         estimator: what training does.
         init: how the first boundary is set from data, see ``nipq.nn.initial``.
+        learns_boundary: ``False`` leaves the boundary as it was set, though the method would learn it.
 
     Raises:
         ConfigError: if ``channels`` is below 1.
@@ -71,10 +72,11 @@ class TensorQuantizer(QuantizerParameters):
         grid: Grid = SIGNED,
         estimator: Estimator = Estimator(),  # noqa: B008 -- frozen
         init: Init = "mse",
+        learns_boundary: bool = True,
     ) -> None:
         super().__init__(
             name, bit_range, channels=channels, channel_axis=channel_axis, grid=grid,
-            learns_boundary=estimator.learns_boundary(self.role),
+            learns_boundary=learns_boundary and estimator.learns_boundary(self.role),
         )  # fmt: skip
         self.estimator = estimator
         self.init = init
@@ -104,7 +106,7 @@ class TensorQuantizer(QuantizerParameters):
             )
         if self.phase is Phase.INT:
             return self.codes(widened(x))
-        if not self.alpha_raw.requires_grad:
+        if self.estimator.follows(self.role):
             self._follow(x)
         if not self.training:
             return quantize(x, self._spread(self.alpha, x.ndim), self._whole_bits(), self.grid)
