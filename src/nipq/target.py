@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from nipq.config import Target
+from nipq.config import MOST_BITS, Target
 from nipq.nn.layers import LayerSpec
 from nipq.plan import LayerPlan
 
@@ -33,14 +33,15 @@ def target_notes(
         Name of the layer (empty for the model) and what the runtime does.
     """
     if target == "onnxruntime":
-        for name in (name for name, (spec, _) in plans.items() if spec.is_product):
-            yield name, "it is a product inside attention, for which ONNX files have no form"
         yield "", "ONNX Runtime computes what was trained in its faithful session only, on exact levels in floats"
         return
     for name, (spec, plan) in plans.items():
         if spec.is_product:
-            how = "computes it in floats, exactly and slowly" if target == "inductor" else "has no form for it"
-            yield name, f"it is a product inside attention; {_NAMES[target]} {how}"
+            wide = plan.activation_bits is not None and plan.activation_bits.max > MOST_BITS[target]
+            if target == "inductor":
+                yield name, "it is a product inside attention, which Inductor computes in floats, exactly and slowly"
+            elif wide:
+                yield name, "it is a product inside attention of more than 8 bits, whose quantizers OpenVINO drops"
             continue
         if spec.is_table:
             continue  # looked up everywhere

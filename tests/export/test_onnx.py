@@ -118,6 +118,7 @@ def test_form_of_the_file(exported: tuple[nn.Module, ExportReport]) -> None:
 def test_metadata_say_which_tensor_is_what(exported: tuple[nn.Module, ExportReport]) -> None:
     file = File(exported[1].path)
     assert (file.facts["format"], file.facts["version"]) == ("qcdq", 1)
+    assert "products" not in file.facts  # as there are none
     assert file.facts["layers"] == [
         {
             "name": "0", "kind": "Conv2d",

@@ -33,9 +33,13 @@ class DeployedOperand(nn.Module):
         self.bits, self.grid, self.zero_point = bits, grid, zero_point
         self.code_low, self.code_high = code_range
 
-    def forward(self, x: Tensor) -> Tensor:
+    def codes(self, x: Tensor) -> Tensor:
         """Whole codes relative to the zero point, held as floats; shape of ``x``."""
         return integer_codes(x, self.step, self.code_low, self.code_high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As :meth:`codes`."""
+        return self.codes(x)
 
     def extra_repr(self) -> str:
         """Bit-width and grid."""
@@ -54,6 +58,10 @@ class DeployedProduct(nn.Module):
     def __init__(self, name: str, x: DeployedOperand, y: DeployedOperand) -> None:
         super().__init__()
         self.name, self.x, self.y = name, x, y
+
+    def operands(self) -> dict[str, DeployedOperand]:
+        """Both operands by name."""
+        return {"x": self.x, "y": self.y}
 
     def forward(self, x: Tensor, y: Tensor, drop: float = 0.0) -> Tensor:
         """The product, float32.
@@ -79,7 +87,7 @@ def product_record(product: DeployedProduct) -> dict[str, dict[str, Any]]:
     """
     return {
         name: {"bits": operand.bits, "grid": operand.grid, "zero_point": operand.zero_point}
-        for name, operand in (("x", product.x), ("y", product.y))
+        for name, operand in product.operands().items()
     }
 
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from nipq.export.api import Format, export
-from nipq.export.report import ExportedLayer, ExportReport
+from nipq.export.report import ExportedLayer, ExportedProduct, ExportReport
 
-__all__ = ["ExportReport", "ExportedLayer", "Format", "export"]
+__all__ = ["ExportReport", "ExportedLayer", "ExportedProduct", "Format", "export"]

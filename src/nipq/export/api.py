@@ -11,8 +11,9 @@ from nipq.deploy.modules import deployed_layers
 from nipq.errors import ConfigError
 from nipq.export.arrays import arrays_bytes
 from nipq.export.onnx_file import FIXED_BATCH, onnx_bytes, qonnx_bytes
+from nipq.export.portable import portable_products
 from nipq.export.program import program_bytes
-from nipq.export.report import ExportedLayer, ExportReport
+from nipq.export.report import ExportedLayer, ExportedProduct, ExportReport
 from nipq.files import check_free, written_whole
 from nipq.trace import ExampleInputs
 
@@ -85,7 +86,11 @@ def export(
         warnings = () if any_batch else (FIXED_BATCH,)
     with written_whole(path) as temporary:
         temporary.write_bytes(data)
-    return ExportReport(path, chosen, len(data), opset, layers, warnings)
+    products = tuple(
+        ExportedProduct(name, operands["x"].bits, operands["y"].bits)
+        for name, operands in portable_products(deployed).items()
+    )
+    return ExportReport(path, chosen, len(data), opset, layers, warnings, products)
 
 
 def format_of(path: Path) -> Format:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 import zipfile
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +16,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
+from nipq.deploy.products import DeployedProduct, deployed_products
 from nipq.export.inputs import call_arguments
-from nipq.export.portable import plain_kind, refuse_products
+from nipq.export.portable import input_facts, plain_kind, portable_input
 from nipq.nn.kinds import kind_of, weight_channel_axis
 from nipq.trace import ExampleInputs
 
 FORMAT, VERSION = "nipq-arrays", 1
 #: Name of the text file inside the archive that holds everything which is not an array.
 FACTS = "nipq.json"
+#: What it calls the kind of a product inside attention.
+PRODUCT = "product"
+
+#: A layer or product, the shapes of one sample of what it reads, and of what it writes.
+_Call = tuple[Deployed | DeployedProduct, list[tuple[int, ...]], tuple[int, ...]]
 
 CUSTOM = "{}: its class has a forward of its own, which the NumPy reference does not compute"
 
@@ -30,7 +37,8 @@ CUSTOM = "{}: its class has a forward of its own, which the NumPy reference does
 def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[bytes, tuple[str, ...]]:
     """The NPZ file; ``nipq.export.arrays_reference`` reads it and computes its layers.
 
-    It holds layers and what stays float, but not how layers are connected; the ONNX file has that.
+    It holds layers, products inside attention and what stays float, but not how they are connected; the ONNX file has
+    that.
 
     Args:
         deployed: a deployed model.
@@ -38,40 +46,37 @@ def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[by
 
     Returns:
         The file, and what a reader should know.
-
-    Raises:
-        NotQuantizableError: if attention is quantized.
     """
-    refuse_products(deployed, "a file of arrays")
     model = copy.deepcopy(deployed).cpu().eval()
     arrays: dict[str, NDArray[Any]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name, (layer, read, written) in _calls(model, example_inputs).items():
+        if isinstance(layer, DeployedProduct):
+            facts[name] = _product_facts(name, layer, read, written)
+            continue
         owner = name if layer.tied_to is None else layer.tied_to
         parts = {"weight": full_name(owner, "weight")}
         arrays[parts["weight"]] = layer.weight_codes.numpy()
         for part in ("scale", "offset", "input_step"):
             if getattr(layer, part, None) is not None:
                 parts[part] = full_name(name, part)
-        facts[name] = {**_facts(layer, read, written), "arrays": parts}
+        facts[name] = {**_facts(layer, read[0], written), "arrays": parts}
     for key, value in deploy_state(model).items():
         arrays[key] = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
     text = json.dumps({"format": FORMAT, "version": VERSION, "layers": facts}, indent=1) + "\n"
-    return _npz(arrays, text), tuple(CUSTOM.format(name) for name, fact in facts.items() if fact["custom"])
+    return _npz(arrays, text), tuple(CUSTOM.format(name) for name, fact in facts.items() if fact.get("custom"))
 
 
 @torch.no_grad()
-def _calls(
-    model: nn.Module, example_inputs: ExampleInputs
-) -> dict[str, tuple[Deployed, tuple[int, ...], tuple[int, ...]]]:
-    """Layers in the order in which they are first called, with the shapes of one input and output."""
-    names = {layer: name for name, layer in deployed_layers(model).items()}
-    found: dict[str, tuple[Deployed, tuple[int, ...], tuple[int, ...]]] = {}
+def _calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, _Call]:
+    """Layers and products in the order in which they are first called."""
+    names = {module: name for name, module in (deployed_layers(model) | deployed_products(model)).items()}
+    found: dict[str, _Call] = {}
 
     def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
-        assert isinstance(layer, Deployed)
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        found.setdefault(names[layer], (layer, tuple(x.shape[1:]), tuple(output.shape[1:])))
+        assert isinstance(layer, (Deployed, DeployedProduct))
+        read = [tuple(value.shape[1:]) for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        found.setdefault(names[layer], (layer, read, tuple(output.shape[1:])))
 
     handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in names]
     args, kwargs = call_arguments(example_inputs)
@@ -92,12 +97,26 @@ def _facts(layer: Deployed, read: tuple[int, ...], written: tuple[int, ...]) -> 
         "output_shape": written,
         "weight_bits": layer.weight_bits,
     }
-    for key in ("input_bits", "grid", "zero_point", "code_low", "code_high"):
-        facts[key] = getattr(layer, key, None)
+    facts |= input_facts(portable_input(layer) if isinstance(layer, DeployedLayer) else None)
     if isinstance(layer, DeployedLayer):
         facts["sum_bits"] = _sum_bits(layer)
     has_kernel = hasattr(layer.layer, "kernel_size")
     return facts | _geometry(layer.layer, layer.weight_codes, read, written) if has_kernel else facts
+
+
+def _product_facts(
+    name: str, product: DeployedProduct, read: list[tuple[int, ...]], written: tuple[int, ...]
+) -> dict[str, Any]:
+    """The same of a product: of each operand what a layer's input has, under its name."""
+    operands = product.operands()
+    parts = {
+        part: {"input_shape": shape, **input_facts(portable_input(operand))}
+        for (part, operand), shape in zip(operands.items(), read, strict=True)
+    }
+    largest = read[0][-1] * math.prod(max(-operand.code_low, operand.code_high) for operand in operands.values())
+    steps = {f"{part}_step": full_name(name, f"{part}.step") for part in operands}
+    sizes = {"output_shape": written, "sum_bits": largest.bit_length() + 1}
+    return {"kind": PRODUCT, **parts, **sizes, "arrays": steps}
 
 
 def _geometry(shell: Any, weight: Tensor, read: tuple[int, ...], written: tuple[int, ...]) -> dict[str, Any]:  # noqa: ANN401

@@ -1,4 +1,4 @@
-"""What a deployed layer computes, in NumPy alone: a reference for people with hardware of their own.
+"""What a deployed layer or product computes, in NumPy alone: a reference for people with hardware of their own.
 
 This file needs nothing but NumPy and may be copied. ``load`` reads what ``nipq.export(model, "model.npz", ...)`` wrote;
 ``run`` computes one layer from its float input to its float output, to the bit as the deployed model does::
@@ -8,6 +8,7 @@ This file needs nothing but NumPy and may be copied. ``load`` reads what ``nipq.
     output = float32(sums) * scale + offset                                  one multiply, one add, in float32
 
 Codes count from the value 0, so padding pads with code 0; hardware with a zero point stores ``codes + zero_point``.
+A product inside attention has two such inputs, ``x`` and ``y``, whose codes are multiplied, and no weight.
 """
 
 from __future__ import annotations
@@ -25,19 +26,36 @@ PAD_MODES: dict[str, Any] = {"zeros": "constant", "reflect": "reflect", "replica
 
 
 def load(path: str | Path) -> dict[str, Layer]:
-    """Layers by name; each holds its arrays and its facts under the names that docs/export.md lists."""
+    """Layers and products by name; each holds its arrays and facts under the names that docs/export.md lists."""
     with np.load(path, allow_pickle=False) as file:
         facts = json.loads(file["nipq.json"])["layers"]
         return {name: fact | {part: file[key] for part, key in fact["arrays"].items()} for name, fact in facts.items()}
 
 
-def run(layer: Layer, x: Array) -> Array:
-    """Float32 output of a layer for a batch of float32 inputs."""
+def run(layer: Layer, x: Array, y: Array | None = None) -> Array:
+    """Float32 output of a layer for a batch of float32 inputs, or of a product for its float32 operands x and y."""
+    if layer["kind"] == "product":
+        if y is None:
+            raise ValueError("this is a product inside attention: give both of its operands")
+        return product(layer, x, y)
     if layer["input_bits"] is None:
         raise ValueError("this layer's input is float: multiply its weight by its scale and compute in floats")
     if layer["custom"]:
         raise ValueError("this layer's class has a forward of its own, which is not known here")
     return to_output(layer, sums(layer, codes(layer, x)))
+
+
+def product(layer: Layer, x: Array, y: Array) -> Array:
+    """Product of codes, shapes (..., n, k) and (..., k, m), times the product of both steps in float32."""
+    whole = codes(operand(layer, "x"), x) @ codes(operand(layer, "y"), y)
+    output: Array = whole.astype(np.float32) * (layer["x_step"] * layer["y_step"])
+    return output
+
+
+def operand(layer: Layer, which: str) -> Layer:
+    """The operand ``"x"`` or ``"y"`` of a product, to be quantized by ``codes`` as a layer's input is."""
+    found: Layer = layer[which] | {"input_step": layer[f"{which}_step"]}
+    return found
 
 
 def codes(layer: Layer, x: Array) -> Array:

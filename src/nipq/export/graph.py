@@ -1,7 +1,8 @@
 """From a module tree to an ONNX graph through torch's own exporter, and the names of what stands for which layer.
 
-A layer marks its tensors while it is traced. Marks are operators of a domain of their own; the exporter's optimizer
-leaves them alone, and they are taken out again once the names of the tensors around them are read.
+A layer, or a product inside attention, marks its tensors while it is traced. Marks are operators of a domain of their
+own; the exporter's optimizer leaves them alone, and they are taken out again once the names of the tensors around them
+are read.
 """
 
 from __future__ import annotations
@@ -13,35 +14,46 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed, deployed_layers, full_name, replace_modules
+from nipq.deploy.products import deployed_products
 from nipq.errors import require
 from nipq.export.inputs import exported_program
-from nipq.export.portable import PortableLayer, portable_layers, refuse_products
+from nipq.export.portable import PortableLayer, PortableProduct, portable_layers, portable_products
 from nipq.trace import ExampleInputs
 
 _MARKS = "nipq"
 
-#: Names of the tensors of a layer, by role; where two roles are one tensor, the last name stays.
-_NAMES = {"weight": "levels", "input": "input", "codes": "codes", "output": "output"}
+#: Roles of the tensors of a layer that are computed, and of a product; where two roles are one tensor, the last one
+#: names it.
+_ROLES = ("weight", "input", "codes", "x.input", "x.codes", "y.input", "y.codes", "output")
 
 
 class LayerForm(nn.Module, ABC):
-    """What stands for a deployed layer while its model is exported."""
+    """What stands for a deployed layer, a product or one of its operands while their model is exported."""
 
     @abstractmethod
     def trained(self) -> set[str]:
         """Names of the buffers whose values training decides; all others follow from bits and grids."""
 
 
-#: Builds what a deployed layer is replaced by, from the layer, its numbers and its name.
-Form = Callable[[Deployed, PortableLayer, str], LayerForm]
+class Forms(NamedTuple):
+    """What deployed modules are replaced by in one format.
 
-#: The tensors of one call of a layer, by role.
+    Attributes:
+        layer: builds it from the layer, its numbers and its name.
+        product: builds it from the name and the numbers of a product.
+    """
+
+    layer: Callable[[Deployed, PortableLayer, str], LayerForm]
+    product: Callable[[str, PortableProduct], LayerForm]
+
+
+#: The tensors of one call of a layer or of a product, by role.
 Binding = dict[str, Any]
 
 
@@ -82,29 +94,31 @@ def mark(x: Tensor, layer: str, role: str) -> Tensor:
     return operator(f"{_MARKS}::Mark", (x,), x.dtype, x.shape, {"layer": layer, "role": role})
 
 
-def onnx_graph(deployed: nn.Module, example_inputs: ExampleInputs, form: Form, opset: int) -> tuple[Any, list[Binding]]:
+def onnx_graph(
+    deployed: nn.Module, example_inputs: ExampleInputs, form: Forms, opset: int
+) -> tuple[Any, list[Binding]]:
     """Export a deployed model with its layers in another form.
 
     Args:
         deployed: a deployed model.
         example_inputs: what it is called with; its batch may have any size.
-        form: what stands for each layer.
+        form: what stands for each layer and product.
         opset: version of ONNX's operators.
 
     Returns:
-        An ``onnx_ir.Model``, and the values of each call of a layer in the order of the graph.
+        An ``onnx_ir.Model``, and the values of each call of a layer or product in the order of the graph.
 
     Raises:
         ConfigError: if torch cannot export the model.
-        NotQuantizableError: if a layer has no form in ONNX files, or attention is quantized.
+        NotQuantizableError: if a layer has no form in ONNX files.
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
     require("onnxscript", extra="onnx", purpose="ONNX files")
-    refuse_products(deployed, "an ONNX file")
-    numbers, twin = portable_layers(deployed), copy.deepcopy(deployed)
-    layers = deployed_layers(twin)
-    forms = {name: form(layer, numbers[name], name) for name, layer in layers.items()}
-    twin = replace_modules(twin, {layer: forms[name] for name, layer in layers.items()})
+    numbers, operands, twin = portable_layers(deployed), portable_products(deployed), copy.deepcopy(deployed)
+    layers, products = deployed_layers(twin), deployed_products(twin)
+    forms = {name: form.layer(layer, numbers[name], name) for name, layer in layers.items()}
+    forms |= {name: form.product(name, operands[name]) for name in products}
+    twin = replace_modules(twin, {module: forms[name] for name, module in (layers | products).items()})
     program = exported_program(twin.cpu().eval(), example_inputs)
     settings: dict[str, Any] = {"opset_version": opset, "verbose": False, "external_data": False, "optimize": False}
     with _quiet():
@@ -171,9 +185,9 @@ def _tidy(model: Any, calls: list[Binding]) -> None:  # noqa: ANN401  (as above)
     for index, value in enumerate(outputs):
         _rename(value, "output" if len(outputs) == 1 else f"output_{index}", taken)
     for call in calls:
-        for role, name in _NAMES.items():
+        for role in _ROLES:
             if role in call and call[role] not in outputs:
-                _rename(call[role], full_name(call["name"], name), taken)
+                _rename(call[role], full_name(call["name"], "levels" if role == "weight" else role), taken)
     for node in model.graph:
         node.name = node.outputs[0].name
 

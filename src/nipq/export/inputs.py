@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, NipqError
 from nipq.trace import ExampleInputs
 
 
@@ -25,6 +25,7 @@ def exported_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.e
 
     Raises:
         ConfigError: if torch cannot trace the model.
+        NipqError: what the model's own layers raise.
     """
     args, kwargs = call_arguments(example_inputs)
     samples = _batch((args, kwargs))
@@ -39,6 +40,8 @@ def exported_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.e
     try:
         with torch.no_grad():
             return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except NipqError:
+        raise
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{type(model).__name__}: expected a model that torch.export can trace, found: {error}. "

@@ -1,7 +1,7 @@
 """ONNX files: the portable one (QuantizeLinear, Clip, DequantizeLinear) and QONNX's (Quant).
 
 Both go through torch's exporter and say in their metadata, under the key ``nipq``, which tensors of the graph belong to
-which layer. The metadata are a help to find things; a proof compares the tensors themselves.
+which layer or product. The metadata are a help to find things; a proof compares the tensors themselves.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import nn
 from nipq.deploy.modules import Deployed, DeployedLayer, deployed_layers
 from nipq.errors import require
 from nipq.export.graph import Binding, onnx_graph
-from nipq.export.qcdq import QcdqLayer
-from nipq.export.qonnx import QonnxLayer
+from nipq.export.portable import PortableProduct, input_facts, portable_input, portable_products
+from nipq.export.qcdq import QCDQ
+from nipq.export.qonnx import QONNX
 from nipq.export.report import ExportedLayer
 from nipq.trace import ExampleInputs
 
@@ -60,13 +61,17 @@ def onnx_bytes(
     layers = deployed_layers(deployed)
     containers = {name: _container(layer, pack=pack) for name, layer in layers.items()}
     opset = OPSET_INT2 if "int2" in containers.values() else OPSET
-    model, bindings = onnx_graph(deployed, example_inputs, QcdqLayer, opset)
+    model, bindings = onnx_graph(deployed, example_inputs, QCDQ, opset)
     for binding in bindings:
-        _pack(binding["weight"].producer().inputs[0], containers[binding["name"]])
+        if binding["name"] in layers:
+            _pack(binding["weight"].producer().inputs[0], containers[binding["name"]])
     warnings = [text for kind, text in (("int4", PACKED), ("int2", PACKED_INT2)) if kind in containers.values()]
-    if any(isinstance(layer, DeployedLayer) and layer.input_bits > 8 for layer in layers.values()):
+    products = portable_products(deployed)
+    bits = [layer.input_bits for layer in layers.values() if isinstance(layer, DeployedLayer)]
+    if max([*bits, *(given.bits for operands in products.values() for given in operands.values())], default=0) > 8:
         warnings.append(WIDE)
-    return *_written(model, bindings, layers, "qcdq", opset, containers), tuple(warnings + _batch_warning(model))
+    exported = _written(model, bindings, layers, products, "qcdq", opset, containers)
+    return *exported, tuple(warnings + _batch_warning(model))
 
 
 def qonnx_bytes(
@@ -86,21 +91,27 @@ def qonnx_bytes(
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
     layers = deployed_layers(deployed)
-    model, bindings = onnx_graph(deployed, example_inputs, QonnxLayer, OPSET_QONNX)
-    containers = dict.fromkeys(layers, "float32")
-    return *_written(model, bindings, layers, "qonnx", OPSET_QONNX, containers), tuple(_batch_warning(model))
+    model, bindings = onnx_graph(deployed, example_inputs, QONNX, OPSET_QONNX)
+    containers, products = dict.fromkeys(layers, "float32"), portable_products(deployed)
+    exported = _written(model, bindings, layers, products, "qonnx", OPSET_QONNX, containers)
+    return *exported, tuple(_batch_warning(model))
 
 
 def _written(
     model: Any,  # noqa: ANN401  (the package that knows its type is optional)
     bindings: list[Binding],
     layers: dict[str, Deployed],
+    products: dict[str, PortableProduct],
     form: str,
     opset: int,
     containers: dict[str, str],
 ) -> tuple[bytes, int, tuple[ExportedLayer, ...]]:
-    records = [_record(binding, layers[binding["name"]]) for binding in bindings]
-    model.metadata_props[KEY] = _metadata(form, records).ljust(len(_metadata(form, [_longest(r) for r in records])))
+    about: dict[str, Any] = {"format": form, "version": VERSION}
+    about["layers"] = [_record(call, layers[call["name"]]) for call in bindings if call["name"] in layers]
+    if products:
+        calls = [call for call in bindings if call["name"] in products]
+        about["products"] = [_product_record(call, products[call["name"]]) for call in calls]
+    model.metadata_props[KEY] = _text(about).ljust(len(_text(_longest(about))))
     model.ir_version, model.producer_name, model.producer_version = IR_VERSIONS[opset], "nipq", producer()
     ir = require("onnx_ir", extra="onnx", purpose="ONNX files")
     data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
@@ -117,45 +128,51 @@ def producer() -> str:
     return f"torch {torch.__version__}, onnxscript {exporter.__version__}"
 
 
-def _metadata(form: str, records: list[dict[str, Any]]) -> str:
-    return json.dumps({"format": form, "version": VERSION, "layers": records}, separators=(",", ":"))
+def _text(about: dict[str, Any]) -> str:
+    return json.dumps(about, separators=(",", ":"))
 
 
-def _longest(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with the most digits that a zero point may have: a file's size is not to depend on where it falls."""
-    if record["grid"] != "shifted":
-        return record
-    levels = 2 ** record["input_bits"] - 1
-    return record | {"zero_point": levels, "code_low": -levels, "code_high": levels}
+def _longest(value: Any) -> Any:  # noqa: ANN401  (any JSON)
+    """Metadata with the most digits that zero points may have: a file's size is not to depend on where they fall."""
+    if isinstance(value, list):
+        return [_longest(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("grid") != "shifted":
+        return {key: _longest(inner) for key, inner in value.items()}
+    levels = 2 ** value["input_bits"] - 1
+    return value | {"zero_point": levels, "code_low": -levels, "code_high": levels}
 
 
 def _record(binding: Binding, layer: Deployed) -> dict[str, Any]:
     """What the metadata say of one call of a layer."""
-    weight = binding["weight"].producer().inputs
-    codes, bias = binding.get("codes"), binding.get("bias")
-    scale, zero_point = (None, None) if codes is None else _input_parameters(codes)
-    record = {
+    weight, bias = binding["weight"].producer().inputs, binding.get("bias")
+    return {
         "name": binding["name"],
         "kind": layer.kind,
         "weight": weight[0].name,
         "weight_scale": binding.get("weight_scale", weight[1]).name,
         "bias": None if bias is None else bias.name,
-        "input_scale": scale,
-        "input_zero_point": zero_point,
-        "codes": None if codes is None else codes.name,
+        **_input_names(binding.get("codes")),
         "output": binding["output"].name,
         "weight_bits": layer.weight_bits,
+        **input_facts(portable_input(layer) if isinstance(layer, DeployedLayer) else None),
     }
-    for key in ("input_bits", "grid", "zero_point", "code_low", "code_high"):
-        record[key] = getattr(layer, key, None)
-    return record
 
 
-def _input_parameters(codes: Any) -> tuple[str, str]:  # noqa: ANN401  (as above)
-    """Names of scale and zero point: of the node that reads the codes, or of the Quant that is both in one."""
+def _product_record(binding: Binding, operands: PortableProduct) -> dict[str, Any]:
+    """What the metadata say of one call of a product."""
+    parts = {part: _input_names(binding[f"{part}.codes"]) | input_facts(given) for part, given in operands.items()}
+    return {"name": binding["name"], **parts, "output": binding["output"].name}
+
+
+def _input_names(codes: Any) -> dict[str, str | None]:  # noqa: ANN401  (as above)
+    """Names of scale, zero point and codes: of the node that reads the codes, or of the Quant that is both in one."""
+    if codes is None:
+        return dict.fromkeys(("input_scale", "input_zero_point", "codes"))
     nodes = [codes.producer(), *(node for node, _ in codes.uses())]
     node = next(node for node in nodes if node.op_type in ("Quant", "DequantizeLinear"))
-    return node.inputs[1].name, node.inputs[2].name
+    return {"input_scale": node.inputs[1].name, "input_zero_point": node.inputs[2].name, "codes": codes.name}
 
 
 def _container(layer: Deployed, *, pack: bool) -> str:

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from nipq.deploy.modules import Deployed, take_input
 from nipq.errors import NotQuantizableError
-from nipq.export.graph import LayerForm, mark
-from nipq.export.portable import PortableInput, PortableLayer, plain_kind
+from nipq.export.onnx_input import OnnxInput
+from nipq.export.portable import PortableLayer, plain_kind
 from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table
 
 
-class OnnxLayer(LayerForm):
+class OnnxLayer(OnnxInput):
     """One deployed layer, about to be exported; it can be traced, not run.
 
     Args:
@@ -26,17 +26,15 @@ class OnnxLayer(LayerForm):
 
     weight_scale: Tensor
     bias: Tensor | None
-    input_scale: Tensor
-    input_zero_point: Tensor
 
     def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
-        super().__init__()
+        super().__init__(name, numbers.input)
         if is_table(layer.layer) and not is_plain(layer.layer):
             raise NotQuantizableError(
                 f"{name}: expected an embedding that looks its table up and no more, found {layer.kind} with a forward "
                 f"of its own, which ONNX files do not hold. Use Rule({name!r}, quantize=False) when preparing."
             )
-        self.name, self.shell, self.input = name, layer.layer, numbers.input
+        self.shell = layer.layer
         self._buffers["weight"] = numbers.weight  # past register_buffer, as the attribute is a float view
         self.register_buffer("weight_scale", numbers.weight_scale)
         self.register_buffer("bias", numbers.bias)
@@ -58,13 +56,8 @@ class OnnxLayer(LayerForm):
         return self.integers.to(torch.float32) * along_channels(self.weight_scale, self.shell, self.integers)
 
     def trained(self) -> set[str]:
-        """The numbers of the layer; a zero point only where the grid may be shifted."""
-        names = {"weight", "weight_scale", "bias", "input_scale"}
-        return names | {"input_zero_point"} if self.input is not None and self.input.grid == "shifted" else names
-
-    @abstractmethod
-    def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
-        """The input on its levels, as operators of the format."""
+        """The numbers of the layer, and those of its input."""
+        return {"weight", "weight_scale", "bias"} | super().trained()
 
     @abstractmethod
     def dequantized_weight(self) -> Tensor:
@@ -78,19 +71,18 @@ class OnnxLayer(LayerForm):
             **kwargs: the same by name.
         """
         args, kwargs, x = take_input(args, kwargs)
-        if self.input is not None:
-            x = mark(self.quantized_input(x, self.input), self.name, "input")
-        parts = {"weight": mark(self.dequantized_weight(), self.name, "weight")}
-        bias = None if self.bias is None else mark(self.bias, self.name, "bias")
+        x = self.on_levels(x)
+        parts = {"weight": self.marked(self.dequantized_weight(), "weight")}
+        bias = None if self.bias is None else self.marked(self.bias, "bias")
         inside = self.bias_inside and not self.scale_after
         if inside and bias is not None:
             parts["bias"] = bias
         y: Tensor = torch.func.functional_call(self.shell, parts, (x, *args), kwargs)
         if self.scale_after:
-            y = y * self._along_channels(mark(self.weight_scale, self.name, "weight_scale"))
+            y = y * self._along_channels(self.marked(self.weight_scale, "weight_scale"))
         if not inside and bias is not None:
             y = y + self._along_channels(bias)
-        return mark(y, self.name, "output")
+        return self.marked(y, "output")
 
     def _along_channels(self, values: Tensor) -> Tensor:
         """Shaped to broadcast with the output; no reshape, whose target tools take for a batch and change."""

@@ -10,28 +10,31 @@ formats give the input and the weight a scale of their own, both positive, and m
 A channel whose factor is 0, as its gamma is, gets codes 0 and scale 1: it computes the same, and nobody divides by 0.
 Every number is a function of the deployed layer, so a file can be compared with the model to the bit. The product of
 both scales is the trained one up to its last binary digit; nothing is recomputed from boundaries.
+
+An operand of a product inside attention is what a layer's input is, and is written by the same code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
-from nipq.deploy.products import deployed_products
-from nipq.errors import NonFiniteError, NotQuantizableError
+from nipq.deploy.products import DeployedOperand, deployed_products
+from nipq.errors import NonFiniteError
 from nipq.functional.grid import GridKind
 from nipq.nn.kinds import along_channels, is_plain, kind_of
 
 
 @dataclass(frozen=True)
 class PortableInput:
-    """How a layer's input becomes codes.
+    """How a computed tensor becomes codes: a layer's input, or an operand of a product inside attention.
 
     Attributes:
-        scale: the trained input step, float32, no dimensions.
+        scale: the trained step, float32, no dimensions.
         bits: bit-width.
         grid: kind of grid.
         zero_point: stored code of the value 0.
@@ -53,6 +56,10 @@ class PortableInput:
         """Whether saturation of the container alone is the truncation."""
         info = torch.iinfo(self.dtype)
         return (self.low, self.high) == (info.min, info.max)
+
+
+#: Both operands of a product, by their names in the deployed model: ``"x"`` and ``"y"``.
+PortableProduct = dict[str, PortableInput]
 
 
 @dataclass(frozen=True)
@@ -101,24 +108,7 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
     dead = weight_scale == 0
     sign = torch.where(dead, 0, scale.sign()).to(weight.dtype)
     weight, weight_scale = weight * along_channels(sign, layer.layer, weight), torch.where(dead, 1.0, weight_scale)
-    return PortableLayer(weight, weight_scale, bias, layer.weight_bits, _input(layer))
-
-
-def refuse_products(deployed: nn.Module, format: str) -> None:
-    """Refuse a model whose attention multiplies whole codes.
-
-    Args:
-        deployed: a deployed model.
-        format: what it was to be written as, for the message.
-
-    Raises:
-        NotQuantizableError: naming the first product.
-    """
-    for name in deployed_products(deployed):
-        raise NotQuantizableError(
-            f"{name}: expected layers alone for {format}, which has no form for quantized attention; found a product "
-            "of two computed tensors. Write a packed file (nipq.save) or a program (.pt2), or leave attention_bits out."
-        )
+    return PortableLayer(weight, weight_scale, bias, layer.weight_bits, portable_input(layer))
 
 
 def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
@@ -144,18 +134,57 @@ def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
     return found
 
 
+def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
+    """The numbers of every product inside attention by full name.
+
+    Args:
+        deployed: what ``nipq.convert`` or ``nipq.load`` returned.
+
+    Returns:
+        Name -> operands, in the order of the model; empty unless ``attention_bits`` was set.
+    """
+    return {
+        name: {part: portable_input(operand) for part, operand in product.operands().items()}
+        for name, product in deployed_products(deployed).items()
+    }
+
+
+def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
+    """How the input of a layer, or an operand, becomes codes.
+
+    Args:
+        given: the deployed layer or operand.
+
+    Returns:
+        The numbers; the scale is on the CPU.
+    """
+    step, bits = (given.input_step, given.input_bits) if isinstance(given, DeployedLayer) else (given.step, given.bits)
+    narrow, z = bits <= 8, given.zero_point
+    if given.grid == "signed":
+        dtype = torch.int8 if narrow else torch.int16
+    else:
+        dtype = torch.uint8 if narrow else torch.uint16
+    scale = step.cpu().reshape(()).clone()
+    return PortableInput(scale, bits, given.grid, z, given.code_low + z, given.code_high + z, dtype)
+
+
+def input_facts(given: PortableInput | None) -> dict[str, Any]:
+    """What files say in words of an input; codes count from the value 0.
+
+    Args:
+        given: the input, None when it stays float.
+
+    Returns:
+        Plain numbers and strings by name; all None of an input that stays float.
+    """
+    names = ("input_bits", "grid", "zero_point", "code_low", "code_high")
+    if given is None:
+        return dict.fromkeys(names)
+    z = given.zero_point
+    return dict(zip(names, (given.bits, given.grid, z, given.low - z, given.high - z), strict=True))
+
+
 def plain_kind(layer: nn.Module) -> str | None:
     """The torch class whose forward a layer runs, or None for a subclass with a forward of its own."""
     kind = kind_of(layer)
     return kind.__name__ if kind is not None and is_plain(layer) else None
-
-
-def _input(layer: DeployedLayer) -> PortableInput:
-    narrow = layer.input_bits <= 8
-    if layer.grid == "signed":
-        dtype = torch.int8 if narrow else torch.int16
-    else:
-        dtype = torch.uint8 if narrow else torch.uint16
-    z = layer.zero_point
-    step = layer.input_step.cpu().reshape(()).clone()
-    return PortableInput(step, layer.input_bits, layer.grid, z, layer.code_low + z, layer.code_high + z, dtype)

@@ -27,6 +27,20 @@ class ExportedLayer(NamedTuple):
     input_bits: int | None
 
 
+class ExportedProduct(NamedTuple):
+    """One product inside attention in a file.
+
+    Attributes:
+        name: full name in the model.
+        x_bits: bit-width of the first operand, query or probability.
+        y_bits: bit-width of the second one, key or value.
+    """
+
+    name: str
+    x_bits: int
+    y_bits: int
+
+
 @dataclass(frozen=True)
 class ExportReport:
     """What an export wrote; prints itself.
@@ -38,6 +52,7 @@ class ExportReport:
         opset: version of ONNX's operators, or None.
         layers: the quantized layers.
         warnings: what a reader of this file should know.
+        products: the quantized products inside attention.
     """
 
     path: Path
@@ -46,14 +61,16 @@ class ExportReport:
     opset: int | None
     layers: tuple[ExportedLayer, ...]
     warnings: tuple[str, ...] = ()
+    products: tuple[ExportedProduct, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
-        layers = [layer._asdict() for layer in self.layers]
-        return asdict(self) | {"path": str(self.path), "layers": layers, "warnings": list(self.warnings)}
+        layers, products = ([part._asdict() for part in parts] for parts in (self.layers, self.products))
+        plain = {"path": str(self.path), "layers": layers, "warnings": list(self.warnings), "products": products}
+        return asdict(self) | plain
 
     def table(self) -> Table:
-        """The layers, for a rich console."""
+        """Layers and products, for a rich console."""
         table = Table()
         table.add_column("layer", overflow="fold")
         for heading in ("W bits", "stored as", "A bits"):
@@ -61,6 +78,8 @@ class ExportReport:
         for layer in self.layers:
             inputs = "float" if layer.input_bits is None else str(layer.input_bits)
             table.add_row(layer.name or "(the model)", str(layer.weight_bits), layer.container, inputs)
+        for product in self.products:
+            table.add_row(product.name, "-", "-", f"{product.x_bits} x {product.y_bits}")
         return table
 
     def __str__(self) -> str:

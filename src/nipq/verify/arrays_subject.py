@@ -1,4 +1,4 @@
-"""Plain arrays: every array and fact against the trained ones, then each layer in NumPy's whole numbers.
+"""Plain arrays: every array and fact against the trained ones, then each layer and product in NumPy's whole numbers.
 
 The file holds no wiring, so there is no network to run: E1 and E3 are about one layer at a time, E2 does not exist.
 """
@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nipq.deploy.modules import DeployedLayer, deployed_layers
+from nipq.deploy.products import deployed_products
 from nipq.errors import FileFormatError
 from nipq.export import arrays_reference as reference
-from nipq.export.arrays import FACTS, arrays_bytes
+from nipq.export.arrays import FACTS, PRODUCT, arrays_bytes
 from nipq.trace import ExampleInputs
 from nipq.verify.archive import members, read
 from nipq.verify.evidence import layer_rung
 from nipq.verify.layers import run_forced
+from nipq.verify.places import OPERANDS, place_of
 from nipq.verify.reference import Observation, run_model
 from nipq.verify.result import Rung
 from nipq.verify.static import differences
@@ -78,9 +80,10 @@ class ArraysSubject(Subject):
         for name in [*ours, *(name for name in theirs if name not in ours)]:
             where = name or "the model"
             if name not in ours or name not in theirs:
-                yield name, f"{where}: only the {'trained model' if name in ours else 'file'} quantizes this layer"
+                yield name, f"{where}: only the {'trained model' if name in ours else 'file'} quantizes it"
                 continue
-            fault = next(differences(where, ours[name], theirs[name], "trained", "in the file"), None)
+            sides = (_flat(ours[name]), _flat(theirs[name]))
+            fault = next(differences(where, *sides, "trained", "in the file"), None)
             keys = ours[name]["arrays"].values()
             fault = fault or next((text for key in keys if (text := self._array_difference(key))), None)
             if fault is not None:
@@ -103,7 +106,7 @@ class ArraysSubject(Subject):
         return f"{key}: {int((a != b).sum()):,} of {a.size:,} differ (trained against in the file)"
 
     def observe(self, seen: Observation) -> None:
-        """Compute each layer on a few trained inputs, once.
+        """Compute each layer and product on a few trained inputs, once.
 
         Args:
             seen: the trained model on one piece of data.
@@ -119,29 +122,34 @@ class ArraysSubject(Subject):
             same = same and all(_header(parts[part]) == _header(ours[part]) for part in parts)
             if not same:
                 self.evidence[name].calls_differ = True
-            elif facts["input_bits"] is not None and not facts["custom"]:
+            elif facts["kind"] == PRODUCT or (facts["input_bits"] is not None and not facts["custom"]):
                 layer = facts | {part: _array(data) for part, data in parts.items()}
                 self.computed[name] = max(
                     (self._compute(name, layer, seen, call, y) for call, y in enumerate(exact[name])), default=0.0
                 )
 
-    def _compute(self, name: str, layer: Mapping[str, Any], seen: Observation, call: int, exact: Tensor) -> float:
+    def _compute(self, name: str, layer: dict[str, Any], seen: Observation, call: int, exact: Tensor) -> float:
         """Add one call to the evidence; largest difference from the deployed layer's output."""
-        x = seen.calls.inputs[name][call][:SAMPLES].cpu().float().numpy()
+        inputs, few = {name: layer}, slice(SAMPLES)
+        if layer["kind"] == PRODUCT:
+            inputs = {place_of(name, part): reference.operand(layer, part) for part in OPERANDS}
+            few = _samples(exact, *(seen.calls.inputs[place][call] for place in inputs))
+        given = [seen.calls.inputs[place][call][few].cpu().float().numpy() for place in inputs]
         with np.errstate(all="ignore"):  # numbers that differ may be anything
-            codes = torch.from_numpy(reference.codes(dict(layer), x).astype(np.float32))
-            output = torch.from_numpy(reference.run(dict(layer), x))
-        self.evidence[name].add_codes(seen.calls.codes[name][call][:SAMPLES].cpu(), codes, codes)
-        self.evidence[name].add_output(seen.calls.outputs[name][call][:SAMPLES].cpu(), output)
-        return float((output - exact[:SAMPLES]).abs().max()) if output.numel() else 0.0
+            for (place, facts), x in zip(inputs.items(), given, strict=True):
+                codes = torch.from_numpy(reference.codes(facts, x).astype(np.float32))
+                self.evidence[place].add_codes(seen.calls.codes[place][call][few].cpu(), codes, codes)
+            output = torch.from_numpy(reference.run(layer, *given))
+        self.evidence[name].add_output(seen.calls.outputs[name][call][few].cpu(), output)
+        return float((output - exact[few]).abs().max()) if output.numel() else 0.0
 
     def _exact_outputs(self, seen: Observation) -> dict[str, list[Tensor]]:
-        """Outputs of the deployed layers on the trained inputs."""
+        """Outputs of the deployed layers and products on the trained inputs."""
         kept: dict[str, list[Tensor]] = defaultdict(list)
+        layers = {name: x for name, x in deployed_layers(self.deployed).items() if isinstance(x, DeployedLayer)}
         handles = [
-            layer.register_forward_hook(lambda _layer, _args, y, name=name: kept[name].append(y.clone()))
-            for name, layer in deployed_layers(self.deployed).items()
-            if isinstance(layer, DeployedLayer)
+            module.register_forward_hook(lambda _module, _args, y, name=name: kept[name].append(y.clone()))
+            for name, module in (layers | deployed_products(self.deployed)).items()
         ]
         try:
             run_forced(self.deployed, seen.calls, {}, partial(run_model, inputs=seen.inputs))
@@ -175,6 +183,21 @@ def _facts(found: Mapping[str, bytes], path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, dict) or not all(isinstance(facts, dict) for facts in layers.values()):
         raise FileFormatError(f"{path}: expected {FACTS} with layers by name, found others. Export the model again.")
     return layers
+
+
+def _samples(*tensors: Tensor) -> slice:
+    """A few samples of a product's tensors, if they have them along one first axis; otherwise all."""
+    alike = tensors[0].ndim > 2 and len({(x.ndim, len(x)) for x in tensors}) == 1
+    return slice(SAMPLES if alike else None)
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts with those of operands among them, so that a difference is said of the one that differs."""
+    found: dict[str, Any] = {}
+    for key, value in facts.items():
+        is_operand = key in OPERANDS and isinstance(value, dict)
+        found |= {f"{key}: {inner}": fact for inner, fact in value.items()} if is_operand else {key: value}
+    return found
 
 
 def _header(data: bytes) -> bytes:

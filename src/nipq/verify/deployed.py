@@ -14,6 +14,7 @@ from nipq.deploy.container import WITHOUT_CHECKSUM, read_container
 from nipq.deploy.file import CHECKSUM_BYTES, file_bytes
 from nipq.deploy.load import load
 from nipq.deploy.modules import deployed_layers
+from nipq.deploy.products import deployed_products
 from nipq.errors import FileFormatError
 from nipq.prepare import restore_
 from nipq.verify.distance import logits_of
@@ -54,6 +55,8 @@ class DeployedSubject(Subject):
         """Rung E0: every number, and the file."""
         found = list(trained_differences(self.model, self.deployed))
         numbers: dict[str, Any] = {"layers": len(deployed_layers(self.deployed))}
+        if products := deployed_products(self.deployed):
+            numbers["products"] = len(products)
         if self.file is not None:
             numbers["bytes_promised"] = file_bytes(self.deployed)
             try:

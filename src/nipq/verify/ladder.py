@@ -14,10 +14,11 @@ from torch import nn
 from nipq.calibrate import inputs_of
 from nipq.control import phase_of, set_phase_
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import quantizers, weight_table
+from nipq.layer_table import layer_table, quantizers
 from nipq.phases import Phase
 from nipq.trace import ExampleInputs
 from nipq.verify.opening import Artifact, subject_of
+from nipq.verify.places import places
 from nipq.verify.reference import observations
 from nipq.verify.result import Rung, VerifyResult
 from nipq.verify.subject import Subject
@@ -41,7 +42,8 @@ def verify(
         and its size is the promised one
     E1  layers: on the same input the same codes, and an output within 1e-5 of its largest value; what the trained
         outputs become on the way to the next layer has the same codes there, but for 1e-4 of them (one at least, more
-        above 8 bits) that may flip by one level, as float sums run in another order
+        above 8 bits) that may flip by one level, as float sums run in another order; a product inside attention is a
+        layer with two inputs
     E2  noise: the mean distance of the logits is at most 3 times the trained model's distance to itself when the batch
         size or the kernels change, or what three flipped codes in three samples make, 3 % of the largest logit each;
         top-1 agrees on 99.5 % (on all but one of few), or disagrees at most 3 times as often as the trained model does
@@ -72,11 +74,11 @@ def verify(
     candidates, batches = _sorted_out(artifacts, loader)
     _check(model, candidates, file)
     names = {module: name for name, module in model.named_modules()}
-    rows = {names[row.layer]: row for row, _ in weight_table(model)}
+    rows = {names[row.layer]: row for row in layer_table(model)}
     with _evaluating(model, [artifact for artifact in candidates if isinstance(artifact, nn.Module)]):
         example = _first_inputs(batches)
         packed = None if file is None else Path(file)
-        subjects = [subject_of(artifact, model, rows, example, packed) for artifact in candidates]
+        subjects = [subject_of(artifact, model, places(rows), example, packed) for artifact in candidates]
         rungs = {subject: [subject.static()] for subject in subjects}
         for seen in observations(model, rows, batches):
             for subject in subjects:

@@ -3,7 +3,7 @@
 For E1 the trained model runs in phase ``"round"`` and the input of every layer is kept. The deployed model then runs
 with each layer's input *replaced* by the kept one, so that a layer answers for itself only. What had arrived there is
 looked at first: its codes show all that happened since the layers before, be it a folded batch norm, an activation or a
-sum.
+sum. A product inside attention is a layer with two inputs.
 """
 
 from __future__ import annotations
@@ -17,19 +17,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from nipq.deploy.modules import DeployedLayer, deployed_layers
+from nipq.deploy.products import DeployedOperand, deployed_products
 from nipq.layer_table import LayerRow
 from nipq.nn.quantizer import InputQuantizer
 from nipq.verify.evidence import Evidence
+from nipq.verify.places import place_of, quantizers_at
+
+#: What a deployed layer or product reads: place -> what makes whole codes of it, None where it stays float.
+Reads = dict[str, DeployedLayer | DeployedOperand | None]
 
 
 @dataclass
 class Calls:
-    """What went into each layer and came out, call by call.
+    """What went into each layer or product and came out, call by call.
 
     Attributes:
-        inputs: by layer, before quantization.
-        codes: by layer, the whole codes of those inputs; nothing for layers whose input stays float.
-        outputs: by layer, after the batch norm that is folded into it.
+        inputs: by place, before quantization.
+        codes: by place, the whole codes of those inputs; nothing for layers whose input stays float.
+        outputs: by layer or product, after the batch norm that is folded into it.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
@@ -39,10 +44,10 @@ class Calls:
 
 @contextmanager
 def recording(rows: dict[str, LayerRow]) -> Iterator[Calls]:
-    """Keep what happens in the layers of a trained model while the context lasts.
+    """Keep what happens in the layers and products of a trained model while the context lasts.
 
     Args:
-        rows: layers by name.
+        rows: layers and products by name.
 
     Yields:
         The calls, filled as the model runs.
@@ -50,70 +55,76 @@ def recording(rows: dict[str, LayerRow]) -> Iterator[Calls]:
     calls = Calls()
     handles = []
     for name, row in rows.items():
-        inputs, outputs, batchnorm = calls.inputs[name], calls.outputs[name], None
-        if row.input is None:
-            handles.append(row.layer.register_forward_pre_hook(_keep_first(inputs), with_kwargs=True))
-        else:
-            handles.append(row.input.register_forward_pre_hook(_keep_first(inputs), with_kwargs=True))
-            batchnorm = row.batchnorm
-        handles.append((batchnorm or row.layer).register_forward_hook(_keep_output(outputs)))
+        read: dict[str, nn.Module] = {**quantizers_at(name, row)} or {name: row.layer}
+        for place, module in read.items():
+            handles.append(module.register_forward_pre_hook(_keep_first(calls.inputs[place]), with_kwargs=True))
+        batchnorm = None if row.input is None else row.batchnorm
+        handles.append((batchnorm or row.layer).register_forward_hook(_keep_output(calls.outputs[name])))
     try:
         yield calls
     finally:
         for handle in handles:
             handle.remove()
-    for name, row in rows.items():
-        if row.input is not None:
-            calls.codes[name] = [row.input.codes(x.float()) for x in calls.inputs[name]]
+    for place, quantizer in _quantizers(rows).items():
+        calls.codes[place] = [quantizer.codes(x.float()) for x in calls.inputs[place]]
 
 
 def run_forced(
     deployed: nn.Module, trained: Calls, evidence: dict[str, Evidence], run: Callable[[nn.Module], Any]
 ) -> None:
-    """Run the deployed model with every layer's input replaced by the trained one, and note what differs (E1).
+    """Run the deployed model with the trained inputs in all its layers and products, and note what differs (E1).
 
     Args:
         deployed: the deployed model.
         trained: calls of the trained model in phase ``"round"``.
-        evidence: by layer, added to.
+        evidence: by place, layer and product, added to.
         run: calls a model on the batch.
     """
-    done: dict[str, int] = defaultdict(int)
+    read: dict[str, int] = defaultdict(int)
+    written: dict[str, int] = defaultdict(int)
     handles = []
 
-    def before(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
-        call, seen = done[name], evidence[name]
-        done[name] += 1
-        arrived = first_tensor(args, kwargs)
-        if call >= len(trained.inputs[name]) or trained.inputs[name][call].shape != arrived.shape:
+    def kept(place: str, quantizer: DeployedLayer | DeployedOperand | None, arrived: Tensor) -> Tensor:
+        """The trained input, or what arrived if there is none for this call."""
+        call, seen = read[place], evidence[place]
+        read[place] += 1
+        if call >= len(trained.inputs[place]) or trained.inputs[place][call].shape != arrived.shape:
             seen.calls_differ = True
-            return None
-        kept = trained.inputs[name][call].to(arrived.device)
-        if isinstance(layer, DeployedLayer):
-            codes = trained.codes[name][call].to(arrived.device)
-            seen.add_codes(codes, layer.codes(kept), layer.codes(arrived))
+            return arrived
+        given = trained.inputs[place][call].to(arrived.device)
+        if quantizer is not None:
+            seen.levels = quantizer.code_high - quantizer.code_low
+            codes = trained.codes[place][call].to(arrived.device)
+            seen.add_codes(codes, quantizer.codes(given), quantizer.codes(arrived))
+        return given
+
+    def before(reads: Reads, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        arrived = args[: len(reads)] or (first_tensor(args, kwargs),)
+        given = [kept(place, quantizer, x) for (place, quantizer), x in zip(reads.items(), arrived, strict=True)]
         if args:
-            return (kept, *args[1:]), kwargs
-        return args, {key: kept if value is arrived else value for key, value in kwargs.items()}
+            return (*given, *args[len(reads) :]), kwargs
+        return args, {key: given[0] if value is arrived[0] else value for key, value in kwargs.items()}
 
     def after(name: str, output: Tensor) -> None:
-        call, seen = done[name] - 1, evidence[name]
+        call, seen = written[name], evidence[name]
+        written[name] += 1
         if call >= len(trained.outputs[name]) or trained.outputs[name][call].shape != output.shape:
             seen.calls_differ = True
             return
         seen.add_output(trained.outputs[name][call].to(output.device), output)
 
-    for name, layer in deployed_layers(deployed).items():
-        evidence.setdefault(name, Evidence())
-        handles.append(layer.register_forward_pre_hook(_named(before, name), with_kwargs=True))
-        handles.append(layer.register_forward_hook(lambda _layer, _args, output, name=name: after(name, output)))
+    for name, (module, reads) in _readers(deployed).items():
+        for place in (*reads, name):
+            evidence.setdefault(place, Evidence())
+        handles.append(module.register_forward_pre_hook(_reading(before, reads), with_kwargs=True))
+        handles.append(module.register_forward_hook(lambda _module, _args, output, name=name: after(name, output)))
     try:
         run(deployed)
     finally:
         for handle in handles:
             handle.remove()
-    for name, kept in trained.inputs.items():
-        evidence.setdefault(name, Evidence()).calls_differ |= done[name] != len(kept)
+    for place, expected in trained.inputs.items():
+        evidence.setdefault(place, Evidence()).calls_differ |= read[place] != len(expected)
 
 
 @contextmanager
@@ -121,16 +132,15 @@ def recording_integers(rows: Mapping[str, LayerRow]) -> Iterator[dict[str, list[
     """Keep what the input quantizers return while the context lasts; in phase ``"int"`` whole codes.
 
     Args:
-        rows: layers by name.
+        rows: layers and products by name.
 
     Yields:
-        Codes by layer, call by call.
+        Codes by place, call by call.
     """
-    codes: dict[str, list[Tensor]] = {name: [] for name, row in rows.items() if row.input is not None}
+    codes: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
-        for name, kept in codes.items():
-            quantizer = rows[name].input
-            assert isinstance(quantizer, InputQuantizer)
+        for place, quantizer in _quantizers(rows).items():
+            kept = codes[place] = []
             handle = quantizer.register_forward_hook(lambda _module, _args, output, kept=kept: kept.append(output))
             stack.callback(handle.remove)
         yield codes
@@ -138,25 +148,26 @@ def recording_integers(rows: Mapping[str, LayerRow]) -> Iterator[dict[str, list[
 
 @contextmanager
 def recording_codes(deployed: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Keep the whole codes that go into each deployed layer while the context lasts.
+    """Keep the whole codes that go into each deployed layer and product while the context lasts.
 
     Args:
         deployed: the deployed model.
 
     Yields:
-        Codes by layer, call by call.
+        Codes by place, call by call.
     """
     codes: dict[str, list[Tensor]] = {}
     handles = []
 
-    def keep(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        assert isinstance(layer, DeployedLayer)
-        codes[name].append(layer.codes(first_tensor(args, kwargs)))
+    def keep(reads: Reads, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        arrived = args[: len(reads)] or (first_tensor(args, kwargs),)
+        for (place, quantizer), x in zip(reads.items(), arrived, strict=True):
+            if quantizer is not None:
+                codes[place].append(quantizer.codes(x))
 
-    for name, layer in deployed_layers(deployed).items():
-        if isinstance(layer, DeployedLayer):
-            codes[name] = []
-            handles.append(layer.register_forward_pre_hook(_named(keep, name), with_kwargs=True))
+    for module, reads in _readers(deployed).values():
+        codes |= {place: [] for place, quantizer in reads.items() if quantizer is not None}
+        handles.append(module.register_forward_pre_hook(_reading(keep, reads), with_kwargs=True))
     try:
         yield codes
     finally:
@@ -170,9 +181,9 @@ def compare_codes(
     """Note every code that differs between two runs (E3).
 
     Args:
-        trained: codes by layer of the trained model in phase ``"int"``.
-        deployed: codes by layer of the deployed model.
-        evidence: by layer, added to.
+        trained: codes by place of the trained model in phase ``"int"``.
+        deployed: codes by place of the deployed model.
+        evidence: by place, added to.
     """
     for name in {**trained, **deployed}:
         ours, theirs = trained.get(name, []), deployed.get(name, [])
@@ -190,8 +201,22 @@ def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
-def _named(hook: Callable[..., Any], name: str) -> Callable[..., Any]:
-    return lambda layer, args, kwargs: hook(name, layer, args, kwargs)
+def _quantizers(rows: Mapping[str, LayerRow]) -> dict[str, InputQuantizer]:
+    return {place: found for name, row in rows.items() for place, found in quantizers_at(name, row).items()}
+
+
+def _readers(deployed: nn.Module) -> dict[str, tuple[nn.Module, Reads]]:
+    """Layers and products, and what each reads."""
+    found: dict[str, tuple[nn.Module, Reads]] = {}
+    for name, layer in deployed_layers(deployed).items():
+        found[name] = layer, {name: layer if isinstance(layer, DeployedLayer) else None}
+    for name, product in deployed_products(deployed).items():
+        found[name] = product, {place_of(name, part): operand for part, operand in product.operands().items()}
+    return found
+
+
+def _reading(hook: Callable[..., Any], reads: Reads) -> Callable[..., Any]:
+    return lambda _module, args, kwargs: hook(reads, args, kwargs)
 
 
 def _keep_first(kept: list[Tensor]) -> Callable[..., None]:

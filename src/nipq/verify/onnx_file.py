@@ -40,12 +40,32 @@ class OnnxRecord(BaseModel):
     input_bits: int | None = None
 
 
+class OperandRecord(BaseModel):
+    """What they claim of an operand of a product."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    input_bits: int
+
+
+class ProductRecord(BaseModel):
+    """What they say of one call of a product inside attention."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    name: str
+    output: str
+    x: OperandRecord
+    y: OperandRecord
+
+
 class _About(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
     format: Literal["qcdq", "qonnx"]
     version: Literal[1]
     layers: Annotated[list[OnnxRecord], Field(max_length=100_000)]
+    products: Annotated[list[ProductRecord], Field(max_length=100_000)] = []  # absent where there are none
 
 
 @dataclass
@@ -57,6 +77,7 @@ class OnnxFile:
         model: the parsed file.
         form: ``"qcdq"`` or ``"qonnx"``.
         records: calls of layers, in the order of the graph.
+        products: calls of products inside attention, likewise.
         initialisers: stored tensors by name.
         producers: node by the name of each tensor that it makes.
         consumers: nodes by the name of each tensor that they read.
@@ -66,6 +87,7 @@ class OnnxFile:
     model: ModelProto
     form: Literal["qcdq", "qonnx"]
     records: list[OnnxRecord]
+    products: list[ProductRecord]
     initialisers: dict[str, TensorProto] = field(default_factory=dict)
     producers: dict[str, NodeProto] = field(default_factory=dict)
     consumers: dict[str, list[NodeProto]] = field(default_factory=dict)
@@ -134,7 +156,7 @@ def read_onnx(path: Path) -> OnnxFile:
         ) from error
     about = _about(path, model)
     _check_harmless(path, model)
-    return OnnxFile(path, model, about.format, about.layers)
+    return OnnxFile(path, model, about.format, about.layers, about.products)
 
 
 def _about(path: Path, model: ModelProto) -> _About:

@@ -7,6 +7,7 @@ there stays and reads what arrives from the layers before, which is how the cut 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,23 +26,23 @@ Message = TypeVar("Message", "ModelProto", "NodeProto")
 
 @dataclass(frozen=True)
 class Probe:
-    """Where one call of a layer can be watched in the forced graph.
+    """Where one call of a layer, of a product or of one of its operands can be watched in the forced graph.
 
     Attributes:
-        name: full name of the layer.
-        forced: input of the graph that takes the place of the layer's.
+        name: full name of the layer or product, or the operand's place.
+        forced: input of the graph that takes the place of the layer's; None of a product, whose operands have one each.
         arrived: whole codes of what came from the layers before; None when the input stays float.
         codes: whole codes of the forced input; None when it stays float.
-        output: the layer's output.
+        output: the output of the layer or product; None of an operand.
         zero_point: stored code of the value 0.
     """
 
     name: str
-    forced: str
-    arrived: str | None
-    codes: str | None
-    output: str
-    zero_point: int
+    forced: str | None = None
+    arrived: str | None = None
+    codes: str | None = None
+    output: str | None = None
+    zero_point: int = 0
 
 
 def runnable(file: OnnxFile) -> ModelProto:
@@ -63,20 +64,21 @@ def runnable(file: OnnxFile) -> ModelProto:
     return model
 
 
-def forced(file: OnnxFile, cells: list[Cell]) -> tuple[ModelProto, list[Probe]]:
+def forced(file: OnnxFile, layers: Sequence[Cell], operands: Sequence[Cell]) -> tuple[ModelProto, list[Probe]]:
     """The graph for rung E1.
 
     Args:
         file: a file that was read.
-        cells: its layers.
+        layers: its layers.
+        operands: operands of its products.
 
     Returns:
-        The graph, and a probe for each cell.
+        The graph, and a probe for each cell and each product.
     """
     helper = require("onnx.helper", extra="onnx", purpose="checking ONNX files")
     model = _copy(file.model)
     nodes, probes = list(model.graph.node), []
-    for number, cell in enumerate(cells):
+    for number, cell in enumerate([*layers, *operands]):
         given, kind = f"nipq_forced_{number}", _INT64 if cell.total.op_type == "Gather" else _FLOAT
         model.graph.input.append(helper.make_tensor_value_info(given, kind, None))
         renamed = {cell.source: given}
@@ -95,7 +97,9 @@ def forced(file: OnnxFile, cells: list[Cell]) -> tuple[ModelProto, list[Probe]]:
                 _rename_inputs(node, renamed)
         arrived = _codes_of(cell)
         copied = None if arrived is None else f"nipq_{number}_{arrived}"
-        probes.append(Probe(cell.name, given, arrived, copied, cell.output, int(cell.facts.get("zero point", 0))))
+        output, zero_point = cell.output if number < len(layers) else None, int(cell.facts.get("zero point", 0))
+        probes.append(Probe(cell.name, given, arrived, copied, output, zero_point))
+    probes += [Probe(record.name, output=record.output) for record in file.products]
     _replace(model.graph, [written for node in nodes for written in _written_out(file, node)])
     _watch(file, model, probes)
     for place, entry in enumerate(model.opset_import):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nipq.deploy.modules import Deployed
 from nipq.errors import ConfigError
 from nipq.export.onnx_file import FIXED_BATCH, onnx_bytes, producer, qonnx_bytes
-from nipq.export.portable import PortableLayer
+from nipq.export.portable import PortableInput, PortableLayer
 from nipq.nn.kinds import along_channels
 from nipq.trace import ExampleInputs
 from nipq.verify.onnx_cells import Cell
@@ -24,16 +24,12 @@ PACKED_TYPES = frozenset({21, 22, 25, 26})
 ELEMENT_BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 11: 64, 21: 4, 22: 4, 25: 2, 26: 2}
 
 
-def onnx_differences(
-    cells: Sequence[Cell], layers: Mapping[str, Deployed], numbers: Mapping[str, PortableLayer], form: str
-) -> Iterator[str]:
+def onnx_differences(cells: Sequence[Cell], expected: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
     """Every number of the file that is not the trained one, bit for bit.
 
     Args:
-        cells: layers of the file.
-        layers: deployed layers made from the trained model, in the order of execution.
-        numbers: the same in the form that files hold.
-        form: ``"qcdq"`` or ``"qonnx"``.
+        cells: layers of the file, and operands of products.
+        expected: what a file must hold of each of them, in the order of execution.
 
     Yields:
         One sentence per difference, with the layer's full name.
@@ -41,13 +37,13 @@ def onnx_differences(
     by_name: dict[str, list[Cell]] = {}
     for cell in cells:
         by_name.setdefault(cell.name, []).append(cell)
-    for name in [*layers, *(name for name in by_name if name not in layers)]:
-        if name not in by_name or name not in layers:
-            yield f"{name}: only the {'trained model' if name in layers else 'file'} quantizes this layer"
+    for name in [*expected, *(name for name in by_name if name not in expected)]:
+        if name not in by_name or name not in expected:
+            yield f"{name}: only the {'trained model' if name in expected else 'file'} quantizes it"
             continue
         for cell in by_name[name]:
-            expected = expected_facts(layers[name], numbers[name], form)
-            yield from differences(name, expected, _comparable(cell.facts, expected), "trained", "in the file")
+            facts = _comparable(cell.facts, expected[name])
+            yield from differences(name, expected[name], facts, "trained", "in the file")
 
 
 def expected_facts(layer: Deployed, numbers: PortableLayer, form: str) -> dict[str, Any]:
@@ -67,10 +63,17 @@ def expected_facts(layer: Deployed, numbers: PortableLayer, form: str) -> dict[s
     if form == "qonnx":
         facts["weight scale"] = along_channels(numbers.weight_scale, layer.layer, numbers.weight)
         facts |= {"bits of the weight's Quant": float(numbers.weight_bits), "weight on its levels": True}
-    if numbers.input is None:
-        return facts
-    given = numbers.input
-    facts |= {
+    return facts if numbers.input is None else facts | input_facts(numbers.input, form)
+
+
+def input_facts(given: PortableInput, form: str) -> dict[str, Any]:
+    """What a file of the given form must hold of a layer's input, or of an operand.
+
+    Args:
+        given: its numbers.
+        form: ``"qcdq"`` or ``"qonnx"``.
+    """
+    facts: dict[str, Any] = {
         "step of the input": given.scale.reshape(-1),
         "zero point": given.zero_point,
         "lowest code": given.low,

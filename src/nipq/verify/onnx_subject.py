@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from nipq.deploy.modules import deployed_layers
 from nipq.errors import FileFormatError
-from nipq.export.portable import portable_layers
+from nipq.export.portable import portable_layers, portable_products
 from nipq.export.session import faithful_session
 from nipq.trace import ExampleInputs
 from nipq.verify.evidence import layer_rung
-from nipq.verify.onnx_cells import cells
+from nipq.verify.onnx_cells import cells, operands
 from nipq.verify.onnx_file import read_onnx
 from nipq.verify.onnx_forced import Probe, forced, runnable
-from nipq.verify.onnx_static import onnx_differences, promised_file, weight_bytes
+from nipq.verify.onnx_static import expected_facts, input_facts, onnx_differences, promised_file, weight_bytes
+from nipq.verify.places import place_of
 from nipq.verify.reference import Observation
 from nipq.verify.result import Rung
 from nipq.verify.subject import Subject
@@ -114,9 +115,9 @@ class OnnxSubject(Subject):
         self.failure: str | None = None
         self.file = read_onnx(path)
         try:
-            self.cells = cells(self.file)
+            self.cells, self.operands = cells(self.file), operands(self.file)
             whole = runnable(self.file)
-            model, self.probes = forced(self.file, self.cells)
+            model, self.probes = forced(self.file, self.cells, self.operands)
         except FileFormatError:
             raise
         except (LookupError, ValueError, TypeError, RuntimeError, OverflowError, StopIteration) as error:
@@ -127,7 +128,7 @@ class OnnxSubject(Subject):
         super().__init__(path.name, OnnxModule(self._session(whole), path), layers, is_file=True)
         # What is forced has the sizes of the trained model's tensors, of which the graph's own sizes know nothing.
         self.forced = self._session(model, reuse_memory=False)
-        for cell in self.cells:
+        for cell in (*self.cells, *self.operands):
             if cell.name in self.evidence:
                 evidence = self.evidence[cell.name]
                 evidence.levels = cell.facts.get("highest code", 0) - cell.facts.get("lowest code", 0)
@@ -140,17 +141,22 @@ class OnnxSubject(Subject):
 
     def static(self) -> Rung:
         """Rung E0: integers, scales, zero points and limits of the graph itself, and bytes of the weights."""
-        layers, numbers = deployed_layers(self.deployed), portable_layers(self.deployed)
-        ordered = {name: layers[name] for name in self.evidence if name in layers}
-        found = list(onnx_differences(self.cells, ordered, numbers, self.file.form))
+        layers, numbers, form = deployed_layers(self.deployed), portable_layers(self.deployed), self.file.form
+        facts = {name: expected_facts(layer, numbers[name], form) for name, layer in layers.items()}
+        products = portable_products(self.deployed)
+        for name, product in products.items():
+            facts |= {place_of(name, part): input_facts(given, form) for part, given in product.items()}
+        expected = {place: facts[place] for place in self.evidence if place in facts}
+        found = list(onnx_differences([*self.cells, *self.operands], expected))
         promised, stored = weight_bytes(self.file, numbers, self.file.form)
         if stored > promised:
             found.append(f"{stored:,} bytes of weights, promised {promised:,}")
         size, whole = self.path.stat().st_size, None if found else promised_file(self.file, self.deployed, self.example)
         if whole is not None and size > whole:
             found.append(f"{size:,} bytes on disk, promised {whole:,}")
-        facts = {
+        counted = {
             "layers": len({cell.name for cell in self.cells}),
+            **({"products": len(products)} if products else {}),
             **({} if whole is None else {"bytes_promised": whole}),
             "bytes_found": size,
             "weight_bytes_promised": promised,
@@ -158,7 +164,7 @@ class OnnxSubject(Subject):
             "differences": len(found),
         }
         claim = "integers, scales, zero points, limits of the graph"
-        return Rung("E0 static", claim, not found, facts, found[0] if found else None)
+        return Rung("E0 static", claim, not found, counted, found[0] if found else None)
 
     def observe(self, seen: Observation) -> None:
         """Add one piece of data to the evidence, until the file fails to run.
@@ -188,6 +194,8 @@ class OnnxSubject(Subject):
         )
         feed = arrays(self.forced, args, kwargs)
         for probe in self.probes:
+            if probe.forced is None:
+                continue
             calls = seen.calls.inputs.get(probe.name, [])
             if done[probe.name] >= len(calls):
                 self._differently(probe.name)
@@ -206,12 +214,13 @@ class OnnxSubject(Subject):
 
     def _compare(self, probe: Probe, seen: Observation, call: int, found: Mapping[str, NDArray[Any]]) -> None:
         evidence = self.evidence[probe.name]
-        output = torch.from_numpy(found[probe.output])
-        expected = seen.calls.outputs[probe.name][call].cpu().float()
-        if output.shape != expected.shape:
-            evidence.calls_differ = True
-            return
-        evidence.add_output(expected, output)
+        if probe.output is not None:
+            output = torch.from_numpy(found[probe.output])
+            expected = seen.calls.outputs[probe.name][call].cpu().float()
+            if output.shape != expected.shape:
+                evidence.calls_differ = True
+                return
+            evidence.add_output(expected, output)
         codes = seen.calls.codes.get(probe.name)
         if codes and probe.arrived is not None and probe.codes is not None:
             same, arrived = (_relative(found[name], probe.zero_point) for name in (probe.codes, probe.arrived))

@@ -14,6 +14,7 @@ from nipq.layer_table import LayerRow, layer_table, weight_table
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight
+from nipq.verify.places import OPERANDS
 
 
 def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
@@ -37,8 +38,8 @@ def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
     for name in layers.keys() - rows.keys():
         yield f"{name}: the deployed model quantizes this layer, the trained one does not"
     products = deployed_products(deployed)
-    trained = {row.name: row for row in layer_table(model) if row.spec.is_product}
-    for name in trained.keys() | products.keys():
+    trained = {names[row.layer]: row for row in layer_table(model) if row.spec.is_product}
+    for name in dict.fromkeys((*trained, *products)):
         ours = {} if name not in trained else _trained_operands(trained[name])
         theirs = {} if name not in products else _deployed_operands(products[name])
         yield from differences(name, ours, theirs)
@@ -64,7 +65,7 @@ def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
     for name in saved.keys() & back.keys():
         yield from differences(name, deployed_facts(saved[name]), deployed_facts(back[name]), "saved", "in the file")
     products, again = deployed_products(deployed), deployed_products(loaded)
-    for name in products.keys() | again.keys():
+    for name in dict.fromkeys((*products, *again)):
         one, other = (_deployed_operands(part[name]) if name in part else {} for part in (products, again))
         yield from differences(name, one, other, "saved", "in the file")
     ours, theirs = (_outside([*saved, *back], deploy_state(part)) for part in (deployed, loaded))
@@ -73,7 +74,7 @@ def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
 
 def _trained_operands(row: LayerRow) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for part, quantizer in (("x", row.input), ("y", row.weight)):
+    for part, quantizer in zip(OPERANDS, (row.input, row.weight), strict=True):
         assert quantizer is not None
         low, high = quantizer.code_range()
         whole = (quantizer.bits_rounded, int(quantizer.zero_point()), int(low), int(high))
@@ -83,7 +84,7 @@ def _trained_operands(row: LayerRow) -> dict[str, Any]:
 
 def _deployed_operands(product: DeployedProduct) -> dict[str, Any]:
     facts: dict[str, Any] = {}
-    for part, operand in (("x", product.x), ("y", product.y)):
+    for part, operand in product.operands().items():
         whole = (operand.bits, operand.zero_point, operand.code_low, operand.code_high)
         facts |= _operand(part, operand.step, operand.grid, whole)
     return facts
