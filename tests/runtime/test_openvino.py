@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nipq.calibrate import calibrate_
 from nipq.config import Config
+from nipq.control import set_bits_
 from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, FileFormatError
 from nipq.export.api import export
@@ -19,6 +20,7 @@ from nipq.layer_table import quantizers
 from nipq.prepare import prepare_
 from nipq.runtime.openvino import PRECISION, openvino_model
 from nipq.verify import verify
+from tests.attention_net import MIX, SCORES, X, prepared
 
 pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
@@ -147,3 +149,20 @@ def test_a_file_that_cannot_be_compiled_is_refused(folder: Path, tmp_path: Path)
     onnx.save(model, tmp_path / "model.onnx")
     with pytest.raises(FileFormatError, match="expected"):
         openvino_model(tmp_path / "model.onnx", INPUTS)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 9])
+def test_attention_is_multiplied_on_its_levels_up_to_8_bits(tmp_path: Path, bits: int) -> None:
+    set_bits_(model := prepared(Config(attention_bits=(2, 16))), {"*": 4, "*.attention_products.*": bits})
+    deployed, path = convert(model.eval()), tmp_path / "model.onnx"
+    export(deployed, path, X)
+    compiled = openvino_model(path, X, threads=1)
+    said = [warning for warning in compiled.warnings if "drops the quantizer of 9-bit operands" in warning]
+    if bits > 8:
+        assert [warning.split(": O")[0] for warning in said] == [f"{n}: {part}" for n in (SCORES, MIX) for part in "xy"]
+        return
+    assert said == []
+    result = verify(model, compiled, loader=[X])
+    assert result, str(result)
+    with torch.no_grad():
+        assert torch.allclose(torch.as_tensor(compiled(X)), deployed(X), rtol=0, atol=1e-5)

@@ -15,7 +15,7 @@ from nipq.errors import FileFormatError, require
 from nipq.export.inputs import call_arguments
 from nipq.runtime.compiled import CompiledModel, Kernel
 from nipq.trace import ExampleInputs
-from nipq.verify.onnx_cells import Cell, cells
+from nipq.verify.onnx_cells import Cell, cells, operands
 from nipq.verify.onnx_file import OnnxFile, read_onnx
 
 #: Kinds of node in OpenVINO's execution graph that sum products.
@@ -177,4 +177,8 @@ def _warnings(file: OnnxFile, found: Sequence[Cell]) -> list[str]:
             warnings.append(f"{cell.name}: OpenVINO drops the quantizer of {bits}-bit inputs, and the result differs")
         elif cell.quantizer and readers[cell.source] > 1:
             warnings.append(f"{cell.name}: reads the same tensor as another layer and may run in floats")
-    return warnings
+    wide = {cell.name: bits for cell in operands(file) if (bits := cell.facts.get("input bits") or 0) > 8}
+    return warnings + [
+        f"{name}: OpenVINO drops the quantizer of {bits}-bit operands, and the result differs"
+        for name, bits in wide.items()
+    ]
