@@ -12,8 +12,8 @@ from torch import nn
 import nipq
 
 
-def prepared(subject: Any) -> nn.Module:
-    model = nipq.prepare_(subject.build(), subject.batch)
+def prepared(subject: Any, attention_bits: Any) -> nn.Module:
+    model = nipq.prepare_(subject.build(), subject.batch, nipq.Config(attention_bits=attention_bits))
     nipq.calibrate_(model, [subject.batch]).eval()
     nipq.set_bits_(model, 5)
     if hasattr(model, "config") and hasattr(model.config, "use_cache"):
@@ -21,9 +21,10 @@ def prepared(subject: Any) -> nn.Module:
     return model
 
 
-def check(subject: Any, path: Path) -> None:
-    model = prepared(subject)
-    nipq.export(nipq.convert(model), path, subject.batch)
+def check(subject: Any, path: Path, attention_bits: Any = None) -> None:
+    model = prepared(subject, attention_bits)
+    report = nipq.export(nipq.convert(model), path, subject.batch)
+    assert bool(report.products) == (attention_bits is not None)
     result = nipq.verify(model, path, loader=[subject.batch])
     assert result, str(result)
 
@@ -38,3 +39,16 @@ def test_arrays_hold_every_layer(subject: SimpleNamespace, tmp_path: Path) -> No
 def test_graphs_hold_the_whole_model(model: str, name: str, model_named: Any, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     check(model_named(model), tmp_path / name)
+
+
+@pytest.mark.parametrize("model", ["bert", "distilbert", "llama", "timm vit"])
+def test_arrays_hold_attention(model: str, model_named: Any, tmp_path: Path) -> None:
+    check(model_named(model), tmp_path / "model.npz", (2, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.onnx", "model.qonnx.onnx"])
+@pytest.mark.parametrize("model", ["bert", "distilbert", "vit", "timm vit", "gpt2", "llama", "swin"])
+def test_graphs_hold_attention(model: str, name: str, model_named: Any, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    check(model_named(model), tmp_path / name, (2, 8))
