@@ -91,7 +91,7 @@ def test_from_search_to_file(tmp_path: Path) -> None:
     search = nipq.Search(model, budget, 2)
     (model.train()(X).square().mean() + search.penalty()).backward()
     untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    assert untouched == ["inner.qkv.quantization.input.alpha_raw"]  # of the model's own input, which stays as calibrated
+    assert untouched == ["inner.qkv.quantization.input.alpha_raw"]  # the model's own input's, as calibrated
     assignment = nipq.freeze_bits_(model, budget)
     assert {f"{SCORES}.query", f"{SCORES}.key", f"{MIX}.probability", f"{MIX}.value"} < assignment.bits.keys()
     set_phase_(model, "round")
