@@ -96,6 +96,7 @@ def test_the_default_and_narrower_settings_pass(target: str) -> None:
     [
         ({"weight_bits": (2, 9)}, "found weight_bits of up to 9; lower them, or leave target out"),
         ({"activation_bits": {4, 16}}, "found activation_bits of up to 16"),
+        ({"attention_bits": (4, 9)}, "found attention_bits of up to 9"),
         ({"input_bits": 10}, "found input_bits of up to 10"),
         ({"rules": [Rule("head.*", weight_bits=12)]}, r"found rule 'head\.\*': weight_bits of up to 12"),
         ({"rules": [Rule("a", activation_bits=(8, 9))], "weight_bits": 16}, "weight_bits of up to 16, rule 'a': activ"),

@@ -266,6 +266,7 @@ class Config(Settings):
     def _within_target(self) -> Self:
         most, names = MOST_BITS.get(self.target, 16), ("weight_bits", "activation_bits")
         asked = {name: getattr(self, name).max for name in names} | {"input_bits": self.input_bits}
+        asked["attention_bits"] = None if self.attention_bits is None else self.attention_bits.max
         for rule in self.rules:
             given = {name: getattr(rule, name) for name in names}
             asked |= {f"rule {rule.pattern!r}: {name}": bits.max for name, bits in given.items() if bits is not None}
