@@ -33,8 +33,9 @@ Key = tuple[str, str]
 def faster_layout(network: Network) -> str:
     """The memory format in which the float network trains faster."""
     tasks = {layout: prepared(FLOAT, network, layout).step for layout in network.layouts}
-    samples = interleaved(tasks, 3, large=True)
-    return min(tasks, key=lambda layout: quartiles(samples[layout]).median)
+    samples = interleaved(tasks, 9, large=True)
+    first = samples[network.layouts[0]]
+    return min(tasks, key=lambda layout: ratio(samples[layout], first).median)
 
 
 def trainings(network: Network, variants: list[str], faster: str) -> tuple[dict[Key, Training], list[str]]:
