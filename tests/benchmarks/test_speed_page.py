@@ -47,8 +47,8 @@ def test_a_network_has_one_line_for_each_variant_and_format(steps: dict[str, Any
 
 def test_goals_are_compared_with_what_was_found(steps: dict[str, Any]) -> None:
     text = goals_table({"training_step": steps})
-    assert "| MobileNet-v2, step / float step | 1.25 | 1.20 | reached |" in text
-    assert "| MobileNet-v2, step with empirical noise / with uniform | 1.30 | 1.50 | **missed** |" in text
+    assert "| MobileNet-v2, step / float step, one thread | 1.25 | 1.20 | reached |" in text
+    assert "| MobileNet-v2, step with empirical noise / with uniform, one thread | 1.30 | 1.50 | **missed** |" in text
     assert "| MobileNet-v2, saved bytes / float's | 0.80 | 0.50 | reached |" in text
     assert "ResNet" not in text  # not measured
     assert "compiled" not in text
