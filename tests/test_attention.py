@@ -195,7 +195,6 @@ def test_a_file_with_half_an_attention_is_refused(tmp_path: Path) -> None:
     ("target", "bits", "said"),
     [
         ("openvino", 8, None),
-        ("openvino", (2, 9), "of more than 8 bits, whose quantizers OpenVINO drops"),
         ("inductor", 8, "which Inductor computes in floats, exactly and slowly"),
         ("onnxruntime", (2, 16), None),
     ],

@@ -27,7 +27,7 @@ Init = Literal["mse", "max", "lsq", "release"]
 Target = Literal["onnxruntime", "openvino", "inductor"]
 
 #: Most bits of weights and inputs that a runtime computes in integers and as trained; one that is not here takes all.
-MOST_BITS: dict[Target | None, int] = {"openvino": 8, "inductor": 8}
+_TARGET_BITS: dict[Target | None, int] = {"openvino": 8, "inductor": 8}
 
 
 class Settings(BaseModel):
@@ -264,7 +264,7 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _within_target(self) -> Self:
-        most, names = MOST_BITS.get(self.target, 16), ("weight_bits", "activation_bits")
+        most, names = _TARGET_BITS.get(self.target, 16), ("weight_bits", "activation_bits")
         asked = {name: getattr(self, name).max for name in names} | {"input_bits": self.input_bits}
         asked["attention_bits"] = None if self.attention_bits is None else self.attention_bits.max
         for rule in self.rules:

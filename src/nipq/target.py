@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from nipq.config import MOST_BITS, Target
+from nipq.config import Target
 from nipq.nn.layers import LayerSpec
 from nipq.plan import LayerPlan
 
@@ -37,11 +37,8 @@ def target_notes(
         return
     for name, (spec, plan) in plans.items():
         if spec.is_product:
-            wide = plan.activation_bits is not None and plan.activation_bits.max > MOST_BITS[target]
             if target == "inductor":
                 yield name, "it is a product inside attention, which Inductor computes in floats, exactly and slowly"
-            elif wide:
-                yield name, "it is a product inside attention of more than 8 bits, whose quantizers OpenVINO drops"
             continue
         if spec.is_table:
             continue  # looked up everywhere

@@ -95,6 +95,7 @@ def test_a_prepared_model_is_measured_at_its_quantized_weights() -> None:
             plain[place].weight.copy_(model[place].weight)  # Q(w)
             plain[place].bias.copy_(model[place].bias)
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    learned = [p.requires_grad for p in model.parameters()]
     loss = nn.CrossEntropyLoss()
     found = curvature(model, batches, loss, probes=3)
     assert found == curvature(plain, batches, loss, probes=3)
@@ -103,7 +104,7 @@ def test_a_prepared_model_is_measured_at_its_quantized_weights() -> None:
     assert float_found == curvature(float_twin(model, quantized=False), batches, loss, probes=3)
     assert float_found.total.trace != found.total.trace
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == learned
 
 
 def test_the_seed_decides_the_probes() -> None:

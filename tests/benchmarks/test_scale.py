@@ -21,8 +21,9 @@ POINT = {
 
 def test_a_quantizer_takes_two_numbers_and_what_its_optimizer_keeps() -> None:
     found = memory(10)
-    learned = 2 * 20 - 1  # the model's own input has fixed bits
-    assert (found["parameters"], found["gradients"], found["adam"]) == (4 * learned, 4 * learned, 8 * learned)
+    numbers = 2 * 20 - 1  # the model's own input has fixed bits
+    learned = numbers - 1  # and its boundary stays as calibrated
+    assert (found["parameters"], found["gradients"], found["adam"]) == (4 * numbers, 4 * learned, 8 * learned)
     assert found["python"] > 0
 
 

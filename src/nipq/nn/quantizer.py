@@ -106,7 +106,7 @@ class TensorQuantizer(QuantizerParameters):
             )
         if self.phase is Phase.INT:
             return self.codes(widened(x))
-        if self.estimator.follows(self.role):
+        if self.estimator.follows(self.role) and not self.alpha_raw.requires_grad:
             self._follow(x)
         if not self.training:
             return quantize(x, self._spread(self.alpha, x.ndim), self._whole_bits(), self.grid)
