@@ -43,6 +43,26 @@ def test_every_layer_runs_in_integers_and_the_task_agrees(trained: Any, folder: 
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+class Residual(nn.Module):
+    """Of linear layers without bias, whose scale OpenVINO moves behind the sum; the kernel's name goes with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.one(x.relu())
+        return x + self.two(nn.functional.layer_norm(x, (16,)))
+
+
+def test_a_layer_is_found_by_its_weight_where_its_kernel_was_renamed(tmp_path: Path) -> None:
+    x = torch.randn(2, 4, 16)
+    model = calibrate_(prepare_(Residual(), x, Config(weight_bits=4, activation_bits=8)), [x])
+    export(convert(model.eval()), tmp_path / "model.onnx", x)
+    kernels = openvino_model(tmp_path / "model.onnx", x).kernels
+    assert [(kernel.name, kernel.integer) for kernel in kernels] == [("one", True), ("two", True)]
+
+
 def test_another_batch_size_is_compiled_when_it_comes(trained: Any, folder: Path) -> None:
     """Not left open: with an open batch size a residual sum in deeper nets reads what was overwritten."""
     model, data = trained

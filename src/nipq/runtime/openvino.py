@@ -141,10 +141,17 @@ def _kernels(compiled: Any, found: Sequence[Cell]) -> list[Kernel]:  # noqa: ANN
     # What is fused may be called after the node or after the tensor that leaves the layer.
     marks = {_mark(number): number for number in range(len(found))}
     marks |= {cell.output: number for number, cell in enumerate(found)}
+    # Where a layer's last factor was moved behind a residual sum its kernel has a name of the runtime's own.
+    calls = Counter(cell.stored for cell in found)
+    weights = {cell.stored: number for number, cell in enumerate(found) if calls[cell.stored] == 1}
     seen: dict[int, tuple[str, str]] = {}
     for node in compiled.get_runtime_model().get_ops():
         facts = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
         kind, known = facts.get("layerType"), (facts.get("runtimePrecision", "?"), facts.get("primitiveType", "?"))
+        if kind in SUMS and node.get_input_size() > 1:
+            number = weights.get(node.input_value(1).get_node().get_friendly_name())
+            if number is not None:
+                seen[number] = known
         for original in facts.get("originalLayersNames", "").split(","):
             head, _, tail = original.partition("/")
             number = marks.get(original, marks.get(head))

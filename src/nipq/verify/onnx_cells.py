@@ -31,6 +31,7 @@ class Cell:
         name: full name of the layer, or the operand's place.
         quantizer: nodes from the float input to the quantized one, in order; empty when the input stays float.
         codes: tensor that holds the whole codes; None when the input stays float, or in QONNX, which has none.
+        stored: stored tensor of the weight's codes; None for an operand of a product.
         source: tensor that goes into the quantizer, or into the sum if there is none.
         total: node that sums, or looks up.
         output: tensor that leaves the layer or the product.
@@ -40,6 +41,7 @@ class Cell:
     name: str
     quantizer: tuple[NodeProto, ...]
     codes: str | None
+    stored: str | None
     source: str
     total: NodeProto
     output: str
@@ -83,7 +85,7 @@ def _product(file: OnnxFile, record: ProductRecord) -> list[Cell]:
         raise file.error(record.name, f"a product that makes {record.output!r}", found)
     parts = zip(("x", "y"), total.input, (record.x, record.y), strict=True)
     return [
-        _reading(file, place_of(record.name, part), data, total, record.output, {}, about.input_bits)
+        _reading(file, place_of(record.name, part), data, None, total, record.output, {}, about.input_bits)
         for part, data, about in parts
     ]
 
@@ -94,13 +96,14 @@ def _cell(file: OnnxFile, record: OnnxRecord) -> Cell:
     facts = {"weight bits": record.weight_bits} | _weight_facts(file, weight, scales, record.name)
     parts = [file.values(name, record.name).reshape(-1) for name in [*total.input[2:3], *biases] if name]
     facts["bias"] = sum(parts[1:], parts[0]) if parts else None
-    return _reading(file, record.name, data, total, record.output, facts, record.input_bits)
+    return _reading(file, record.name, data, weight.input[0], total, record.output, facts, record.input_bits)
 
 
 def _reading(
     file: OnnxFile,
     name: str,
     data: str,
+    stored: str | None,
     total: NodeProto,
     output: str,
     facts: dict[str, Any],
@@ -111,9 +114,9 @@ def _reading(
     if quantizer is None:
         while data in file.producers and file.producers[data].op_type == "Pad":
             data = file.producers[data].input[0]
-        return Cell(name, (), None, data, total, output, facts)
+        return Cell(name, (), None, stored, data, total, output, facts)
     facts |= quantizer.facts | {"input bits": bits}
-    return Cell(name, quantizer.nodes, quantizer.codes, quantizer.nodes[0].input[0], total, output, facts)
+    return Cell(name, quantizer.nodes, quantizer.codes, stored, quantizer.nodes[0].input[0], total, output, facts)
 
 
 def _sum_before(file: OnnxFile, record: OnnxRecord) -> tuple[NodeProto, list[str], list[str]]:
