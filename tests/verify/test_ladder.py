@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save as to_bytes
@@ -22,7 +23,7 @@ from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import quantizers
 from nipq.prepare import prepare_
 from nipq.verify import VerifyResult, verify
-from nipq.verify.distance import Distance, labels_of, logits_of
+from nipq.verify.distance import Distance, labels_of, logits_of, most_by_chance
 from nipq.verify.evidence import Evidence
 
 Make = Callable[..., tuple[nn.Module, list[Any]]]
@@ -240,10 +241,20 @@ def test_decisions_must_agree_unless_the_trained_model_disagrees_with_itself() -
         distance.add(logits, other, other, None)
         return distance.rung({}).passed
 
-    assert passes(5, 0)
-    assert not passes(6, 0)
-    assert passes(30, 10)
-    assert not passes(31, 10)
+    assert passes(10, 0)  # 0.5 % are 5; more than 10 come by chance in 1.4 % of cases
+    assert not passes(11, 0)
+    assert passes(42, 10)  # 3 times 10, and what chance adds
+    assert not passes(43, 10)
+
+
+def test_chance_fails_a_right_model_seldom_and_a_wrong_one_nearly_always() -> None:
+    draws = np.random.default_rng(0).binomial  # independent of the Poisson law that the limit comes from
+    for samples in (8, 64, 500, 10_000):
+        limit = most_by_chance(0.005 * samples)
+        right, wrong = draws(samples, 0.005, 20_000), draws(samples, 0.05, 20_000)
+        assert (right > limit).mean() < 0.02 + 4 * (0.02 / 20_000) ** 0.5
+        assert samples < 500 or (wrong > limit).mean() > 0.99
+    assert most_by_chance(0) == 1
 
 
 def test_labels_are_found_where_loaders_put_them() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from scipy.special import pdtrik
 from torch import Tensor
 
 from nipq.errors import ConfigError
@@ -15,11 +17,13 @@ from nipq.verify.result import Rung
 TIMES_OWN_NOISE = 3.0
 #: What a single flipped code was seen to move one sample's logits by, relative to the largest logit.
 ONE_FLIP = 0.03
-#: Flips that may happen to one model and not to the other: where one is expected, more than three come in 2 % of cases.
+#: How often chance may fail a right model; counts are held against what it leaves, not against what is expected.
+FALSE_ALARMS = 0.02
+#: Flips that may happen to one model and not to the other: where one is expected, more come in 2 % of cases.
 CHANCE_FLIPS = 3
 #: Float32 roundings of the logits themselves, relative to the largest one.
 ROUNDING = 1e-6
-#: Share of samples on which the two must decide alike, unless the trained model itself does not.
+#: Share of decisions that must be alike in the long run, unless the trained model's own are not.
 AGREEMENT = 0.995
 
 
@@ -98,8 +102,12 @@ class Distance:
         faults = []
         if not apart <= limit:
             faults.append(f"the logits are {apart:.3g} of the largest apart, more than {limit:.3g}")
-        if self.disagreements > max(1, int(allowed * self.decisions)):
-            faults.append(f"{self.disagreements:,} of {self.decisions:,} decisions differ")
+        most = most_by_chance(allowed * self.decisions)
+        if self.disagreements > most:
+            faults.append(
+                f"{self.disagreements:,} of {self.decisions:,} decisions differ, more than the {most:,} that chance "
+                f"makes of {allowed:.2%}"
+            )
         numbers = {
             "samples": self.samples,
             "distance": apart,
@@ -109,6 +117,15 @@ class Distance:
         }
         claim = "logits, against the trained model's own noise"
         return Rung("E2 noise", claim, not faults, numbers | dict(scores), "; ".join(faults) or None)
+
+
+def most_by_chance(expected: float) -> int:
+    """The count that a Poisson count exceeds with a probability of at most ``FALSE_ALARMS``; at least 1.
+
+    Args:
+        expected: the count's mean.
+    """
+    return max(1, math.ceil(float(pdtrik(1 - FALSE_ALARMS, expected))))
 
 
 def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model returns)
