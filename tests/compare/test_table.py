@@ -12,7 +12,7 @@ from scipy import stats
 
 from nipq.compare.cells import expand
 from nipq.compare.grid import Grid
-from nipq.compare.show import markdown, notes, prefixed, verdict_line
+from nipq.compare.show import headings, markdown, notes, prefixed, verdict_line
 from nipq.compare.table import Comparison, Estimate, compare, tabulate
 from nipq.errors import ConfigError
 
@@ -173,6 +173,13 @@ def test_the_verdict_in_words(make_grid: MakeGrid, table: Table) -> None:
     assert line == "ours minus the best rival, rival: +9.95 ± 0.64 points (95 % interval, 2 seeds paired): better"
     single = table(make_grid(), {"ours": [90.0], "rival": [80.0]})
     assert str(verdict_line(single.blocks[0], single)).endswith("+10.00 points (one seed, no interval)")
+
+
+def test_a_pure_number_has_no_unit(make_grid: MakeGrid, table: Table) -> None:
+    correlation = {"name": "spearman", "unit": "", "higher_is_better": True}
+    found = table(make_grid(), {"ours": [0.75], "rival": [0.5]}, metric=correlation)
+    assert headings(found)[2] == "spearman"
+    assert str(verdict_line(found.blocks[0], found)).endswith("rival: +0.2500 (one seed, no interval)")
 
 
 @pytest.mark.parametrize(

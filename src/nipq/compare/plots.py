@@ -67,7 +67,7 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
     arrow = "higher" if metric.higher_is_better else "lower"
     with drawn(path, width=2.2 + 4.4 * len(panels), height=4.2) as figure:
         grid = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        grid[0].set_ylabel(f"test {metric.name} [{metric.unit}], {arrow} is better")
+        grid[0].set_ylabel(f"test {metric.title}, {arrow} is better")
         for axes, (heading, place) in zip(grid, panels, strict=True):
             places = [x for row in _rows(comparison) if (x := place(row)) is not None]
             low, span = min(places), max(places) - min(places)

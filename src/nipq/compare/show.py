@@ -24,7 +24,7 @@ def headings(comparison: Comparison) -> list[str]:
     """Headings of the columns of :func:`cells_of`."""
     metric = comparison.metric
     return [
-        "row", "seeds", f"{metric.name} [{metric.unit}]", "minus float", f"{comparison.baseline} minus row",
+        "row", "seeds", metric.title, "minus float", f"{comparison.baseline} minus row",
         "bits W/A", "BOPs", "bytes", "verified", "s / step", "x float",
     ]  # fmt: skip
 
@@ -82,7 +82,7 @@ def verdict_line(block: Block, comparison: Comparison) -> str | None:
     difference = verdict.difference
     number = interval(difference, _digits(comparison), sign=True)
     unit = "points" if metric.unit == "%" else metric.unit
-    text = f"{verdict.baseline} minus the best rival, {verdict.rival}: {number} {unit}"
+    text = f"{verdict.baseline} minus the best rival, {verdict.rival}: {number} {unit}".rstrip()
     if difference.half is None:
         return f"{text} (one seed, no interval)"
     said = {"better": "better", "worse": "worse", "open": "not decided, the interval holds 0"}[verdict.outcome]

@@ -29,6 +29,11 @@ class Metric:
     unit: str = "%"
     higher_is_better: bool = True
 
+    @property
+    def title(self) -> str:
+        """Name and unit, for headings and axes; a pure number has no unit."""
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -189,7 +194,7 @@ def tabulate(
     """
     metrics = {Metric(**record["results"].get("metric", {})) for record in records.values()}
     if len(metrics) != 1:
-        names = ", ".join(sorted(f"{metric.name} [{metric.unit}]" for metric in metrics))
+        names = ", ".join(sorted(metric.title for metric in metrics))
         raise ConfigError(f"expected one metric in all cells, found {names}; compare tasks in grids of their own")
     (metric,) = metrics
     most = max(len({seed for _, _, seed in _of(records, row, budget)}) for row, budget, _ in records)
