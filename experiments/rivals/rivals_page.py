@@ -11,7 +11,7 @@ from nipq.compare.show import markdown
 
 HERE = Path(__file__).parent
 #: Grids with committed cells: name of the YAML file and of the folder in ``results``.
-GRIDS = ("fashion_mobilenet_v2", "fashion_ablations")
+GRIDS = ("fashion_mobilenet_v2", "fashion_weights_only", "fashion_ablations")
 
 
 def page() -> str:
@@ -41,7 +41,7 @@ def section(name: str) -> str:
 
 
 def tuning() -> str:
-    """The candidates of ``tune.py``: what the validation images said."""
+    """The candidates of ``candidates.yaml``: what the validation images said."""
     records = [
         json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results/tuning").glob("*.json"))
     ]
@@ -56,7 +56,7 @@ def tuning() -> str:
         + "\n\nSeed 0, budget 3/3, 5,000 validation images (standard error about 0.45 points, so most candidates are "
         "level). Chosen for all rows: learning rate 0.05, four epochs and one; other fields are the grid's. "
         "More was tried for the noise proxy than for LSQ: its start of bits came out of this table. "
-        "`python experiments/rivals/tune.py --data FOLDER --runs RUNS`.\n"
+        "`python experiments/tune.py experiments/rivals/candidates.yaml --data FOLDER --runs RUNS`.\n"
     )
 
 

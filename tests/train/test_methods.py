@@ -10,7 +10,7 @@ import pytest
 from nipq.budget import costs
 from nipq.config import Config
 from nipq.errors import ConfigError
-from nipq.layer_table import quantizers
+from nipq.layer_table import input_quantizers, layer_table, quantizers
 from nipq.train import merging
 from nipq.train.config_file import check_config, dump_config, load_config
 from nipq.train.merging import merged
@@ -84,14 +84,17 @@ def test_every_method_trains_and_keeps_the_budget(
 ) -> None:
     if METHODS[method].get("allocation") == "hawq":
         pytest.importorskip("curvlinops")
+    inputs = METHODS[method].get("quantization", {}).get("quantize_inputs", True)
     config = make_config(
         method=method,
+        budget={"average_bits": {"weights": 4, **({"activations": 4} if inputs else {})}},
         model={"factory": "nipq.train.models:digits_net", "kwargs": {"width": 4}},
         data={"kind": "digits", "batch_size": 32, "train_limit": 64},
         stages={"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1}},
     )
     trainer = until(Trainer(config), "done")
     assert trainer.budget is not None
+    assert bool(input_quantizers(layer_table(trainer.model))) == inputs
     assert all(quantizer.is_frozen for quantizer in quantizers(trainer.model))
     assert all(limit.rounded <= limit.target * (1 + 1e-12) for limit in costs(trainer.model, trainer.budget))
     assert list(trainer.progress.states)[-1] == "finetuned"

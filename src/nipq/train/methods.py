@@ -13,6 +13,17 @@ from typing import Any
 _ONE_OPTIMIZER = {"quantizer_optimizer": "same", "boundary_lr": None}
 
 _DIFFQ_BITS = {"min": 2, "max": 15, "start": 8}
+_DIFFQ: dict[str, Any] = {
+    "quantization": {
+        "method": "diffq",
+        "noise": "gaussian",
+        "init": "max",
+        "weight_bits": _DIFFQ_BITS,
+        "activation_bits": _DIFFQ_BITS,
+    },
+    "bit_start": "middle",
+    "stages": {"finetune": {"phase": "noise"}},
+}
 _RELEASE_BITS = {"min": 2, "max": 14, "start": 8}
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -68,29 +79,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "optimizer": {**_ONE_OPTIMIZER, "boundary_decay": 5e-4},
     },
     # arXiv 2104.09987: noise of the whole min-max range, real-valued learned bits, no truncation; never rounds in
-    # training. DiffQ quantizes weights only; here inputs as well, by the same rule.
-    "diffq": {
-        "quantization": {
-            "method": "diffq",
-            "noise": "gaussian",
-            "init": "max",
-            "weight_bits": _DIFFQ_BITS,
-            "activation_bits": _DIFFQ_BITS,
-        },
-        "bit_start": "middle",
-        "stages": {"finetune": {"phase": "noise"}},
-    },
-    "diffq-uniform": {
-        "quantization": {
-            "method": "diffq",
-            "noise": "uniform",
-            "init": "max",
-            "weight_bits": _DIFFQ_BITS,
-            "activation_bits": _DIFFQ_BITS,
-        },
-        "bit_start": "middle",
-        "stages": {"finetune": {"phase": "noise"}},
-    },
+    # training. DiffQ quantizes weights only; the first two words treat inputs by the same rule.
+    "diffq": _DIFFQ,
+    "diffq-uniform": {**_DIFFQ, "quantization": {**_DIFFQ["quantization"], "noise": "uniform"}},
+    "diffq-weights": {**_DIFFQ, "quantization": {**_DIFFQ["quantization"], "quantize_inputs": False}},
     # Straight through with the range that calibration found.
     "ste": {"quantization": {"method": "ste", "init": "mse"}, "allocation": "uniform"},
 }

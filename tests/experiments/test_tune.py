@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import experiments.tune
+from experiments.tune import Tuning
+from nipq.train.config_file import check_config
+
+HERE = Path(experiments.tune.__file__).parent
+FILES = sorted(HERE.glob("*/*candidates.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_candidate_is_a_valid_run_from_the_same_float_start(file: Path, tmp_path: Path) -> None:
+    first, *others = Tuning(file, tmp_path, tmp_path).configs().items()
+    assert (first[0], check_config(first[1]).budget) == ("float", None)
+    for _, config in others:
+        checked = check_config(config)
+        assert checked.model.weights == str(tmp_path / "float" / "float.pt")
+        assert checked.budget is not None
+        assert checked.data.validation > 0
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
+def test_every_record_is_that_of_its_candidate_and_holds_no_test_score(file: Path, tmp_path: Path) -> None:
+    tuning = Tuning(file, tmp_path, tmp_path)
+    for path in tuning.results.glob("*.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        assert record["fields"] == tuning.fields(path.stem)
+        assert record.keys() == {"method", "fields", "validation", "average_bits", "seconds"}
