@@ -11,7 +11,7 @@ from nipq.compare.show import markdown
 
 HERE = Path(__file__).parent
 #: Grids with committed cells: name of the YAML file and of the folder in ``results``.
-GRIDS = ("fashion_mobilenet_v2", "fashion_weights_only", "fashion_ablations")
+GRIDS = ("fashion_mobilenet_v2", "fashion_bops", "fashion_weights_only", "fashion_ablations")
 
 
 def page() -> str:
@@ -24,7 +24,7 @@ def section(name: str) -> str:
     """One grid: its table, its plots, its machine."""
     grid = load_grid(HERE / f"{name}.yaml")
     folder = HERE / "results" / name
-    text = markdown(compare(grid, expand(grid), folder))
+    text = markdown(compare(grid, expand(grid), folder), cost=False)
     text = "\n".join("##" + line if line.startswith("#") else line for line in text.splitlines())
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((folder / "cells").glob("*.json"))]
     pictures = "\n\n".join(
@@ -33,8 +33,7 @@ def section(name: str) -> str:
     )
     hours = sum(record["results"]["seconds"] for record in records) / 3600
     return (
-        f"{text}\n\n{len(records)} cells, {hours:.1f} hours on one thread each, two side by side on a busy machine "
-        '(seconds and "x float" say nothing about the methods): '
+        f"{text}\n\n{len(records)} cells, {hours:.1f} hours on one thread each, two side by side on a busy machine: "
         f"`nipq compare experiments/rivals/{name}.yaml --run experiments/rivals/results/{name} --data FOLDER "
         f"--workers 2`; {where(records[0])}.\n\n{pictures}\n"
     )

@@ -24,13 +24,13 @@ def section(path: Path) -> str:
         path: the grid's file.
     """
     grid = load_grid(path)
-    text = markdown(compare(grid, expand(grid), HERE / "results" / path.stem))
+    text = markdown(compare(grid, expand(grid), HERE / "results" / path.stem), cost=False)
     text = "\n".join("##" + line if line.startswith("#") else line for line in text.splitlines())
     records = [json.loads(cell.read_text(encoding="utf-8")) for cell in cells_of(path)]
     hours = sum(record["results"]["seconds"] for record in records) / 3600
     return (
         f"{text}\n\n{len(records)} of {len(expand(grid))} cells so far, {hours:.1f} hours on one thread each, on a "
-        'busy machine (seconds and "x float" say nothing about the methods): '
+        "busy machine: "
         f"`nipq compare experiments/tasks/{path.name} --run experiments/tasks/results/{path.stem} --data FOLDER`; "
         f"{where(records[0])}.\n"
     )

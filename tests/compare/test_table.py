@@ -141,7 +141,10 @@ def test_costs_are_means_and_training_cost_is_relative_to_float(make_grid: MakeG
     row = tabulate(make_grid(), records).blocks[0].rows[0]
     assert (row.bops, row.file_bytes, row.verified) == (3e6, 1000.5, 1)
     assert (row.seconds_per_step, row.cost) == pytest.approx((0.3, 3.0))
-    assert "| 3 M | 1 k | 1 of 2 | 0.3 | 3.00 |" in markdown(tabulate(make_grid(), records))
+    found = tabulate(make_grid(), records)
+    assert "| 3 M | 1 k | 1 of 2 | 0.3 | 3.00 |" in markdown(found)
+    assert "| 3 M | 1 k | 1 of 2 |\n" in markdown(found, cost=False)
+    assert "x float" not in markdown(found, cost=False)
 
 
 def test_a_row_with_float_inputs_has_no_average_of_them(make_grid: MakeGrid, record: Record) -> None:

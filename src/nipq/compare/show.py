@@ -125,13 +125,20 @@ def rich_table(comparison: Comparison) -> Group:
     return Group(*parts, *notes(comparison))
 
 
-def markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown."""
+def markdown(comparison: Comparison, *, cost: bool = True) -> str:
+    """The comparison as Markdown.
+
+    Args:
+        comparison: The table.
+        cost: With seconds for a step; without, where the machine was too busy for them to mean anything.
+    """
+    columns = slice(None if cost else -2)
+    names = headings(comparison)[columns]
     lines = [f"# {comparison.name}", ""]
     for block in comparison.blocks:
-        lines += [f"## Budget {block.budget}", "", _line(headings(comparison)), "|---" * 11 + "|"]
+        lines += [f"## Budget {block.budget}", "", _line(names), "|---" * len(names) + "|"]
         rows = ([comparison.float_row] if comparison.float_row else []) + list(block.rows)
-        lines += [_line(cells_of(row, comparison)) for row in rows] + [""]
+        lines += [_line(cells_of(row, comparison)[columns]) for row in rows] + [""]
         if line := verdict_line(block, comparison):
             lines += [f"{line}.", ""]
     return "\n".join([*lines, "\n\n".join(note.replace(FEWER, "\\" + FEWER) for note in notes(comparison)), ""])
