@@ -228,6 +228,25 @@ def test_the_limit_of_the_distance_is_the_models_own_noise() -> None:
     assert not passes(0.0, 0.0, 9.1e-4)
 
 
+def test_flips_that_the_layers_were_seen_to_make_are_allowed_for_up_to_one_in_twenty_samples() -> None:
+    """In units of 3 % of the largest logit, 1, in one of 400 samples: ten flips, of which chance makes 17, allow 17."""
+    trained = torch.eye(4).repeat(100, 1)
+
+    def passes(flips: int, in_units_of_a_flip: float) -> bool:
+        distance = Distance()
+        distance.add(trained, trained + in_units_of_a_flip * 0.03 / 400, trained, None)
+        return distance.rung({}, flips).passed
+
+    assert passes(0, 2.9)
+    assert not passes(0, 3.1)
+    assert passes(1, 2.9)
+    assert most_by_chance(10) == 17
+    assert passes(10, 16.9)
+    assert not passes(10, 17.1)
+    assert passes(10_000, 19.9)
+    assert not passes(10_000, 20.1)
+
+
 def test_decisions_must_agree_unless_the_trained_model_disagrees_with_itself() -> None:
     logits = torch.tensor([[1.0, 0.9999]]).repeat(1000, 1)
 

@@ -18,7 +18,7 @@ from nipq.deploy.products import deployed_products
 from nipq.errors import FileFormatError
 from nipq.prepare import restore_
 from nipq.verify.distance import logits_of
-from nipq.verify.evidence import exact_rung, layer_rung
+from nipq.verify.evidence import exact_rung, flips_in, layer_rung
 from nipq.verify.layers import compare_codes, recording_codes, run_forced
 from nipq.verify.reference import Observation, run_model
 from nipq.verify.result import Rung
@@ -94,4 +94,8 @@ class DeployedSubject(Subject):
         Args:
             scores: the task's score of both.
         """
-        return [layer_rung(self.evidence), self.distance.rung(scores), exact_rung(self.evidence, self.distance.exact)]
+        return [
+            layer_rung(self.evidence),
+            self.distance.rung(scores, flips_in(self.evidence)),
+            exact_rung(self.evidence, self.distance.exact),
+        ]

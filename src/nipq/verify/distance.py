@@ -21,6 +21,8 @@ ONE_FLIP = 0.03
 FALSE_ALARMS = 0.02
 #: Flips that may happen to one model and not to the other: where one is expected, more come in 2 % of cases.
 CHANCE_FLIPS = 3
+#: Samples for each flip at least, however many rung E1 counted: more would hide a fault in what is said to be rounding.
+SAMPLES_A_FLIP = 20
 #: Float32 roundings of the logits themselves, relative to the largest one.
 ROUNDING = 1e-6
 #: Share of decisions that must be alike in the long run, unless the trained model's own are not.
@@ -88,16 +90,19 @@ class Distance:
         trained, deployed, count = (sum(column) for column in zip(*self._hits, strict=True))
         return {"accuracy_trained": 100 * trained / count, "accuracy_deployed": 100 * deployed / count}
 
-    def rung(self, scores: Mapping[str, float]) -> Rung:
+    def rung(self, scores: Mapping[str, float], flips: int = 0) -> Rung:
         """Whether the two are as close as the trained model is to itself.
 
         Args:
             scores: the task's score of both, to be shown with the rest.
+            flips: codes that rung E1 found on the other side of a tie, on the same samples. Each layer had the trained
+                inputs there, so no fault of a layer before is in them.
         """
         largest = self.largest or 1.0
         apart = _mean(self._apart) / largest
         noise = max(_mean(self._batch_noise), _mean(self._kernel_noise)) / largest
-        limit = max(TIMES_OWN_NOISE * noise, CHANCE_FLIPS * ONE_FLIP / self.samples, ROUNDING)
+        by_chance = max(CHANCE_FLIPS, min(most_by_chance(flips), self.samples // SAMPLES_A_FLIP))
+        limit = max(TIMES_OWN_NOISE * noise, by_chance * ONE_FLIP / self.samples, ROUNDING)
         allowed = max(1 - AGREEMENT, TIMES_OWN_NOISE * _mean(self._own_decisions))
         faults = []
         if not apart <= limit:

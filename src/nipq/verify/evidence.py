@@ -93,6 +93,15 @@ class Evidence:
         return f"{self.exact_codes:,} codes differ from phase int" if self.exact_codes else None
 
 
+def flips_in(evidence: Mapping[str, Evidence]) -> int:
+    """Codes on the other side of a tie, in all layers.
+
+    Args:
+        evidence: by layer.
+    """
+    return sum(seen.flips for seen in evidence.values())
+
+
 def layer_rung(evidence: Mapping[str, Evidence]) -> Rung:
     """Rung E1 from what was found.
 
@@ -103,7 +112,7 @@ def layer_rung(evidence: Mapping[str, Evidence]) -> Rung:
     numbers = {
         "codes": sum(seen.codes for seen in evidence.values()),
         "wrong": sum(seen.wrong for seen in evidence.values()),
-        "flips": sum(seen.flips for seen in evidence.values()),
+        "flips": flips_in(evidence),
         "worst_output": max((seen.error / seen.largest for seen in evidence.values() if seen.largest), default=0.0),
         "layers_at_fault": len(faults),
     }

@@ -45,7 +45,8 @@ def verify(
         above 8 bits) that may flip by one level, as float sums run in another order; a product inside attention is a
         layer with two inputs
     E2  noise: the mean distance of the logits is at most 3 times the trained model's distance to itself when the batch
-        size or the kernels change, or what three flipped codes in three samples make, 3 % of the largest logit each;
+        size or the kernels change, or what flipped codes make, 3 % of the largest logit each: as many as E1 counted and
+        chance adds, three at least, one in twenty samples at most;
         top-1 disagrees at a rate of at most 0.5 %, or 3 times the trained model's with itself, and what chance adds to
         the count in 98 % of cases
     E3  exact: equal to the trained model in phase ``"int"``, codes and outputs, without any tolerance

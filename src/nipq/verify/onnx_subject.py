@@ -17,7 +17,7 @@ from nipq.errors import FileFormatError
 from nipq.export.portable import portable_layers, portable_products
 from nipq.export.session import faithful_session
 from nipq.trace import ExampleInputs
-from nipq.verify.evidence import layer_rung
+from nipq.verify.evidence import flips_in, layer_rung
 from nipq.verify.onnx_cells import cells, operands
 from nipq.verify.onnx_file import read_onnx
 from nipq.verify.onnx_forced import Probe, forced, runnable
@@ -238,7 +238,7 @@ class OnnxSubject(Subject):
         """
         if self.failure is not None:
             return [Rung("E1 layers", "the file runs on the data", False, {}, self.failure)]
-        return [layer_rung(self.evidence), self.distance.rung(scores)]
+        return [layer_rung(self.evidence), self.distance.rung(scores, flips_in(self.evidence))]
 
 
 def _relative(codes: NDArray[Any], zero_point: int) -> Tensor:
