@@ -63,7 +63,12 @@ class Tuning:
         if "weights" in first["model"]:  # a path in the run folder, as in `nipq compare`
             first["model"]["weights"] = str(self._runs / Path(first["model"]["weights"]).name)
         start = {**base["model"], "weights": str(self._runs / "float" / "float.pt")}
-        cell = {"model": start, "teacher": start, "budget": self._grid["budgets"][self._chosen["budget"]]}
+        cell = {
+            "model": start,
+            "teacher": start,
+            "budget": self._grid["budgets"][self._chosen["budget"]],
+            "stages": {"float": {"epochs": 0}},
+        }
         return {"float": first} | {
             f"{method}-{number}": merged(base, METHODS[method], cell, fields, common)
             for method, candidates in self._chosen["candidates"].items()

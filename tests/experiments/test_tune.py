@@ -22,6 +22,7 @@ def test_every_candidate_is_a_valid_run_from_the_same_float_start(file: Path, tm
         assert checked.model.weights == str(tmp_path / "float" / "float.pt")
         assert checked.budget is not None
         assert checked.data.validation > 0
+        assert checked.stages.float.epochs == 0
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.stem)
