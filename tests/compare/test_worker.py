@@ -92,6 +92,9 @@ def test_a_float_network_that_comes_out_differently_is_refused(grid: Grid, finis
     run_job(job(start, folder))  # the same numbers: nothing to say
     path = CompareFolder(folder).record(start.name)
     record = json.loads(path.read_text(encoding="utf-8"))
+    record["results"]["states"]["frozen"]["test"]["accuracy"] += 1.0
+    path.write_text(json.dumps(record), encoding="utf-8")
+    run_job(job(start, folder))  # no other cell starts from what its 8-bit check says
     record["results"]["states"]["float"]["test"]["accuracy"] += 1.0
     path.write_text(json.dumps(record), encoding="utf-8")
     with pytest.raises(ConfigError, match="came out with other numbers than its record"):
