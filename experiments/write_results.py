@@ -148,7 +148,7 @@ def filled(path: Path, results: str) -> str:
 
 def documents() -> dict[Path, str]:
     """New text of every document that shows results."""
-    short = "\n".join(part for part in (demo_section(), fashion_section()) if part)
+    short = "\n".join(part for part in (demo_section(), fashion_section(), rivals_page.headline()) if part)
     pages = {
         "README.md": f"{short}\nAll results: [docs/results.md](docs/results.md).\n",
         "docs/integrations.md": integrations_page.page(),
