@@ -59,7 +59,7 @@ def section(name: str) -> str:
     return (
         f"{text}\n\n{len(records)} cells, {hours:.1f} hours on one thread each, two side by side on a busy machine: "
         f"`nipq compare experiments/rivals/{name}.yaml --run experiments/rivals/results/{name} --data FOLDER "
-        f"--workers 2`; {where(records[0])}.\n\n{pictures}\n"
+        f"--workers 2`; {where(records)}.\n\n{pictures}\n"
     )
 
 
@@ -83,7 +83,12 @@ def tuning() -> str:
     )
 
 
-def where(record: dict[str, Any]) -> str:
-    """Machine and versions on one line."""
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items() if number)
-    return f"{record['machine']['processor'] or 'CPU'}, {record['machine']['cores']} cores; {versions}"
+def where(records: list[dict[str, Any]]) -> str:
+    """Machine and versions on one line; several versions where cells were made with several."""
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for name, number in record["versions"].items():
+            found.setdefault(name, set()).update([number] if number else [])
+    versions = ", ".join(f"{name} {' and '.join(sorted(numbers))}" for name, numbers in found.items() if numbers)
+    machine = records[0]["machine"]
+    return f"{machine['processor'] or 'CPU'}, {machine['cores']} cores; {versions}"

@@ -33,8 +33,11 @@ from robustness import (
 
 from nipq.analysis.corruption import CORRUPTIONS
 
-COLOURS = ("#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#5a6fbf", "#6b8e23", "#4d4d4d")
-MARKERS = "osD^vP*Xh<"
+COLOURS = (
+    "#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#5a6fbf", "#6b8e23", "#4d4d4d",
+    "#e377c2", "#00a0c6", "#d4a017", "#2f2f8f",
+)  # fmt: skip
+MARKERS = "osD^vP*Xh<>pH8"
 LEVELS = 16
 NOISES = {"weights": "weights", "activations": "activations", "channels": "activations, by channel"}
 

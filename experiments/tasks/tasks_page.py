@@ -32,7 +32,7 @@ def section(path: Path) -> str:
         f"{text}\n\n{len(records)} of {len(expand(grid))} cells so far, {hours:.1f} hours on one thread each, on a "
         "busy machine: "
         f"`nipq compare experiments/tasks/{path.name} --run experiments/tasks/results/{path.stem} --data FOLDER`; "
-        f"{where(records[0])}.\n"
+        f"{where(records)}.\n"
     )
 
 

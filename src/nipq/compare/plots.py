@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
 COLOURS = (
     "#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#4d4d4d", "#5a6fbf", "#6b8e23",
+    "#e377c2", "#00a0c6", "#d4a017", "#2f2f8f",
 )  # fmt: skip
-MARKERS = "osD^vP*Xh<"
+MARKERS = "osD^vP*Xh<>pH8"
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 APART = 0.02
