@@ -151,6 +151,26 @@ def test_calls_of_one_layer_count_together_and_the_network_is_as_it_was() -> Non
     assert not model.layer._forward_pre_hooks
 
 
+def test_a_hard_sigmoid_has_a_second_derivative() -> None:
+    """A gate a h(b x) of a squeeze-and-excite block in one number, h the hard sigmoid: its Hessian by hand."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (1.5, 0.5))
+            self.gate = nn.Hardsigmoid(inplace=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a * self.gate(self.b * x)
+
+    x = torch.tensor([[1.0], [-2.0], [9.0]], dtype=torch.float64)  # two on the slope, one beyond it
+    found = curvature(Gate(), [(x, torch.zeros_like(x))], mse_loss, parameters=["a", "b"], probes=2)
+    h, slope = (0.5 * x + 3).clamp(0, 6) / 6, torch.where(x < 6, x / 6, 0)
+    exact = 2 * torch.stack([(h * h).mean(), 2 * (1.5 * h * slope).mean(), (1.5 * slope).square().mean()])
+    matrix = torch.stack([exact[[0, 1]], exact[[1, 2]]])
+    assert found.eigenvalue == pytest.approx(float(torch.linalg.eigvalsh(matrix)[-1]), rel=1e-9)
+
+
 def test_attention_has_a_second_derivative() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import relu6
+from torch.overrides import TorchFunctionMode
 
 from nipq.analysis.network import LossFn
 from nipq.calibrate import inputs_of, to_device
@@ -92,7 +94,8 @@ def hessian(
         """
 
         def _matmat_batch(self, batch: LabelledBatch, _target: Tensor, columns: list[Tensor]) -> list[Tensor]:
-            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+            # fused attention has no second derivative
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _HardSigmoidByReLU6():
                 loss = loss_fn(call_model(network, batch.inputs), batch.targets)
                 return _products(loss, parameters, columns)
 
@@ -104,6 +107,22 @@ def hessian(
         check_deterministic=False,
         batch_size_fn=lambda batch: batch.count,
     )
+
+
+class _HardSigmoidByReLU6(TorchFunctionMode):
+    """Computes hard sigmoids, whose second derivative torch does not have, as the same function relu6(x + 3) / 6."""
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401 - whatever the function returns
+        if function is torch.nn.functional.hardsigmoid:
+            x = args[0] if args else (kwargs or {})["input"]
+            return relu6(x + 3) / 6
+        return function(*args, **(kwargs or {}))
 
 
 class _Mean:
