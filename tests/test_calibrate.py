@@ -69,6 +69,17 @@ def test_large_inputs_are_sampled_evenly() -> None:
     assert layer_table(model)[0].input.alpha.item() == pytest.approx(2.0, abs=0.01)
 
 
+def test_padded_columns_are_not_all_that_is_sampled() -> None:
+    """Rows of 27 with a zero in front, and a number of elements that asks for every 189th: 7 rows."""
+    net = nn.Sequential(nn.Conv2d(11, 2, 1))
+    model = prepare_(net, torch.zeros(1, 11, 27, 27), Config(init="max", input_bits=8))
+    x = torch.zeros(48, 11, 27, 27)
+    assert -(-x.numel() // (SAMPLE_SIZE // 32)) in (188, 189)
+    x[..., 1:] = torch.rand(48, 11, 27, 26)
+    calibrate_(model, [x], batches=32)
+    assert layer_table(model)[0].input.alpha.item() == pytest.approx(1.0, abs=0.01)
+
+
 def test_modes_phase_and_parameters_are_as_before() -> None:
     model = prepared()
     model.train()

@@ -25,6 +25,7 @@ from nipq.distributed import (
     world_size,
 )
 from nipq.errors import ConfigError, OrderError
+from nipq.functional.sampling import even_stride
 from nipq.layer_table import input_quantizers, layer_table, weight_table
 from nipq.nn.initial import start_input_boundary_, start_weight_boundary_
 from nipq.nn.layers import float_weight
@@ -141,7 +142,7 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
     def keep(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(quantizer, InputQuantizer)
         flat = args[0].detach().flatten()
-        stride = max(1, -(-flat.numel() * ranks // share)) | 1  # odd, so that it walks through every channel and column
+        stride = even_stride(flat.numel() * ranks, share)
         start = -own * flat.numel() % stride  # as if the ranks' batches were one
         samples[quantizer].append(flat[start::stride].clone())
 

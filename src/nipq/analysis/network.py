@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from nipq.control import set_phase_
+from nipq.functional.sampling import even_stride
 from nipq.layer_table import weight_table
 from nipq.nn.kinds import is_supported, is_table
 from nipq.nn.layers import float_weight, is_prepared
@@ -148,8 +149,7 @@ def input_samples(modules: Mapping[str, nn.Module], run: Callable[[], object], m
     def keep(name: str) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:
             flat = x.detach().flatten()
-            stride = max(1, -(-flat.numel() // most)) | 1  # odd, so that it walks through every channel and column
-            kept.setdefault(name, []).append(flat[::stride].clone())
+            kept.setdefault(name, []).append(flat[:: even_stride(flat.numel(), most)].clone())
             return x
 
         return change

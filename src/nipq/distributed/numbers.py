@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nipq.distributed.ranks import all_present, is_distributed, rank, world_size
+from nipq.functional.sampling import even_stride
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -106,8 +107,7 @@ def gather_samples(sample: Tensor, cap: int) -> Tensor:
             parts = [torch.empty_like(padded) for _ in lengths]
             dist.all_gather(parts, padded)
             found = torch.cat([share[:length] for share, length in zip(parts, lengths, strict=True)]).to(sample.device)
-    stride = 1 if found.numel() <= cap else -(-found.numel() // cap) | 1  # odd, so that it walks through every channel
-    return found[::stride]
+    return found[:: even_stride(found.numel(), cap)]
 
 
 def _sendable(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from nipq.deploy.convert import convert
 from nipq.deploy.file import file_bytes, save
 from nipq.deploy.load import load
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError
+from nipq.functional.sampling import even_stride
 from nipq.layer_table import LayerRow, layer_table
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
@@ -188,6 +189,5 @@ def _histogram(title: str, values: Tensor, quantizer: TensorQuantizer, *, is_wei
     step = float(quantizer.step().max())
     low, high = (float(bound.flatten()[0]) for bound in quantizer.code_range())
     flat = values.flatten()
-    stride = max(1, flat.numel() // SAMPLE) | 1  # odd, so that it walks through every channel
-    drawn = flat[::stride].float().cpu().numpy()
+    drawn = flat[:: even_stride(flat.numel(), SAMPLE)].float().cpu().numpy()
     return Histogram(title, drawn, low * step, high * step, step, quantizer.bits_rounded, is_weight)
