@@ -65,22 +65,29 @@ def section(name: str) -> str:
 
 def tuning() -> str:
     """The candidates of ``candidates.yaml``: what the validation images said."""
-    records = [
-        json.loads(path.read_text(encoding="utf-8")) for path in sorted((HERE / "results/tuning").glob("*.json"))
-    ]
-    lines = ["| method | fields | validation accuracy [%] | validation loss |", "|---|---|---|---|"]
-    for record in records:
-        last = record["validation"].get("finetuned", record["validation"]["float"])
-        fields = f"`{json.dumps(record['fields'])}`" if record["fields"] else ""
-        lines.append(f"| {record['method']} | {fields} | {last['accuracy']:.2f} | {last['loss']:.4f} |")
     return (
         "### Learning rate and cut of the epochs\n\n"
-        + "\n".join(lines)
+        + candidates(HERE / "results/tuning")
         + "\n\nSeed 0, budget 3/3, 5,000 validation images (standard error about 0.45 points, so most candidates are "
         "level). Chosen for all rows: learning rate 0.05, four epochs and one; other fields are the grid's. "
         "More was tried for the noise proxy than for LSQ: its start of bits came out of this table. "
         "`python experiments/tune.py experiments/rivals/candidates.yaml --data FOLDER --runs RUNS`.\n"
     )
+
+
+def candidates(folder: Path) -> str:
+    """What ``experiments/tune.py`` wrote, as a table.
+
+    Args:
+        folder: of the records.
+    """
+    lines = ["| method | fields | validation accuracy [%] | validation loss |", "|---|---|---|---|"]
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        last = record["validation"].get("finetuned", record["validation"]["float"])
+        fields = f"`{json.dumps(record['fields'])}`" if record["fields"] else ""
+        lines.append(f"| {record['method']} | {fields} | {last['accuracy']:.2f} | {last['loss']:.4f} |")
+    return "\n".join(lines)
 
 
 def where(records: list[dict[str, Any]]) -> str:

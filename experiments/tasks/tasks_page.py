@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments.rivals.rivals_page import where
+from experiments.rivals.rivals_page import candidates, where
 from nipq.compare import compare, expand, load_grid
 from nipq.compare.show import markdown
 
@@ -14,7 +14,21 @@ HERE = Path(__file__).parent
 
 def page() -> str:
     """Tables and how they were made."""
-    return "\n".join(section(path) for path in sorted(HERE.glob("*.yaml")) if cells_of(path))
+    parts = [section(path) for path in sorted(HERE.glob("*.yaml")) if cells_of(path)]
+    return "\n".join([*parts, *(tuning(path) for path in sorted(HERE.glob("results/*_tuning")))])
+
+
+def tuning(folder: Path) -> str:
+    """What was tried on the validation samples before a grid ran.
+
+    Args:
+        folder: of the records, named like the file of the candidates.
+    """
+    name = folder.name.removesuffix("_tuning")
+    return (
+        f"### Candidates: {name}\n\n{candidates(folder)}\n\nValidation samples of one seed: "
+        f"`python experiments/tune.py experiments/tasks/{name}_candidates.yaml --data FOLDER --runs RUNS`.\n"
+    )
 
 
 def section(path: Path) -> str:
