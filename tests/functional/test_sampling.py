@@ -8,12 +8,11 @@ from nipq.functional.sampling import even_stride
 
 
 @given(shape=st.lists(st.integers(1, 40), min_size=1, max_size=4), most=st.integers(1, 500))
-def test_every_place_of_every_axis_is_kept_about_equally_often(shape: list[int], most: int) -> None:
+def test_every_column_is_met_before_one_is_met_again(shape: list[int], most: int) -> None:
     places = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
     stride = even_stride(len(places), most)
     kept = places[::stride]
     assert len(kept) <= most or stride == 1
-    # The walk meets no two places of the innermost axis alike before it has met all of them.
     inner = shape[-1]
     assert len(kept[:inner, -1].unique()) == len(kept[:inner])
 
