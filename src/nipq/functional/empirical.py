@@ -166,8 +166,8 @@ def empirical_noise(
 def _from_histogram(error: Tensor, inside: Tensor, generator: Generator | None) -> Tensor:
     """The published sampler: a bin by its count, then a uniform point in the bin.
 
-    A bin is looked up in a table of 65,536 entries that holds every bin in proportion to its count, to 1/65,536 of all:
-    three times as fast as a search among the running counts for every element.
+    A bin is looked up in a table of 65,536 entries that holds every bin in proportion to its count, to 1/65,536 of all,
+    which spares a search among the running counts for every element.
     """
     # histc leaves out what lies outside the interval, as the release does; 2 is outside. It has no half precision.
     kept = torch.where(inside, error, 2.0)
