@@ -129,6 +129,7 @@ def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
 def curvatures(rows: Rows, path: Path) -> None:
     """Trace and top eigenvalue: a dot for each seed, a bar for the mean."""
     figure, axes = grid(2, 2)
+    figure.set_figwidth(11)  # the names of the rows take their part of it
     style = styles(rows)
     for axis, title, value in (
         (axes[0], "trace of the Hessian", lambda found: found["total"]["trace"]),
