@@ -100,6 +100,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=1, help="runs side by side, one thread each")
     parser.add_argument("--one", help="one run, by its name")
     given = parser.parse_args()
+    sys.path.insert(0, str(Path.cwd()))  # as `python -m nipq` does: tasks are named from the repository's root
     tuning = Tuning(given.candidates, given.data, given.runs)
     if given.one:
         tuning.run_one(given.one)

@@ -99,12 +99,14 @@ def candidates(folder: Path) -> str:
     Args:
         folder: of the records.
     """
-    lines = ["| method | fields | validation accuracy [%] | validation loss |", "|---|---|---|---|"]
-    for path in sorted(folder.glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    metric = next(name for name in records[0]["validation"]["float"] if name not in ("loss", "count"))
+    unit, digits = (" [%]", 2) if metric == "accuracy" else ("", 4)
+    lines = [f"| method | fields | validation {metric}{unit} | validation loss |", "|---|---|---|---|"]
+    for record in records:
         last = record["validation"].get("finetuned", record["validation"]["float"])
         fields = f"`{json.dumps(record['fields'])}`" if record["fields"] else ""
-        lines.append(f"| {record['method']} | {fields} | {last['accuracy']:.2f} | {last['loss']:.4f} |")
+        lines.append(f"| {record['method']} | {fields} | {last[metric]:.{digits}f} | {last['loss']:.4f} |")
     return "\n".join(lines)
 
 

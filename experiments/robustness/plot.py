@@ -74,9 +74,8 @@ def draw(axis: Any, rows: Rows, curve_of: Callable[[Record], Curve], title: str,
 def grid(panels: int, columns: int) -> tuple[Any, list[Any]]:
     """A figure with so many panels."""
     lines = -(-panels // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.2 * columns, 3.5 * lines), squeeze=False, layout="constrained"
-    )
+    size = max(9.0, 4.2 * columns), 3.5 * lines + 0.5  # the legend wants its width, and a line or two
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     flat = list(axes.flat)
     for axis in flat[panels:]:
         axis.set_visible(False)
@@ -87,7 +86,7 @@ def save(figure: Any, axes: list[Any], path: Path) -> None:  # noqa: ANN401
     """Legend below all panels, then the file."""
     handles, labels = max((axis.get_legend_handles_labels() for axis in axes), key=lambda found: len(found[1]))
     if labels:
-        columns = max(2, int(figure.get_figwidth() / 2))  # an entry with a long name is about two inches wide
+        columns = max(2, int(figure.get_figwidth() / 2.6))  # inches of an entry with a long name
         figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -123,11 +122,13 @@ def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
     figure, axes = grid(1, 1)
     draw(axes[0], rows, landscape_curve, "loss along random directions", "step [length of the filter]", "training loss")
     axes[0].set_yscale("log")
+    axes[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
+    axes[0].minorticks_off()
     save(figure, axes, name("landscape_1d"))
 
 
 def curvatures(rows: Rows, path: Path) -> None:
-    """Trace and top eigenvalue: a dot for each seed, a bar for the mean."""
+    """Trace and top eigenvalue: a dot for each seed, a mark for the mean; methods are powers of ten apart."""
     figure, axes = grid(2, 2)
     figure.set_figwidth(11)  # the names of the rows take their part of it
     style = styles(rows)
@@ -139,11 +140,12 @@ def curvatures(rows: Rows, path: Path) -> None:
             values = [value(cell["curvature"]) for cell in cells if "curvature" in cell]
             if not values:
                 continue
-            axis.barh(place, sum(values) / len(values), color=style[row]["color"], alpha=0.35)
             axis.plot(values, [place] * len(values), "o", color=style[row]["color"], markersize=5)
+            mean = sum(values) / len(values)
+            axis.plot(mean, place, "|", color=style[row]["color"], markersize=16, markeredgewidth=2)
         axis.set_yticks(range(len(rows)), list(rows))
         axis.invert_yaxis()
-        axis.set(title=title, xlabel="of the training loss in the weights")
+        axis.set(title=title, xlabel="of the training loss; a bar is the mean", xscale="log")
         axis.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=120)
     plt.close(figure)

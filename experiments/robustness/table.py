@@ -63,6 +63,15 @@ def numbers(rows: dict[str, list[Record]], reference: str, points: float) -> dic
     return {"strength": {name: column["strength"] for name, column in columns.items()}, "rows": table}
 
 
+def of_shared_seeds(rows: dict[str, list[Record]]) -> dict[str, list[Record]]:
+    """The rows without what was measured on seeds that another row lacks; empty if nothing is left, or left out."""
+    seeds = [{cell["cell"]["seed"] for cell in cells} for cells in rows.values()]
+    shared = set.intersection(*seeds)
+    if not shared or shared == set.union(*seeds):
+        return {}
+    return {row: [cell for cell in cells if cell["cell"]["seed"] in shared] for row, cells in rows.items()}
+
+
 def markdown(budget: str, found: dict[str, Any], reference: str, points: float) -> str:
     """One budget's table."""
     heads: list[str] = []
@@ -95,9 +104,14 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     records = read_records(arguments.results / "cells")
-    found = {
-        budget: numbers(rows_of(records, budget), arguments.reference, arguments.points) for budget in budgets(records)
-    }
+    found = {}
+    for budget in budgets(records):
+        rows = rows_of(records, budget)
+        found[budget] = numbers(rows, arguments.reference, arguments.points)
+        if shared := of_shared_seeds(rows):
+            seeds = ", ".join(str(cell["cell"]["seed"]) for cell in next(iter(shared.values())))
+            name = f"{budget}, seed {seeds} alone, which all methods share"
+            found[name] = numbers(shared, arguments.reference, arguments.points)
     text = "\n".join(markdown(budget, one, arguments.reference, arguments.points) for budget, one in found.items())
     result = {"reference": arguments.reference, "points": arguments.points, "budgets": found}
     (arguments.results / "table.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

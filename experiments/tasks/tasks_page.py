@@ -6,16 +6,58 @@ import json
 from pathlib import Path
 
 from experiments.rivals.rivals_page import candidates, where
-from nipq.compare import compare, expand, load_grid
-from nipq.compare.show import markdown
+from nipq.compare import Comparison, compare, expand, load_grid
+from nipq.compare.show import interval, markdown
 
 HERE = Path(__file__).parent
 
 
 def page() -> str:
     """Tables and how they were made."""
-    parts = [section(path) for path in sorted(HERE.glob("*.yaml")) if cells_of(path)]
-    return "\n".join([*parts, *(tuning(path) for path in sorted(HERE.glob("results/*_tuning")))])
+    grids = [path for path in sorted(HERE.glob("*.yaml")) if cells_of(path)]
+    tables = [*map(section, grids), *map(tuning, sorted(HERE.glob("results/*_tuning")))]
+    return "\n".join([overview(grids), *tables])
+
+
+def overview(grids: list[Path]) -> str:
+    """One line for each task and budget: the float network, ours, LSQ, and the best rival.
+
+    Args:
+        grids: files of the grids.
+    """
+    lines = [
+        "### All tasks\n",
+        "| task | budget | score | seeds | float | nipq | lsq | best rival | nipq minus best rival |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for path in grids:
+        comparison = compared(path)
+        digits = 2 if comparison.metric.unit in ("%", "dB") else 4
+        for block in comparison.blocks:
+            rows = {row.label: row for row in block.rows}
+            if comparison.float_row is None or block.verdict is None:
+                continue
+            rival = rows[block.verdict.rival]
+            shown = (comparison.float_row, rows["nipq"], rows.get("lsq"))
+            direction = "" if comparison.metric.higher_is_better else ", lower is better"
+            entries = [
+                comparison.name, block.budget, comparison.metric.title + direction, str(len(rows["nipq"].seeds)),
+                *("-" if row is None else interval(row.score, digits) for row in shown),
+                f"{rival.label}: {interval(rival.score, digits)}",
+                interval(block.verdict.difference, digits, sign=True),
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(entries)} |")
+    return "\n".join(lines) + "\n\nTest split, last state; mean and 95 % interval where there are several seeds.\n"
+
+
+def compared(path: Path) -> Comparison:
+    """What the committed cells of a grid say.
+
+    Args:
+        path: the grid's file.
+    """
+    grid = load_grid(path)
+    return compare(grid, expand(grid), HERE / "results" / path.stem)
 
 
 def tuning(folder: Path) -> str:
@@ -38,7 +80,7 @@ def section(path: Path) -> str:
         path: the grid's file.
     """
     grid = load_grid(path)
-    text = markdown(compare(grid, expand(grid), HERE / "results" / path.stem), cost=False)
+    text = markdown(compared(path), cost=False)
     text = "\n".join("##" + line if line.startswith("#") else line for line in text.splitlines())
     records = [json.loads(cell.read_text(encoding="utf-8")) for cell in cells_of(path)]
     hours = sum(record["results"]["seconds"] for record in records) / 3600
