@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -11,16 +12,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from nipq.budget import AverageBits, ModelSize
 from nipq.calibrate import calibrate_
 from nipq.control import phase_of
 from nipq.course import Course
-from nipq.errors import BudgetError, ConfigError, OrderError
+from nipq.errors import BudgetError, ConfigError, DistributedError, OrderError
 from nipq.layer_table import quantizers
 from nipq.optim import check_optimizer, without_bits
 from nipq.prepare import prepare_
+from nipq.search import Search
 from tests.course_loop import BUDGET, FREEZE, TOTAL, Loop, X, equal, keeps, net, plain
 
 # ---------------------------------------------------------------------- the stages
@@ -141,12 +144,22 @@ def test_ddp_around_a_float_model_is_refused_and_around_a_prepared_one_is_looked
         OrderError, match=r"Sequential: expected DistributedDataParallel around a prepared model.*alpha_raw"
     ):
         Course(wrapped, BUDGET, TOTAL, loader=[X])
+    with pytest.raises(OrderError, match=r"Sequential: expected DistributedDataParallel around a prepared model"):
+        Search(wrapped, BUDGET, TOTAL)
     model = net()
     wrapped = DistributedDataParallel(model)
     loop = Loop(wrapped).steps(FREEZE + 2)
     loop.course.finish()
     assert loop.course.model is model
     assert not any(name.startswith("module.") for name in loop.course.bits or {})
+
+
+def test_the_first_generation_of_fsdp_is_refused_by_name(group: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own, about a CPU
+        wrapped = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
+    with pytest.raises(DistributedError, match=r"expected FSDP2 \(fully_shard\), found FullyShardedDataParallel"):
+        Course(wrapped, BUDGET, TOTAL, loader=[X])
 
 
 SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [

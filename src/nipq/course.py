@@ -75,6 +75,7 @@ class Course:
         BudgetError: if no allowed bit-widths keep the budget.
         OrderError: if the model is not prepared, or an optimizer or DDP wrapper was built before it was.
         ConfigError: if a setting is out of range, quantizers are in half precision, or a loader is missing.
+        DistributedError: if ranks hold different models, or sharding left quantizers to their rank.
     """
 
     def __init__(

@@ -90,8 +90,8 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
     device = next(model.parameters()).device
     for attention in traced.attention:
         if attention.scores.name in products:
-            found = AttentionProducts(products[attention.scores.name], products[attention.mix.name]).to(device)
-            install(model.get_submodule(attention.name), found)
+            pair = products[attention.scores.name], products[attention.mix.name]
+            install(model.get_submodule(attention.name), AttentionProducts(*pair, name=attention.name).to(device))
     close_shortcuts_(model)
     set_phase_(model, Phase.NOISE)
     return model

@@ -19,6 +19,7 @@ from nipq.functional.cost import cost
 from nipq.layer_table import layer_table
 from nipq.limit import Limit
 from nipq.optim import check_optimizer
+from nipq.wrapping import check_wrapper
 
 #: Off the CPU, looking whether bits are finite waits for the device, so it is done once in so many steps.
 CHECK_EVERY = 50
@@ -62,10 +63,10 @@ class Search:
 
     Raises:
         BudgetError: if no allowed bit-widths keep the budget.
-        OrderError: if the model is not prepared, or the optimizer was built before it was.
+        OrderError: if the model is not prepared, or the optimizer or a DDP wrapper was built before it was.
         ConfigError: if a setting is out of range.
         NonFiniteError: if a bit-width is not finite.
-        DistributedError: if ranks hold different models.
+        DistributedError: if ranks hold different models, or sharding left quantizers to their rank.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Search:
         self.feasible = check_feasible(model, budget)
         if optimizer is not None:
             check_optimizer(model, optimizer)
+        check_wrapper(model)
         check_same_(model, "Search")
         self.kind = penalty
         self._limits = budget.limits(model)

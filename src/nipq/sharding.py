@@ -9,15 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.distributed.fsdp import fully_shard
 
-from nipq.distributed import check_same_, reduce_mean_
+from nipq.distributed import check_same_, is_sharded, reduce_mean_
 from nipq.errors import DistributedError
 from nipq.nn.quantizer import TensorQuantizer
+
+#: Quantizers whose gradients :func:`average_gradients_` sees to.
+_AVERAGED: WeakSet[TensorQuantizer] = WeakSet()
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -72,6 +76,7 @@ def average_gradients_(model: nn.Module) -> None:
         model: the sharded model.
     """
     owners = list(_owners(model))
+    _AVERAGED.update(owners)
     queued: list[bool] = []
 
     def finish() -> None:
@@ -92,6 +97,26 @@ def average_gradients_(model: nn.Module) -> None:
     for parameter in _parameters(owners):
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(queue)  # type: ignore[no-untyped-call]  # torch gives it no type
+
+
+def check_averaged(model: nn.Module) -> None:
+    """Refuse sharded weights around whole quantizers whose gradients nobody averages.
+
+    Args:
+        model: a prepared model.
+
+    Raises:
+        DistributedError: naming a quantizer that each rank would train on its own.
+    """
+    if not any(is_sharded(parameter) for parameter in model.parameters()):
+        return
+    for owner in _owners(model):
+        if owner not in _AVERAGED and not any(is_sharded(parameter) for parameter in owner.parameters()):
+            raise DistributedError(
+                f"{owner.name}: expected its gradients to be averaged over ranks, found weights that fully_shard "
+                "sharded and a quantizer that it left out. Shard with nipq.sharding.shard_, or call "
+                "nipq.sharding.average_gradients_(model) after fully_shard."
+            )
 
 
 def _owners(model: nn.Module) -> Iterator[TensorQuantizer]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from nipq.errors import OrderError
+from nipq.errors import DistributedError, OrderError
+from nipq.sharding import check_averaged
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -25,15 +27,22 @@ def waits_for_all(model: nn.Module) -> bool:
 
 
 def check_wrapper(model: nn.Module) -> None:
-    """Refuse a model that was wrapped for several processes before it was prepared.
+    """Refuse a wrapper that would not average what is learned: built before the model was prepared, or of another kind.
 
     Args:
         model: a prepared model, wrapped or not.
 
     Raises:
         OrderError: naming parameters that ``DistributedDataParallel`` would not average.
+        DistributedError: for the first generation of FSDP, or naming a quantizer that sharding left to its rank.
     """
     bare = unwrapped(model)
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise DistributedError(
+            f"{type(bare).__name__}: expected FSDP2 (fully_shard), found FullyShardedDataParallel, which flattens "
+            "parameters and shards boundaries and bit-widths with them. Use nipq.sharding.shard_ on the bare model."
+        )
+    check_averaged(bare)
     for layer in _layers(model):
         known = getattr(layer, "_module_parameters", None)
         if not isinstance(layer, DistributedDataParallel) or known is None:

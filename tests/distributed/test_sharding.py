@@ -124,6 +124,18 @@ def test_sharded_quantizers_are_refused(ranks: Ranks) -> None:
         assert str(error).endswith("and call nipq.sharding.average_gradients_(model) after it.")
 
 
+def left_alone() -> None:
+    model = prepared()
+    fully_shard(model, ignored_params=set(quantizer_parameters(model)))
+    nipq.Search(model, BUDGET, 10)
+
+
+def test_quantizers_whose_gradients_nobody_averages_are_refused(ranks: Ranks) -> None:
+    for _, error in ranks.outcomes(left_alone):
+        assert isinstance(error, DistributedError)
+        assert "stem.weight: expected its gradients to be averaged over ranks" in str(error)
+
+
 def by_hand() -> list[list[float]]:
     model = prepared()
     for module in (*model.blocks, model):

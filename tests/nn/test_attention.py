@@ -32,7 +32,7 @@ def product(name: str, alpha: float, other: float, grid: str = "signed") -> Prod
 
 
 def products(phase: Phase) -> AttentionProducts:
-    found = AttentionProducts(product("scores", 2.0, 2.5), product("mix", 1.0, 2.0, "unsigned"))
+    found = AttentionProducts(product("scores", 2.0, 2.5), product("mix", 1.0, 2.0, "unsigned"), "block.attention")
     for module in found.modules():
         if isinstance(module, InputQuantizer):
             module.phase = phase
@@ -123,3 +123,18 @@ def test_gradients_reach_all_four_operands() -> None:
     found(*given).square().sum().backward()
     assert all(x.grad.abs().sum() > 0 for x in given)
     assert len([p for p in found.parameters() if p.grad is not None and p.grad.abs().sum() > 0]) == 4
+
+
+def test_a_module_that_went_over_to_other_attention_is_refused_by_name() -> None:
+    class Either(Module):
+        by_hand = False
+
+        def forward(self, *args: Tensor, **kwargs: Any) -> Tensor:
+            return args[0] if self.by_hand else super().forward(*args, **kwargs)
+
+    module = Either()
+    install(module, products(Phase.ROUND))
+    module(*tensors())
+    module.by_hand = True
+    with pytest.raises(OrderError, match=r"block\.attention: expected attention to call torch's scaled_dot_product"):
+        module(*tensors())

@@ -178,7 +178,8 @@ class _Reader:
         for name in self.products:
             where, part = _attention_of(name)
             if part == "scores":
-                yield where, AttentionProducts(self.product(name), self.product(f"{name.removesuffix(part)}mix"))
+                pair = self.product(name), self.product(f"{name.removesuffix(part)}mix")
+                yield where, AttentionProducts(*pair, name=where)
 
     def product(self, name: str) -> DeployedProduct:
         """A product inside attention."""

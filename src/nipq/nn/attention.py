@@ -87,11 +87,12 @@ class AttentionProducts(nn.Module):
     Args:
         scores: computes query times key.
         mix: computes probability times value.
+        name: full name of the attention module, for messages.
     """
 
-    def __init__(self, scores: nn.Module, mix: nn.Module) -> None:
+    def __init__(self, scores: nn.Module, mix: nn.Module, name: str) -> None:
         super().__init__()
-        self.scores, self.mix = scores, mix
+        self.scores, self.mix, self.name = scores, mix, name or "the model"
         self.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]  # torch gives it no type
 
     def forward(
@@ -145,7 +146,7 @@ class AttentionProducts(nn.Module):
 class _Replaced(TorchFunctionMode):
     def __init__(self, products: AttentionProducts) -> None:
         super().__init__()
-        self.products = products
+        self.products, self.called = products, False
 
     def __torch_function__(
         self,
@@ -154,8 +155,10 @@ class _Replaced(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        called = self.products if getattr(func, "__name__", "") == FUNCTION else func
-        return called(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") != FUNCTION:
+            return func(*args, **(kwargs or {}))
+        self.called = True
+        return self.products(*args, **(kwargs or {}))
 
 
 def install(module: nn.Module, products: AttentionProducts) -> None:
@@ -182,8 +185,15 @@ def uninstall(module: nn.Module) -> None:
 
 def _forward_with_products(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (the module's own)
     products = getattr(module, PRODUCTS)
-    with _Replaced(products):
-        return type(module).forward(module, *args, **kwargs)
+    with _Replaced(products) as replaced:
+        result = type(module).forward(module, *args, **kwargs)
+    if not replaced.called:  # else a model would go on with float products, and nobody would know
+        raise OrderError(
+            f"{products.name}: expected attention to call torch's {FUNCTION}, as it did when the model was prepared, "
+            "found that it computes the products otherwise. Set the attention implementation back "
+            "(transformers: model.set_attn_implementation('sdpa')), or prepare the float model as it is now."
+        )
+    return result
 
 
 def _accept_float_checkpoint(

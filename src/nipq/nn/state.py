@@ -12,6 +12,10 @@ from nipq.config import BitRange
 from nipq.errors import FileFormatError
 from nipq.functional.grid import Grid
 
+#: Bytes. ``torch.distributed.checkpoint`` reads into tensors of the size they had when they were written, whatever the
+#: grid or calibration says since.
+BLOCK = 256
+
 
 @dataclass(frozen=True)
 class QuantizerState:
@@ -28,14 +32,15 @@ class QuantizerState:
     calibrated: bool
 
     def to_tensor(self) -> Tensor:
-        """The settings as bytes of JSON, uint8."""
+        """The settings as bytes of JSON, uint8, with blanks up to a whole number of blocks."""
         settings = {
             "grid": self.grid.kind,
             "shift": self.grid.shift,
             "choices": self.bit_range.choices,
             "calibrated": self.calibrated,
         }
-        return torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+        text = json.dumps(settings)
+        return torch.tensor(list(text.ljust(-(-len(text) // BLOCK) * BLOCK).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, state: Tensor, name: str) -> QuantizerState:
