@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
+import pickle
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -55,7 +56,7 @@ def prepared(layers: int) -> nn.Sequential:
 
 
 def memory(layers: int) -> dict[str, int]:
-    """Bytes that quantizers add: on the device with Adam, and of the process for their Python objects."""
+    """Bytes that quantizers add: on the device with Adam, of the process for Python objects, and while bits freeze."""
     model = prepared(layers)
     optimizer = torch.optim.Adam(nipq.param_groups(model, lr=1e-6))
     search = nipq.Search(model, BUDGET, 100)
@@ -74,12 +75,18 @@ def memory(layers: int) -> dict[str, int]:
     plain_host = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(twin) == len(plain_twin)
+    free = spread_out(layers)
+    tracemalloc.start()
+    nipq.freeze_bits_(free, BUDGET)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     return {
         "parameters": _bytes(own),
         "gradients": _bytes([p.grad for p in own if p.grad is not None]),
         "adam": _bytes(states),
         "buffers": _bytes(buffers),
         "python": host - plain_host,
+        "snap": peak,
     }
 
 
@@ -154,7 +161,7 @@ def spread_out(layers: int) -> nn.Module:
 
 
 def messages(layers: int) -> dict[str, dict[str, int]]:
-    """Bytes and number of messages that a rank gives to be reduced in one step, and at the freeze."""
+    """Bytes and number of messages that a rank gives to be reduced in one step, and says at the freeze."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
@@ -191,7 +198,17 @@ def _rank(rank: int, place: str, layers: int, pipe: Any) -> None:  # noqa: ANN40
         sent.clear()
         return total
 
+    def told(call: Any, place: int) -> Any:  # noqa: ANN401
+        def say(*args: Any, **keywords: Any) -> Any:  # noqa: ANN401
+            sent.append(len(pickle.dumps(args[place])))
+            return call(*args, **keywords)
+
+        return say
+
     dist.all_reduce = counted
+    dist.all_gather_object, dist.broadcast_object_list = (
+        told(dist.all_gather_object, 1), told(dist.broadcast_object_list, 0)
+    )  # fmt: skip
     found, x = {}, torch.randn(BATCH, WIDTH)
     for name, model in (("DDP, float", chain(layers)), ("DDP", prepared(layers))):
         wrapped = DistributedDataParallel(model)
@@ -209,6 +226,8 @@ def _rank(rank: int, place: str, layers: int, pipe: Any) -> None:  # noqa: ANN40
     search.penalty()
     search.step()
     found["penalty and search.step"] = counts()
+    nipq.freeze_bits_(model, BUDGET)
+    found["freeze_bits_"] = counts()
     if rank == 0:
         pipe.send(found)
     dist.barrier()

@@ -81,6 +81,11 @@ def measured(content: Record) -> str:
         ["sent in a step, DDP, quantized, B", *_sent(points, "DDP")],
         ["sent for quantizers, FSDP2, B in one message", *_sent(points, "FSDP, quantizers")],
         ["sent by penalty and `search.step`, B", *_sent(points, "penalty and search.step")],
+        ["said by each rank at `freeze_bits_`, B", *_sent(points, "freeze_bits_")],
+        [
+            "memory of `freeze_bits_` while it runs, KiB",
+            *(f"{p['memory']['snap'] / 1024:,.0f}" for p in points.values()),
+        ],
     ]
     rows += [
         [f"{part}, us", *(f"{point['microseconds'][part][1]:,.0f}" for point in points.values())]
@@ -109,6 +114,8 @@ def extrapolated(content: Record) -> str:
     largest = content["measured"][last]["memory"]
     each = {name: largest[name] / int(last) for name in ("parameters", "gradients", "adam", "python")}
     device = each["parameters"] + each["gradients"] + each["adam"]
+    snap = largest["snap"] / int(last)
+    said = content["measured"][last]["messages"]["freeze_bits_"]["bytes"] / int(last)
     traffic = 3 * 2 * n * (GPUS - 1) / GPUS
     quantizing, training = 10 * n / BANDWIDTH, 6 * n * TOKENS / (USED * FLOPS)
     rows = [
@@ -127,11 +134,18 @@ def extrapolated(content: Record) -> str:
             f"{traffic / 1e9:.1f} GB",
         ],
         ["their ratio", "", f"{8 * q / traffic:.1g}"],
+        ["said at the freeze by each rank, once", f"{said:.0f} B x Q", f"{said * q / 1024:.0f} KiB"],
+        ["memory of the freeze while it runs", f"{snap / 1024:.1f} KiB x Q", f"{snap * q / 2**20:.1f} MiB"],
         *([f"{part}, on this CPU", _formula(line), _time(line, q)] for part, line in content["lines"].items()),
         [
             "sent for calibration, once",
             "65,536 values x 4 B for each input",
             f"{65536 * 4 * model.input_quantizers / 1e6:.0f} MB",
+        ],
+        [
+            "the model whole, float32, in each process until `shard_`, and in `nipq train` between stages",
+            "4 B x N",
+            f"{4 * n / 1e9:.1f} GB",
         ],
         ["quantized weights kept for backward", "2 B x N (bf16)", f"{2 * n / 1e9:.1f} GB"],
         ["the same, each block recomputed", "2 B x (4 h^2 + 3 h f)", f"{2 * model.block_weights / 1e9:.2f} GB"],

@@ -1,7 +1,7 @@
 """Accelerate: the loop of its documentation, one object more.
 
 python examples/accelerate_loop.py        # pip install "nipq[accelerate]"
-accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py
+torchrun --nproc-per-node 2 examples/accelerate_loop.py
 """
 
 from __future__ import annotations

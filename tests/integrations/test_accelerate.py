@@ -30,14 +30,20 @@ EPOCHS, BATCHES = 4, 6
 
 
 class Loop:
-    """As people write them: Accelerate's loaders, accumulation, clipping, scheduler."""
+    """As people write them: Accelerate's loaders, accumulation, clipping, scheduler.
 
-    def __init__(self, folder: Path | None = None, accumulate: int = 1, **settings: Any) -> None:
+    Accelerate has float16 for accelerators only; ``half`` sets on a CPU what it would set there.
+    """
+
+    def __init__(self, folder: Path | None = None, accumulate: int = 1, *, half: bool = False, **settings: Any) -> None:
         accelerate.state.AcceleratorState._reset_state(True)
         accelerate.utils.set_seed(0)
         self.accelerator = accelerate.Accelerator(
             cpu=True, gradient_accumulation_steps=accumulate, project_dir=folder, **settings
         )
+        if half:
+            self.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+            self.accelerator.autocast = lambda: torch.autocast("cpu", torch.float16)
         layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 8), nn.ReLU()]
         net = nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(8, 3))
         calibrate_(prepare_(net, X[:1]), [X])
@@ -51,8 +57,12 @@ class Loop:
             self.accelerator, self.model, BUDGET, EPOCHS * BATCHES // accumulate, optimizer=self.optimizer, loader=[X]
         )
 
+    overflow: tuple[int, int] | None = None
+    average: WeightAverage | None = None
+
     def epochs(self, *numbers: int, stop_at: int | None = None, start: int = 0) -> Loop:
         self.model.train()
+        self.seen: set[torch.dtype] = set()
         for number in numbers:
             self.loader.set_epoch(number)
             batches = self.accelerator.skip_first_batches(self.loader, start) if start else self.loader
@@ -61,14 +71,19 @@ class Loop:
                     return self
                 with self.accelerator.accumulate(self.model):
                     with self.accelerator.autocast():
-                        loss = cross_entropy(self.model(x), y)
-                    self.accelerator.backward(loss + self.course.penalty())
+                        outputs = self.model(x)
+                        loss = cross_entropy(outputs, y)
+                    self.seen.add(outputs.dtype)
+                    overflow = float("inf") if (number, place) == self.overflow else 1.0
+                    self.accelerator.backward(loss * overflow + self.course.penalty())
                     if self.accelerator.sync_gradients:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()
                     self.course.step()
+                    if self.average is not None and self.accelerator.sync_gradients:
+                        self.average.update(self.course.model)
             start = 0
         return self
 
@@ -102,22 +117,35 @@ def test_resuming_equals_not_stopping_to_the_bit(tmp_path: Path, epoch: int, pla
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_a_step_that_the_scaler_skipped_does_not_count() -> None:
-    loop = Loop()
-    loop.accelerator.scaler = loop.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    loop.optimizer._optimizer_original_step_method = loop.optimizer.optimizer.step
-    loop.optimizer._accelerate_step_called = False
-    loop.optimizer._optimizer_patched_step_method = accelerate.optimizer.patch_optimizer_step(
-        loop.optimizer, loop.optimizer.optimizer.step
-    )
-    for step, (x, y) in enumerate(loop.loader):
-        loss = cross_entropy(loop.model(x), y) * (float("inf") if step == 2 else 1) + loop.course.penalty()
-        loop.accelerator.backward(loss)
-        loop.optimizer.step()
-        loop.optimizer.zero_grad()
-        loop.course.step()
-        assert loop.optimizer.step_was_skipped == (step == 2)
-    assert loop.course.steps == BATCHES - 1
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_in_float16_a_step_that_the_scaler_skipped_does_not_count(accumulate: int) -> None:
+    loop = Loop(accumulate=accumulate, half=True)
+    loop.overflow = (0, 2)
+    loop.epochs(0)
+    assert loop.accelerator.scaler.get_scale() == 512.0
+    assert loop.course.steps == BATCHES // accumulate - 1
+    loop.epochs(*range(1, EPOCHS))
+    assert loop.seen == {torch.float16}
+    assert {q.alpha_raw.dtype for q in quantizers(loop.model)} == {torch.float32}
+    loop.course.finish()
+    assert loop.course.steps == EPOCHS * BATCHES // accumulate - 1
+    assert keeps(loop.model)
+
+
+def test_resuming_in_float16_takes_the_scale_along(tmp_path: Path) -> None:
+    whole = Loop(tmp_path, half=True)
+    whole.overflow = (0, 2)
+    whole.epochs(0)
+    whole.accelerator.save_state(str(tmp_path / "state"))
+    whole.epochs(*range(1, EPOCHS)).course.finish()
+    again = Loop(tmp_path, half=True)
+    again.accelerator.load_state(str(tmp_path / "state"))
+    assert again.accelerator.scaler.get_scale() == 512.0
+    again.epochs(*range(1, EPOCHS)).course.finish()
+    assert again.course.steps == whole.course.steps == EPOCHS * BATCHES - 1
+    expected, found = whole.model.state_dict(), again.model.state_dict()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_clipping_does_not_see_the_bits() -> None:
@@ -131,14 +159,17 @@ def test_clipping_does_not_see_the_bits() -> None:
     assert float(loop.accelerator.clip_grad_norm_(loop.model[0].bias, 1.0)) < 1e-4
 
 
-def test_an_average_and_an_early_stop() -> None:
-    loop = Loop().epochs(0)
-    average = WeightAverage(loop.course.model, 0.9)
-    loop.epochs(1)
-    average.update(loop.course.model)
-    average.copy_to_(loop.course.model)
+@pytest.mark.parametrize("epochs", [2, EPOCHS], ids=["stopped early", "across the freeze"])
+def test_an_average_goes_along(epochs: int) -> None:
+    loop = Loop()
+    loop.average = WeightAverage(loop.course.model, 0.9)
+    loop.epochs(*range(epochs))
+    assert loop.course.stage == ("search" if epochs == 2 else "finetune")
+    trained = loop.model[0].parametrizations.weight.original.detach().clone()
+    loop.average.copy_to_(loop.course.model)
     loop.course.finish()
     assert keeps(loop.model)
+    assert not torch.equal(loop.model[0].parametrizations.weight.original, trained)
 
 
 def test_numbers_go_to_the_accelerators_trackers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,36 @@ def bit_gradients(build: Callable[..., Any], *, given: dict[str, Any] | None = N
     return torch.tensor(found[0])
 
 
+def test_accumulated_batches_make_one_step_of_the_course(build: Callable[..., Any]) -> None:
+    trainer = build(gradient_accumulation_steps=2)
+    callback = quantize(trainer, BUDGET)
+    trainer.train()
+    assert (callback.course.stage, callback.course.steps, callback.course.total_steps) == ("done", 12, 12)
+    assert keeps(trainer.model)
+
+
+def test_float16_and_a_step_that_the_scaler_skipped(build: Callable[..., Any]) -> None:
+    """The trainer has float16 for accelerators only; what it would set there is set by hand."""
+    seen = set()
+
+    class Overflow(Trainer):
+        def compute_loss(self, model: nn.Module, inputs: Any, **kwargs: Any) -> Any:
+            with torch.autocast("cpu", torch.float16):
+                loss, outputs = super().compute_loss(model, inputs, **kwargs | {"return_outputs": True})
+            seen.add(outputs["logits"].dtype)
+            return loss * (float("inf") if self.state.global_step == 3 else 1)
+
+    trainer = build(kind=Overflow, max_grad_norm=0.5, optim="adamw_torch")  # not the fused one: see the page
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    callback = quantize(trainer, BUDGET)
+    trainer.train()
+    assert seen == {torch.float16}
+    assert trainer.accelerator.scaler.get_scale() == 512.0
+    assert (trainer.state.global_step, callback.course.steps) == (24, 23)
+    assert {q.alpha_raw.dtype for q in quantizers(trainer.model)} == {torch.float32}
+    assert keeps(trainer.model)
+
+
 def mean_over_all(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
     return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
 
