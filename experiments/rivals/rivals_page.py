@@ -90,7 +90,7 @@ def tuning() -> str:
         "level). Chosen for all rows: learning rate 0.05, four epochs and one; other fields are the grid's. "
         "More was tried for the noise proxy than for LSQ: its start of bits came out of this table. The last of LSQ "
         "and the last four of nipq, the first of them the default once more, came after calibration was mended: on "
-        "this network the cut of the epochs makes no difference, as it did on MobileNet-v3 (docs/tasks.md). "
+        "this network the cut of the epochs makes no difference; on MobileNet-v3 (docs/tasks.md) it does. "
         "`python experiments/tune.py experiments/rivals/candidates.yaml --data FOLDER --runs RUNS`.\n"
     )
 

@@ -22,8 +22,8 @@ def page() -> str:
     sizes = f"--images {settings['images']} --train-images {settings['train_images']}"
     return (
         f"{(RESULTS / 'table.md').read_text(encoding='utf-8')}\n"
-        f"{len(records)} networks, mean ± standard deviation where there are several seeds, on {settings['images']} test images; "
-        f"curvature on {settings['train_images']} training images. "
+        f"{len(records)} networks, mean ± standard deviation where there are several seeds, "
+        f"on {settings['images']} test images; curvature on {settings['train_images']} training images. "
         f"`python experiments/robustness/run.py --runs RUNS {sizes}`, then `experiments/robustness/plot.py` and "
         f"`experiments/robustness/table.py`; {versions}.\n\n"
         f"{pictures}\n"
