@@ -87,7 +87,7 @@ def small() -> Task:
 
 #: Build, what the page calls it, counted steps of a sample.
 NETWORKS: dict[str, tuple[Callable[[], Task], str, int]] = {
-    "least": (least, "two linear layers of a few numbers", 150),
+    "least": (least, "two linear layers of a few numbers", 400),
     "small": (small, "two convolutions, 64 x 3 x 8 x 8", 60),
 }
 

@@ -1,6 +1,6 @@
-"""Two pictures: the training step of every variant, and what an element costs.
+"""Pictures: the training step of every variant and of every method, and what an element costs.
 
-python -m benchmarks.plots        # writes results/training_step.png and results/elements.png
+python -m benchmarks.plots        # writes results/training_step.png, results/methods.png and results/elements.png
 """
 
 from __future__ import annotations
@@ -42,6 +42,22 @@ def training_step(content: Record) -> None:
     _save(figure, "training_step")
 
 
+def methods(content: Record) -> None:
+    """Seconds of a step of every method in units of float's, with the quartiles over rounds."""
+    rows = content["rows"]
+    found = [row["ratio"] for row in rows.values()]
+    figure, axis = plt.subplots(figsize=(8, 0.9 + 0.3 * len(rows)), layout="constrained")
+    errors = [[abs(ratio[1] - ratio[end]) for ratio in found] for end in (0, 2)]
+    colours = [BASE if name == "float" else OURS if name == "nipq" else OTHERS for name in rows]
+    bars = axis.barh(list(rows), [ratio[1] for ratio in found], xerr=errors, color=colours, ecolor=INK, height=0.7)
+    axis.bar_label(bars, [f" {ratio[1]:.2f}" for ratio in found], color=INK, fontsize=8)
+    axis.axvline(1, color=INK, linewidth=0.8)
+    axis.set_xlim(0, 1.12 * max(ratio[2] for ratio in found))
+    axis.set_xlabel("CPU time of a training step, one thread [float step]", color=INK)
+    axis.invert_yaxis()
+    _save(figure, "methods")
+
+
 def _best(row: Record) -> list[float]:
     """Quartiles in the memory format with the lowest median."""
     return min((cell["ratio"] for cell in row.values()), key=lambda quartiles: float(quartiles[1]))
@@ -79,7 +95,7 @@ def _save(figure: Any, name: str) -> None:  # noqa: ANN401 -- matplotlib's Figur
 
 def main() -> None:
     """Draw what was measured."""
-    for name, draw in (("training_step", training_step), ("elements", elements)):
+    for name, draw in (("training_step", training_step), ("methods", methods), ("elements", elements)):
         content = record.read(name)
         if content is not None:
             draw(content)

@@ -39,16 +39,19 @@ COLOURS = (
 )  # fmt: skip
 MARKERS = "osD^vP*Xh<>pH8"
 LEVELS = 16
+OURS = "nipq"
 NOISES = {"weights": "weights", "activations": "activations", "channels": "activations, by channel"}
 
 Rows = dict[str, list[Record]]
 
 
 def styles(rows: Rows) -> dict[str, dict[str, Any]]:
-    """Colour and marker of each method, the same in all panels; float is a dashed grey line."""
+    """Colour and marker of each method, the same in all panels: float a dashed grey line, nipq a thick one."""
     found: dict[str, dict[str, Any]] = {"float": {"color": "#808080", "linestyle": "--", "marker": ""}}
-    for place, row in enumerate(row for row in rows if row != "float"):
+    for place, row in enumerate(sorted((row for row in rows if row != "float"), key=lambda row: row != OURS)):
         found[row] = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+    if OURS in found:
+        found[OURS] |= {"linewidth": 2.6, "markersize": 6, "zorder": 3}
     return found
 
 
@@ -61,7 +64,7 @@ def draw(axis: Any, rows: Rows, curve_of: Callable[[Record], Curve], title: str,
             continue
         mean = mean_curve(curves)
         xs = list(mean)
-        axis.plot(xs, list(mean.values()), label=row, linewidth=1.5, **style[row])
+        axis.plot(xs, list(mean.values()), label=row, **{"linewidth": 1.2} | style[row])
         if len(curves) > 1:
             low, high = ([pick(curve[x] for curve in curves) for x in xs] for pick in (min, max))
             axis.fill_between(xs, low, high, color=style[row]["color"], alpha=0.15, linewidth=0)

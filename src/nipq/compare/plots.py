@@ -19,8 +19,8 @@ COLOURS = (
 MARKERS = "osD^vP*Xh<>pH8"
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
-APART = 0.02
-"""Share of the axis by which neighbouring rows are drawn apart where all have the same bits, so that all are seen."""
+SPREAD = 0.1
+"""Share of the axis over which rows are drawn side by side where all have the same bits, so that all are seen."""
 SHORTEST = 1.0
 """Bits that such an axis spans at least; else rows of one budget would be told apart by their fourth decimal."""
 SHORTEST_SHARE = 0.1
@@ -55,15 +55,18 @@ def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
         shown = [panel for panel in panels if any(panel[1](row) is not None for row in _rows(comparison))]
         if shown:
             found.append(folder / f"{metric}_against_{name}.png")
-            _plot_curves(comparison, shown, found[-1], apart=0.0 if name == "bops" else APART)
+            _plot_curves(comparison, shown, found[-1], spread=0.0 if name == "bops" else SPREAD)
     if any(row.cost is not None for row in _rows(comparison)):
         found.append(folder / "training_cost.png")
         _plot_cost(comparison, found[-1])
     return found
 
 
-def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], path: Path, *, apart: float) -> None:
-    """One line per row with the 95 % interval of its mean; float as a dashed line."""
+def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], path: Path, *, spread: float) -> None:
+    """One line per row with the 95 % interval of its mean; float as a dashed line.
+
+    Rows that are drawn side by side stand around the baseline, which is where it is, on a thin line.
+    """
     metric, labels = comparison.metric, _labels(comparison)
     arrow = "higher" if metric.higher_is_better else "lower"
     with drawn(path, width=2.2 + 4.4 * len(panels), height=4.2) as figure:
@@ -76,9 +79,12 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
             if span < shortest:
                 low, span = low - (shortest - span) / 2, shortest
                 axes.set_xlim(low, low + span)
-            step = apart * span
+            shifts = _shifts(labels, comparison.baseline, spread * span)
             for number, label in enumerate(labels):
-                _curve(axes, comparison, label, number, place, step * (number - (len(labels) - 1) / 2))
+                _curve(axes, comparison, label, number, place, shifts[label])
+            for row in _rows(comparison) if spread else []:
+                if row.label == comparison.baseline and (x := place(row)) is not None:
+                    axes.axvline(x, color=LINE, linewidth=0.6, zorder=0)
             if comparison.float_row:
                 level = comparison.float_row.score.mean
                 axes.axhline(level, color=LINE, linestyle="--", linewidth=1.2, label=f"float, {level:.4g}", zorder=1)
@@ -86,6 +92,15 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center")
         figure.suptitle(f"{comparison.name}: mean and 95 % interval over seeds", fontsize=10)
+
+
+def _shifts(labels: Sequence[str], baseline: str, width: float) -> dict[str, float]:
+    """How far beside its place each row is drawn: the baseline not at all, the others in turn right and left of it."""
+    others = [label for label in labels if label != baseline]
+    step = width / max(1, len(others))
+    return {baseline: 0.0} | {
+        label: step * (1 + number // 2) * (-1 if number % 2 else 1) for number, label in enumerate(others)
+    }
 
 
 def _curve(axes: Axes, comparison: Comparison, label: str, number: int, place: Place, shift: float) -> None:
