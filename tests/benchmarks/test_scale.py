@@ -9,12 +9,13 @@ from benchmarks.scale import line, memory, saved
 from benchmarks.scale_page import Decoder
 
 POINT = {
-    "memory": {"parameters": 156, "gradients": 156, "adam": 312, "buffers": 8, "python": 2048},
+    "memory": {"parameters": 156, "gradients": 156, "adam": 312, "buffers": 8, "python": 2048, "snap": 4096},
     "saved": {"float": 1024, "quantized": 2048, "quantized, blocks of ten recomputed": 1536},
     "microseconds": {"penalty + backward": [1.0, 700.0, 800.0]},
     "messages": {
         "DDP, float": {"bytes": 1, "messages": 1}, "DDP": {"bytes": 2, "messages": 1},
         "FSDP, quantizers": {"bytes": 156, "messages": 1}, "penalty and search.step": {"bytes": 0, "messages": 0},
+        "freeze_bits_": {"bytes": 4000, "messages": 2},
     },
 }  # fmt: skip
 
@@ -56,6 +57,7 @@ def test_the_page_shows_measurement_and_formula(monkeypatch: pytest.MonkeyPatch)
     text = scale_page.page()
     assert "| penalty + backward, us | 700 |" in text
     assert "| penalty + backward, on this CPU | 100 us + 2.00 us x Q | 1.3 ms |" in text
+    assert "| said at the freeze by each rank, once | 200 B x Q | 113 KiB |" in text
     assert "| quantized weights kept for backward | 2 B x N (bf16) | 13.5 GB |" in text
     assert "no point is further off than 4%" in text
 

@@ -41,7 +41,7 @@ def test_the_two_networks_of_a_task_share_all_but_their_lengths() -> None:
     first, second = (load_grid(TASKS / f"which_photo_{name}.yaml") for name in ("mobilenet_v3", "resnet18"))
     assert (first.budgets, first.seeds, first.float) == (second.budgets, second.seeds, second.float)
     words = [{label: row["method"] for label, row in grid.methods.items()} for grid in (first, second)]
-    assert words[0] == words[1]
+    assert words[1].items() <= words[0].items()  # the smaller network has rows besides
     total = [first.base["stages"][stage]["epochs"] for stage in ("search", "finetune")]
     for row in first.methods.values():  # each method cuts the same epochs where it likes
         stages = row.get("stages", first.base["stages"])

@@ -152,6 +152,15 @@ def test_fixed_bits_need_no_budget(make_config: Make, tmp_path: Path) -> None:
     assert results["verified"] is True
 
 
+def test_weights_alone(make_config: Make, tmp_path: Path) -> None:
+    """As DiffQ was published; no input has a quantizer, in the pictures neither."""
+    config = make_config(method="diffq-weights", budget={"average_bits": {"weights": 4}})
+    results = run(config, tmp_path / "run", quiet=True)
+    assert results["verified"]
+    assert results["average_bits"]["weights"] <= 4
+    assert (tmp_path / "run" / "plots" / "boundaries.png").is_file()
+
+
 def test_everything_switched_on(make_config: Make, tmp_path: Path) -> None:
     config = make_config(
         stages={"float": {"epochs": 1}, "search": {"epochs": 2}, "finetune": {"epochs": 1}},

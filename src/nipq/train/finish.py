@@ -159,7 +159,8 @@ def histograms(model: nn.Module, inputs: Nested) -> list[Histogram]:
     Returns:
         First the weights, then the inputs of the same layers.
     """
-    rows = [row for row in layer_table(model) if row.input is not None and not row.spec.is_product]
+    layers = [row for row in layer_table(model) if not row.spec.is_product]
+    rows = [row for row in layers if row.input is not None] or layers  # with weights alone no layer has an input
     chosen = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, PANELS)})]
     seen: dict[str, Tensor] = {}
 
