@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from nipq.averaging import WeightAverage
-from nipq.budget import AverageBits, costs
+from nipq.budget import AverageBits
 from nipq.calibrate import calibrate_
 from nipq.config import Config
 from nipq.control import phase_of
@@ -19,58 +20,18 @@ from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import quantizers
 from nipq.optim import param_groups
 from nipq.prepare import prepare_
+from tests.integrations.tiny_bert import BUDGET, bert, data, keeps, make_trainer
 
 transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
 quantized = pytest.importorskip("nipq.integrations.transformers")
 Trainer, quantize = transformers.Trainer, quantized.quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
-BUDGET = AverageBits(weights=4, activations=4)
-SAMPLES = 48
-
-
-def data() -> list[dict[str, Any]]:
-    random = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 40, (SAMPLES, 6), generator=random)
-    return [
-        {"input_ids": row, "attention_mask": torch.ones(6, dtype=torch.int64), "labels": int(row[0]) % 2} for row in ids
-    ]
-
-
-def bert() -> nn.Module:
-    torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
-    config = transformers.BertConfig(vocab_size=40, max_position_embeddings=8, **sizes)
-    return transformers.BertForSequenceClassification(config)
-
 
 @pytest.fixture
 def build(tmp_path: Path) -> Callable[..., Any]:
-    def make(
-        model: nn.Module | None = None,
-        kind: type[Any] = Trainer,
-        *,
-        given: dict[str, Any] | None = None,
-        **arguments: Any,
-    ) -> Any:
-        settings: dict[str, Any] = {
-            "output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 8, "num_train_epochs": 4,
-            "learning_rate": 1e-3, "weight_decay": 0.01, "report_to": [], "save_strategy": "no", "disable_tqdm": True,
-            "logging_steps": 6,
-        }  # fmt: skip
-        arguments = transformers.TrainingArguments(**settings | arguments)
-        return kind(
-            bert() if model is None else model, arguments, train_dataset=data(), eval_dataset=data(), **given or {}
-        )
-
-    return make
-
-
-def keeps(model: nn.Module) -> bool:
-    return all(q.is_frozen for q in quantizers(model)) and all(c.rounded <= c.target for c in costs(model, BUDGET))
+    return partial(make_trainer, tmp_path)
 
 
 def test_one_call_is_enough(build: Callable[..., Any]) -> None:
@@ -92,89 +53,6 @@ def test_one_call_is_enough(build: Callable[..., Any]) -> None:
     assert "nipq/average_weight_bits_soft" in logged[0]
 
 
-def bit_gradients(build: Callable[..., Any], *, given: dict[str, Any] | None = None, **arguments: Any) -> torch.Tensor:
-    """Of the penalty alone, in the first step of the optimizer; the loss is taken out."""
-
-    class Silent(Trainer):
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-            return 0.0 * super().compute_loss(*args, **kwargs)
-
-    found = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-            found.append([float(q.bit_raw.grad) for q in quantizers(model) if not q.is_frozen])
-            control.should_training_stop = True
-
-    given = {"callbacks": [Watch()]} | (given or {})
-    trainer = build(kind=Silent, given=given, max_grad_norm=0.0, **arguments)
-    quantize(trainer, BUDGET)
-    trainer.train()
-    assert all(gradient > 0 for gradient in found[0])
-    return torch.tensor(found[0])
-
-
-def test_accumulated_batches_make_one_step_of_the_course(build: Callable[..., Any]) -> None:
-    trainer = build(gradient_accumulation_steps=2)
-    callback = quantize(trainer, BUDGET)
-    trainer.train()
-    assert (callback.course.stage, callback.course.steps, callback.course.total_steps) == ("done", 12, 12)
-    assert keeps(trainer.model)
-
-
-def test_float16_and_a_step_that_the_scaler_skipped(build: Callable[..., Any]) -> None:
-    """The trainer has float16 for accelerators only; what it would set there is set by hand."""
-    seen = set()
-
-    class Overflow(Trainer):
-        def compute_loss(self, model: nn.Module, inputs: Any, **kwargs: Any) -> Any:
-            with torch.autocast("cpu", torch.float16):
-                loss, outputs = super().compute_loss(model, inputs, **kwargs | {"return_outputs": True})
-            seen.add(outputs["logits"].dtype)
-            return loss * (float("inf") if self.state.global_step == 3 else 1)
-
-    trainer = build(kind=Overflow, max_grad_norm=0.5, optim="adamw_torch")  # not the fused one: see the page
-    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    callback = quantize(trainer, BUDGET)
-    trainer.train()
-    assert seen == {torch.float16}
-    assert trainer.accelerator.scaler.get_scale() == 512.0
-    assert (trainer.state.global_step, callback.course.steps) == (24, 23)
-    assert {q.alpha_raw.dtype for q in quantizers(trainer.model)} == {torch.float32}
-    assert keeps(trainer.model)
-
-
-def mean_over_all(outputs: Any, labels: Any, num_items_in_batch: Any) -> Any:
-    return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
-
-
-@pytest.mark.parametrize("loss", [None, mean_over_all])
-def test_the_penalty_is_the_same_however_many_batches_are_accumulated(build: Callable[..., Any], loss: Any) -> None:
-    """Also where the loss is one mean over all micro-batches, which the trainer does not divide."""
-    given = {"compute_loss_func": loss}
-    one, three = (bit_gradients(build, given=given, gradient_accumulation_steps=count, max_steps=6) for count in (1, 3))
-    torch.testing.assert_close(three, one)
-
-
-def test_clipping_does_not_see_the_bits(build: Callable[..., Any]) -> None:
-    norms = []
-
-    class Watch(transformers.TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
-            bits = [q.bit_raw.grad for q in quantizers(model) if not q.is_frozen]
-            others = [
-                p.grad for name, p in model.named_parameters() if not name.endswith("bit_raw") and p.grad is not None
-            ]
-            norms.append([float(torch.stack([g.norm() for g in part]).norm()) for part in (bits, others)])
-            control.should_training_stop = True
-
-    trainer = build(given={"callbacks": [Watch()]}, max_grad_norm=1e-5)
-    quantize(trainer, BUDGET)
-    trainer.train()
-    assert norms[0][0] > 2e-5
-    assert norms[0][1] < 1.001e-5
-
-
 def test_evaluation_and_prediction_have_no_penalty(build: Callable[..., Any]) -> None:
     trainer = build(eval_strategy="steps", eval_steps=6)
     callback = quantize(trainer, BUDGET)
@@ -191,14 +69,6 @@ def test_evaluation_and_prediction_have_no_penalty(build: Callable[..., Any]) ->
     trainer.add_callback(Watch())
     trainer.train()
     assert callback.course.stage == "done"
-
-
-def test_bf16_smoothed_labels_and_clipping(build: Callable[..., Any]) -> None:
-    trainer = build(bf16=True, label_smoothing_factor=0.1, max_grad_norm=0.5)
-    quantize(trainer, BUDGET)
-    trainer.train()
-    assert {q.alpha_raw.dtype for q in quantizers(trainer.model)} == {torch.float32}
-    assert keeps(trainer.model)
 
 
 @pytest.mark.parametrize("at", [11, 20])
