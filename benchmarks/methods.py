@@ -9,74 +9,52 @@ which costs all methods the same, is left out. Methods of one width have 3 bits,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 import nipq
 from benchmarks import record
+from benchmarks.networks import in_layout
 from benchmarks.timing import interleaved, quartiles, ratio
+from benchmarks.variants import FLOAT, RATE, STEPS, Training
 from nipq.compare import load_grid
 from nipq.train.config import ModelConfig
 from nipq.train.factory import build_model
 from nipq.train.methods import METHODS
 
 GRID = Path(__file__).parents[1] / "experiments/rivals/fashion_mobilenet_v2.yaml"
-FLOAT, BITS, BATCH = "float", 3, 128
-#: Small, so that hundreds of steps on one batch leave all numbers where they were.
-RATE, STEPS = 1e-4, 10_000
+BITS, BATCH = 3, 128
 
 
-def step_of(word: str) -> Callable[[], None]:
-    """One training step of a method: forward, backward, optimizer, and what the method does after it.
+def training(word: str) -> Training:
+    """The network under one method, with what the method adds to the loss and does after a step.
 
     Args:
         word: of ``METHODS``, or ``float``.
     """
     torch.manual_seed(0)
     model = build_model(ModelConfig.model_validate(load_grid(GRID).base["model"]))
-    model = model.to(memory_format=torch.channels_last)
-    x = torch.randn(BATCH, 1, 28, 28).to(memory_format=torch.channels_last)
-    y = torch.randint(10, (BATCH,))
-    after: list[Callable[[], Any]] = []
-    penalties: list[Callable[[], torch.Tensor]] = []
+    model = model.to(memory_format=torch.channels_last).train()
+    x, y = in_layout(torch.randn(BATCH, 1, 28, 28), "channels_last"), torch.randint(10, (BATCH,))
     if word == FLOAT:
-        optimizer = torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9)
-    else:
-        settings = METHODS[word]
-        fields = dict(settings.get("quantization", {}))
-        learned = settings.get("allocation", "learned") == "learned"
-        if not learned:
-            fields |= {"weight_bits": BITS, "activation_bits": BITS}
-        nipq.prepare_(model, x[:1], nipq.Config.model_validate(fields))
-        nipq.calibrate_(model, [x], batches=1)
-        optimizer = torch.optim.SGD(nipq.param_groups(model, lr=RATE), momentum=0.9)
-        if learned:
-            inputs = fields.get("quantize_inputs", True)
-            budget = nipq.AverageBits(weights=BITS, activations=BITS if inputs else None)
-            search = nipq.Search(model, budget, STEPS, penalty=settings.get("penalty", "controller"))
-            penalties.append(search.penalty)
-            after.append(search.step)
-        if "oscillation" in settings:
-            oscillations = nipq.Oscillations(model, STEPS, **settings["oscillation"])
-            penalties.append(oscillations.penalty)
-            after.append(oscillations.step)
-    model.train()
-
-    def step() -> None:
-        loss = cross_entropy(model(x), y)
-        for penalty in penalties:
-            loss = loss + penalty()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        for call in after:
-            call()
-
-    return step
+        return Training(model, x, y, torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9))
+    settings = METHODS[word]
+    fields = dict(settings.get("quantization", {}))
+    learned = settings.get("allocation", "learned") == "learned"
+    if not learned:
+        fields |= {"weight_bits": BITS, "activation_bits": BITS}
+    nipq.prepare_(model, x[:1], nipq.Config.model_validate(fields))
+    nipq.calibrate_(model, [x], batches=1)
+    found = Training(model.train(), x, y, torch.optim.SGD(nipq.param_groups(model, lr=RATE), momentum=0.9))
+    if learned:
+        budget = nipq.AverageBits(weights=BITS, activations=BITS if fields.get("quantize_inputs", True) else None)
+        search = nipq.Search(model, budget, STEPS, penalty=settings.get("penalty", "controller"))
+        found.penalty, found.after = search.penalty, search.step
+    elif "oscillation" in settings:
+        watch = nipq.Oscillations(model, STEPS, **settings["oscillation"])
+        found.penalty, found.after = watch.penalty, watch.step
+    return found
 
 
 def main() -> None:
@@ -84,7 +62,7 @@ def main() -> None:
     given = record.parser(__doc__, "methods", 9).parse_args()
     record.refuse_existing(given.out, overwrite=given.overwrite)
     load = record.load()
-    samples = interleaved({word: step_of(word) for word in (FLOAT, *METHODS)}, given.rounds)
+    samples = interleaved({word: training(word).step for word in (FLOAT, *METHODS)}, given.rounds)
     rows = {
         word: {
             "milliseconds": quartiles(seconds).times(1e3).rounded(),

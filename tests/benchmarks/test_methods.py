@@ -16,10 +16,10 @@ def test_a_method_trains(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build = methods.build_model
     monkeypatch.setattr(methods, "BATCH", 4)
     monkeypatch.setattr(methods, "build_model", lambda config: built.append(build(config)) or built[0])
-    step = methods.step_of(word)
+    training = methods.training(word)
     before = [parameter.detach().clone() for parameter in built[0].parameters()]
-    step()
-    step()
+    training.step()
+    training.step()
     changed = [bool((a != b).any()) for a, b in zip(before, built[0].parameters(), strict=True)]
     assert any(changed)
     if word != methods.FLOAT:
