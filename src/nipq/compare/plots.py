@@ -19,8 +19,10 @@ COLOURS = (
 MARKERS = "osD^vP*Xh<>pH8"
 PREFIXES = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
-SPREAD = 0.1
-"""Share of the axis over which rows are drawn side by side where all have the same bits, so that all are seen."""
+APART = 0.008
+"""Share of the axis by which rows are drawn apart where all of a budget have the same bits, so that all are seen."""
+SAME = 0.02
+"""Share of the axis within which rows count as having the same."""
 SHORTEST = 1.0
 """Bits that such an axis spans at least; else rows of one budget would be told apart by their fourth decimal."""
 SHORTEST_SHARE = 0.1
@@ -44,28 +46,29 @@ def plot_comparison(comparison: Comparison, folder: Path) -> list[Path]:
     """
     metric, found = comparison.metric.name, []
     sides: list[tuple[str, Place]] = [
-        ("average weight bits [bit], rows side by side", lambda row: row.weight_bits),
-        ("average activation bits [bit], rows side by side", lambda row: row.activation_bits),
+        ("average weight bits [bit]", lambda row: row.weight_bits),
+        ("average activation bits [bit]", lambda row: row.activation_bits),
     ]
     for name, panels in (
         ("bits", sides),
         ("bops", [_scaled(comparison, "bit-operations per sample", "BOP", lambda row: row.bops)]),
-        ("bytes", [_scaled(comparison, "bytes on disk, rows side by side", "B", lambda row: row.file_bytes)]),
+        ("bytes", [_scaled(comparison, "bytes on disk", "B", lambda row: row.file_bytes)]),
     ):
         shown = [panel for panel in panels if any(panel[1](row) is not None for row in _rows(comparison))]
         if shown:
             found.append(folder / f"{metric}_against_{name}.png")
-            _plot_curves(comparison, shown, found[-1], spread=0.0 if name == "bops" else SPREAD)
+            _plot_curves(comparison, shown, found[-1])
     if any(row.cost is not None for row in _rows(comparison)):
         found.append(folder / "training_cost.png")
         _plot_cost(comparison, found[-1])
     return found
 
 
-def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], path: Path, *, spread: float) -> None:
+def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], path: Path) -> None:
     """One line per row with the 95 % interval of its mean; float as a dashed line.
 
-    Rows that are drawn side by side stand around the baseline, which is where it is, on a thin line.
+    Where the rows of every budget have the same place they are drawn side by side around the baseline, which is where
+    it is, on a thin line; elsewhere each is where it is.
     """
     metric, labels = comparison.metric, _labels(comparison)
     arrow = "higher" if metric.higher_is_better else "lower"
@@ -79,25 +82,26 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
             if span < shortest:
                 low, span = low - (shortest - span) / 2, shortest
                 axes.set_xlim(low, low + span)
-            shifts = _shifts(labels, comparison.baseline, spread * span)
+            budgets = [[x for row in block.rows if (x := place(row)) is not None] for block in comparison.blocks]
+            together = all(max(xs) - min(xs) < SAME * span for xs in budgets if xs)
+            shifts = _shifts(labels, comparison.baseline, APART * span if together else 0.0)
             for number, label in enumerate(labels):
                 _curve(axes, comparison, label, number, place, shifts[label])
-            for row in _rows(comparison) if spread else []:
+            for row in _rows(comparison) if together else []:
                 if row.label == comparison.baseline and (x := place(row)) is not None:
-                    axes.axvline(x, color=LINE, linewidth=0.6, zorder=0)
+                    axes.axvline(x, color=LINE, linewidth=0.6, zorder=1.6)
             if comparison.float_row:
                 level = comparison.float_row.score.mean
                 axes.axhline(level, color=LINE, linestyle="--", linewidth=1.2, label=f"float, {level:.4g}", zorder=1)
-            axes.set_xlabel(heading)
+            axes.set_xlabel(f"{heading}, rows side by side" if together else heading)
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center")
         figure.suptitle(f"{comparison.name}: mean and 95 % interval over seeds", fontsize=10)
 
 
-def _shifts(labels: Sequence[str], baseline: str, width: float) -> dict[str, float]:
+def _shifts(labels: Sequence[str], baseline: str, step: float) -> dict[str, float]:
     """How far beside its place each row is drawn: the baseline not at all, the others in turn right and left of it."""
     others = [label for label in labels if label != baseline]
-    step = width / max(1, len(others))
     return {baseline: 0.0} | {
         label: step * (1 + number // 2) * (-1 if number % 2 else 1) for number, label in enumerate(others)
     }
