@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
-from nipq.distributed import rank, world_size
-from nipq.nn.quantizer import InputQuantizer
 from nipq.train import checkpoint, pipeline
 from nipq.train.config_file import check_config
+from tests.distributed.common_noise import common_noise as common_noise_
 
 SETTINGS: dict[str, Any] = {
     "model": {"factory": "tests.distributed.models:digits"},
@@ -41,12 +38,11 @@ def patched(*, common_noise: bool, saves: int | None = None) -> Iterator[None]:
     """Leave out the end of a run (deployment and plots); let it draw and stop as asked.
 
     Args:
-        common_noise: Every sample and weight gets the noise that it has in one process: all ranks draw the same keys,
-            and each computes the noise of the whole batch to use its slice.
+        common_noise: Every sample and weight gets the noise that it has in one process.
         saves: Stop after so many checkpoints.
     """
     written: list[Path] = []
-    save, learn, ranks = checkpoint.Checkpoint.save, InputQuantizer._learn, world_size()
+    save = checkpoint.Checkpoint.save
 
     def counted(self: checkpoint.Checkpoint, path: Path) -> None:
         save(self, path)
@@ -54,16 +50,11 @@ def patched(*, common_noise: bool, saves: int | None = None) -> Iterator[None]:
         if len(written) == saves:
             raise StopError
 
-    def of_the_whole_batch(self: InputQuantizer, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
-        return learn(self, torch.cat([x] * ranks), key, offset).chunk(ranks)[rank()]
-
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, common_noise_() if common_noise else nullcontext():
         patch.setattr(pipeline, "finish", lambda trainer, *_: {"states": trainer.progress.states})
         patch.setattr(checkpoint.Checkpoint, "save", counted)
         if common_noise:
-            patch.setattr("nipq.nn.quantizer.backend", lambda *_: None)
             patch.setattr("nipq.train.trainer.rank_seed", lambda seed: seed)
-            patch.setattr(InputQuantizer, "_learn", of_the_whole_batch)
         yield
 
 

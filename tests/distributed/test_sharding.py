@@ -13,8 +13,8 @@ import nipq
 from nipq.distributed import is_sharded, part, rank, whole, world_size
 from nipq.errors import DistributedError
 from nipq.layer_table import quantizers
-from nipq.nn.quantizer import InputQuantizer
 from nipq.sharding import average_gradients_, quantizer_parameters, shard_
+from tests.distributed.common_noise import common_noise
 from tests.distributed.ranks import Ranks
 
 BUDGET = nipq.AverageBits(weights=4, activations=4)
@@ -55,11 +55,7 @@ def data(steps: int) -> list[Tensor]:
 
 def trained(steps: int, accumulate: int = 1, **settings: Any) -> dict[str, Any]:
     """A search with weight average, a freeze, and rounding; every sample has the noise that one process gives it."""
-    learn, ranks, own = InputQuantizer._learn, world_size(), rank()
-
-    def of_the_whole_batch(self: InputQuantizer, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
-        return learn(self, torch.cat([x] * ranks), key, offset).chunk(ranks)[own]
-
+    ranks, own = world_size(), rank()
     model = prepared(**settings)
     if ranks > 1:
         shard_(model)
@@ -68,9 +64,7 @@ def trained(steps: int, accumulate: int = 1, **settings: Any) -> dict[str, Any]:
     optimizer = torch.optim.SGD(nipq.param_groups(model, lr=0.05), momentum=0.9)
     search = nipq.Search(model, BUDGET, steps, optimizer=optimizer)
     average = nipq.WeightAverage(model, 0.9)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nipq.nn.quantizer.backend", lambda *_: None)
-        patch.setattr(InputQuantizer, "_learn", of_the_whole_batch)
+    with common_noise():
         torch.manual_seed(3)
         for place, x in enumerate(data(steps * accumulate)):
             loss = model(x.chunk(ranks)[own]).square().mean() + search.penalty()
