@@ -3,18 +3,21 @@
 python -m benchmarks.integrations
 
 "By hand" is the least that anybody would write: ``Search.penalty()`` in the loss, ``Search.step()`` after the step.
-Both run the same prepared network in the same trainer, so their ratio is what the integration costs.
+Both train the same prepared network in the same trainer, and take turns of a few steps: their difference is what the
+integration costs. It is measured on a network that has next to nothing to do: two copies of a larger one differ by
+more, through their places in memory. The step that it is set against is that of a small one.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
+import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import accelerate
@@ -27,7 +30,8 @@ from torch.utils.data import DataLoader
 
 import nipq
 from benchmarks import record
-from benchmarks.timing import on_threads, quartiles, ratio, rotated
+from benchmarks.timing import median_interval, on_threads, quartiles
+from benchmarks.turns import Turns
 from nipq.integrations.accelerate import AcceleratedCourse
 from nipq.integrations.lightning import NipqCallback
 from nipq.integrations.transformers import quantize
@@ -35,71 +39,62 @@ from nipq.integrations.transformers import quantize
 BUDGET = nipq.AverageBits(weights=4, activations=4)
 COURSE = {"finetune": 0.0, "batchnorm_batches": 0}
 TRAINERS = ("plain loop", "Lightning", "transformers", "Accelerate")
-#: Steps that are not counted at the start, and the last one, in which bits are frozen.
-WARM = 5
+#: Steps of a turn, and turns of a round that count. The first does not, nor the last step, in which bits are frozen.
+BLOCK, BLOCKS = 5, 12
+STEPS = BLOCK * (BLOCKS + 1) + 1
 
 
 class Task(nn.Module):
-    """A prepared network with its loss, and the CPU time at which each training step began."""
+    """A prepared network with its loss, which waits for its turn at each step."""
 
-    def __init__(self, network: nn.Module, side: int, batch: int) -> None:
+    def __init__(self, network: nn.Module, side: int, batch: int, turns: Turns) -> None:
         super().__init__()
+        self._turns = turns
         torch.manual_seed(0)
         self.network = network
         x, y = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
         nipq.prepare_(self.network, x[:1])
         nipq.calibrate_(self.network, [x])
         self.rows = [{"x": image, "labels": int(label)} for image, label in zip(x, y, strict=True)]
-        self.began: list[float] = []
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """What transformers' Trainer wants."""
-        self.began.append(time.process_time())
+        self._turns.step()
         return {"loss": cross_entropy(self.network(x), labels)}
 
     def optimizer(self) -> torch.optim.Optimizer:
         """A rate so low that nothing changes."""
         return torch.optim.AdamW(nipq.param_groups(self, lr=1e-6))
 
-    def loader(self, steps: int) -> DataLoader[Any]:
-        """The same batch so many times."""
-        return DataLoader(self.rows * steps, batch_size=len(self.rows))
+    def loader(self) -> DataLoader[Any]:
+        """The same batch at every step."""
+        return DataLoader(self.rows * STEPS, batch_size=len(self.rows))
 
-    def search(self, steps: int) -> nipq.Search:
+    def search(self) -> nipq.Search:
         """By hand."""
-        return nipq.Search(self, BUDGET, steps)
-
-    def seconds(self) -> float:
-        """The shortest step: what others on the machine do to its caches only ever adds."""
-        return min(after - before for before, after in pairwise(self.began[WARM:]))
+        return nipq.Search(self, BUDGET, STEPS)
 
 
-def least() -> Task:
+def least(turns: Turns) -> Task:
     """Next to nothing: what is left are trainer, search and integration."""
-    return Task(nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 10)), side=2, batch=4)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.ReLU(), nn.Linear(4, 10))
+    return Task(network, side=2, batch=4, turns=turns)
 
 
-def small() -> Task:
+def small(turns: Turns) -> Task:
     """Two convolutions on pictures of 8x8: a step of a few milliseconds, where overhead shows."""
     layers = [nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32), nn.ReLU()]
-    return Task(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10)), side=8, batch=64)
-
-
-#: Build, what the page calls it, counted steps of a sample.
-NETWORKS: dict[str, tuple[Callable[[], Task], str, int]] = {
-    "least": (least, "two linear layers of a few numbers", 400),
-    "small": (small, "two convolutions, 64 x 3 x 8 x 8", 60),
-}
+    return Task(nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10)), side=8, batch=64, turns=turns)
 
 
 # ---------------------------------------------------------------------- one training run each
 
 
-def plain_loop(task: Task, steps: int, ours: bool) -> None:
+def plain_loop(task: Task, ours: bool) -> None:
     """Nobody's trainer; ours is ``nipq.Course``."""
     optimizer = task.optimizer()
-    guide = nipq.Course(task, BUDGET, steps, optimizer=optimizer, **COURSE) if ours else task.search(steps)
-    for batch in task.loader(steps):
+    guide = nipq.Course(task, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
+    for batch in task.loader():
         loss = task(**batch)["loss"] + guide.penalty()
         optimizer.zero_grad()
         loss.backward()
@@ -129,14 +124,14 @@ class Lit(pl.LightningModule):
         return self.task.optimizer()
 
 
-def lightning(task: Task, steps: int, ours: bool) -> None:
+def lightning(task: Task, ours: bool) -> None:
     """Ours is the callback."""
     trainer = pl.Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=1, logger=False, enable_checkpointing=False,
+        accelerator="cpu", max_steps=STEPS, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[NipqCallback(BUDGET, total_steps=steps, **COURSE)] if ours else [],
+        callbacks=[NipqCallback(BUDGET, total_steps=STEPS, **COURSE)] if ours else [],
     )  # fmt: skip
-    trainer.fit(Lit(task, None if ours else task.search(steps)), task.loader(steps))
+    trainer.fit(Lit(task, None if ours else task.search()), task.loader())
 
 
 class ByHand(transformers.Trainer):
@@ -160,31 +155,29 @@ class Steps(transformers.TrainerCallback):
         self.search.step()
 
 
-def hugging_face(task: Task, steps: int, ours: bool) -> None:
+def hugging_face(task: Task, ours: bool) -> None:
     """Ours is ``quantize``."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = transformers.TrainingArguments(
-            folder, use_cpu=True, max_steps=steps, per_device_train_batch_size=len(task.rows), report_to=[],
+            folder, use_cpu=True, max_steps=STEPS, per_device_train_batch_size=len(task.rows), report_to=[],
             logging_strategy="no", save_strategy="no", disable_tqdm=True, remove_unused_columns=False,
         )  # fmt: skip
         kind = transformers.Trainer if ours else ByHand
-        trainer = kind(task, arguments, train_dataset=task.rows * steps, optimizers=(task.optimizer(), None))
+        trainer = kind(task, arguments, train_dataset=task.rows * STEPS, optimizers=(task.optimizer(), None))
         if ours:
             quantize(trainer, BUDGET, **COURSE)
         else:
-            trainer.search = task.search(steps)
+            trainer.search = task.search()
             trainer.add_callback(Steps(trainer.search))
         trainer.train()
 
 
-def accelerated(task: Task, steps: int, ours: bool) -> None:
+def accelerated(task: Task, ours: bool) -> None:
     """Ours is ``AcceleratedCourse``."""
     accelerator = accelerate.Accelerator(cpu=True)
-    model, optimizer, loader = accelerator.prepare(task, task.optimizer(), task.loader(steps))
+    model, optimizer, loader = accelerator.prepare(task, task.optimizer(), task.loader())
     guide = (
-        AcceleratedCourse(accelerator, model, BUDGET, steps, optimizer=optimizer, **COURSE)
-        if ours
-        else task.search(steps)
+        AcceleratedCourse(accelerator, model, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
     )
     for batch in loader:
         accelerator.backward(model(**batch)["loss"] + guide.penalty())
@@ -193,7 +186,7 @@ def accelerated(task: Task, steps: int, ours: bool) -> None:
         guide.step()
 
 
-RUNS: dict[str, Callable[[Task, int, bool], None]] = dict(
+RUNS: dict[str, Callable[[Task, bool], None]] = dict(
     zip(TRAINERS, (plain_loop, lightning, hugging_face, accelerated), strict=True)
 )
 
@@ -201,43 +194,51 @@ RUNS: dict[str, Callable[[Task, int, bool], None]] = dict(
 # ---------------------------------------------------------------------- measuring
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
-    """All trainers in turn, with and without the integration next to each other; round after round."""
-    build, shown, steps = NETWORKS[name]
-    pairs = [(trainer, ours) for trainer in TRAINERS for ours in (False, True)]
-    found: dict[tuple[str, bool], list[float]] = {pair: [] for pair in pairs}
-    with on_threads(1):
-        for place in range(-1, rounds):  # the first only warms up
-            for trainer in rotated(TRAINERS, max(place, 0)):
-                for ours in (False, True) if place % 2 else (True, False):
-                    task = build().train()
-                    RUNS[trainer](task, WARM + steps + 1, ours)
-                    if place >= 0:
-                        found[trainer, ours].append(task.seconds())
-    rows = {
+def overheads(rounds: int) -> dict[str, Any]:
+    """All trainers in turn, each with and without its integration side by side; round after round."""
+    found: dict[str, list[tuple[float, float]]] = {trainer: [] for trainer in TRAINERS}
+    for place in range(-1, rounds):  # the first only warms up
+        for trainer in TRAINERS:
+            pair = _pair(least, RUNS[trainer], ours_first=bool(place % 2))
+            if place >= 0:
+                found[trainer].append(pair)
+    return {
         trainer: {
-            "ratio": ratio(found[trainer, True], found[trainer, False]).rounded(),
-            "extra_microseconds": quartiles(
-                [(a - b) * 1e6 for a, b in zip(found[trainer, True], found[trainer, False], strict=True)]
-            ).rounded(),
-            "trainer": ratio(found[trainer, False], found["plain loop", False]).rounded(),
+            "extra_microseconds": median_interval([extra * 1e6 for _, extra in pairs]).rounded(),
+            "milliseconds": quartiles([by_hand * 1e3 for by_hand, _ in pairs]).rounded(),
         }
-        for trainer in TRAINERS
+        for trainer, pairs in found.items()
     }
-    by_hand = quartiles(found["plain loop", False]).times(1e3).rounded()
-    return {"shown": shown, "steps": steps, "milliseconds": by_hand, "rows": rows}
+
+
+def small_step(rounds: int) -> list[float]:
+    """Milliseconds of a step of the small network in the plain loop by hand."""
+    pairs = [_pair(small, plain_loop, ours_first=bool(place % 2)) for place in range(rounds)]
+    return quartiles([by_hand * 1e3 for by_hand, _ in pairs]).rounded()
+
+
+def _pair(build: Callable[[Turns], Task], run: Callable[[Task, bool], None], ours_first: bool) -> tuple[float, float]:
+    """Seconds of a step by hand, and what the integration adds to it: medians over the turns of one run of both."""
+    turns, order = Turns(BLOCK), (ours_first, not ours_first)
+    tasks = [build(turns).train() for _ in order]
+    blocks = dict(zip(order, turns.run([partial(run, *pair) for pair in zip(tasks, order, strict=True)]), strict=True))
+    ours, by_hand = (blocks[kind][1:] for kind in (True, False))
+    gc.collect()
+    extra = statistics.median(a - b for a, b in zip(ours, by_hand, strict=True))
+    return statistics.median(by_hand) / BLOCK, extra / BLOCK
 
 
 def main() -> None:
     """Measure and write."""
-    arguments = record.parser(__doc__, "integrations", 9).parse_args()
+    arguments = record.parser(__doc__, "integrations", 81).parse_args()
     record.refuse_existing(arguments.out, overwrite=arguments.overwrite)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     content = record.origin(record.load()) | {"rounds": arguments.rounds}
     for package in ("pytorch-lightning", "transformers", "accelerate"):
         content["versions"][package] = version(package)
-    content["networks"] = {name: measure(name, arguments.rounds) for name in NETWORKS}
+    with on_threads(1):
+        content |= {"steps": BLOCK * BLOCKS, "rows": overheads(arguments.rounds), "small_step": small_step(9)}
     record.write(arguments.out, content)
 
 

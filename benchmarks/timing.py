@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from scipy.stats import quantile_test
 
 from benchmarks.memory import give_back
 
@@ -17,7 +18,10 @@ Samples = dict[str, list[float]]
 
 
 class Quartiles(NamedTuple):
-    """A quarter of the samples lies below ``low``, half below ``median``, a quarter above ``high``."""
+    """A quarter of the samples lies below ``low``, half below ``median``, a quarter above ``high``.
+
+    Of :func:`median_interval`, ``low`` and ``high`` are the ends of the interval.
+    """
 
     low: float
     median: float
@@ -41,6 +45,16 @@ def quartiles(samples: Sequence[float]) -> Quartiles:
     if len(samples) == 1:
         return Quartiles(samples[0], samples[0], samples[0])
     return Quartiles(*statistics.quantiles(samples, n=4, method="inclusive"))
+
+
+def median_interval(samples: Sequence[float]) -> Quartiles:
+    """The median between the ends of its 95 % confidence interval, by the order of the samples alone.
+
+    Args:
+        samples: at least six, drawn independently.
+    """
+    found = quantile_test(samples, p=0.5).confidence_interval(0.95)
+    return Quartiles(float(found.low), statistics.median(samples), float(found.high))
 
 
 def ratio(samples: Sequence[float], reference: Sequence[float]) -> Quartiles:

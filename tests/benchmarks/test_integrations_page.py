@@ -1,32 +1,20 @@
 from __future__ import annotations
 
-from typing import Any
-
 from benchmarks.integrations_page import overhead
 
 
-def rows(extra: float) -> dict[str, Any]:
-    row = {"ratio": [0.99, 1.01, 1.05], "trainer": [1.1, 1.2, 1.3]}
-    return {
-        "plain loop": row | {"extra_microseconds": [0.0, extra, 2 * extra]},
-        "Lightning": row | {"extra_microseconds": [0.0, 4 * extra, 8 * extra]},
-    }
-
-
 def test_the_table_shows_shares_and_who_missed_the_goal() -> None:
-    networks = {
-        "least": {"shown": "little", "steps": 4, "milliseconds": [1.0, 1.5, 2.0], "rows": rows(40.0)},
-        "small": {"shown": "more", "steps": 4, "milliseconds": [7.0, 8.0, 9.0], "rows": rows(0.0)},
-    }
+    extras = {"quick": [-10.0, 50.0, 90.0], "noisy": [-10.0, 50.0, 101.0], "slow": [100.0, 120.0, 140.0]}
+    rows = {name: {"extra_microseconds": extra, "milliseconds": [1.0, 2.0, 3.0]} for name, extra in extras.items()}
     content = {
         "command": "python -m benchmarks.integrations", "rounds": 3, "revision": "abc", "versions": {"torch": "1"},
-        "machine": {"processor": "P", "cores": 2, "load_before": [5.0, 5.0, 5.0]}, "networks": networks,
+        "machine": {"processor": "P", "cores": 2, "load_before": [5.0, 5.0, 5.0]}, "steps": 60,
+        "rows": rows, "small_step": [4.0, 5.0, 6.0],
     }  # fmt: skip
     lines = overhead(content).splitlines()
-    assert "of a step of 8 ms" in lines[0]
-    assert "| plain loop | 40 (0 to 80) | 0.5 % | yes | 1.0 (-1.0 to 5.0) | 1.20 (1.10 to 1.30) |" in lines
-    assert "| Lightning | 160 (0 to 320) | 2.0 % | not settled | 1.0 (-1.0 to 5.0) | 1.20 (1.10 to 1.30) |" in lines
-    networks["least"]["rows"]["Lightning"]["extra_microseconds"] = [160.0, 161.0, 162.0]
-    assert "| 2.0 % | **no** |" in overhead(content)
-    assert "on little, where a step takes 1.5 ms" in lines[-1]
+    assert "% of a step of 5 ms" in lines[0]
+    assert "| quick | 50 (-10 to 90) | 1.0 (-0.2 to 1.8) | yes | 2.00 (1.00 to 3.00) |" in lines
+    assert "| noisy | 50 (-10 to 101) | 1.0 (-0.2 to 2.0) | not settled | 2.00 (1.00 to 3.00) |" in lines
+    assert "| slow | 120 (100 to 140) | 2.4 (2.0 to 2.8) | **no** | 2.00 (1.00 to 3.00) |" in lines
+    assert "60 steps each" in lines[-1]
     assert "busy with other work" in lines[-1]

@@ -7,12 +7,28 @@ from collections import Counter
 import pytest
 import torch
 
-from benchmarks.timing import Quartiles, clock, interleaved, on_threads, quartiles, ratio, rotated, total
+from benchmarks.timing import (
+    Quartiles,
+    clock,
+    interleaved,
+    median_interval,
+    on_threads,
+    quartiles,
+    ratio,
+    rotated,
+    total,
+)
 
 
 def test_quartiles_of_five_numbers_are_the_second_third_and_fourth() -> None:
     assert quartiles([5.0, 1.0, 4.0, 2.0, 3.0]) == Quartiles(2, 3, 4)
     assert quartiles([7.0]) == Quartiles(7, 7, 7)
+
+
+def test_the_interval_of_a_median_knows_the_order_only() -> None:
+    # Of 9 samples the median lies between the 2nd and the 8th in 1 - 2 (1 + 9) / 2^9 = 96 % of all cases.
+    assert median_interval([3.0, 1.0, 2.0, 5.0, 4.0, 7.0, 6.0, 9000.0, 8.0]) == Quartiles(2, 5, 8)
+    assert median_interval([1.0] * 6) == Quartiles(1, 1, 1)
 
 
 def test_a_ratio_is_formed_within_a_round() -> None:

@@ -13,7 +13,7 @@ from nipq.budget import costs
 from nipq.errors import ConfigError
 from nipq.layer_table import quantizers
 from nipq.phases import Phase
-from nipq.train import stage
+from nipq.train import passage, stage
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
 from nipq.train.passage import calibrate
@@ -190,6 +190,17 @@ def test_a_start_from_noise_is_near_the_budget_learned_and_calibrated(make_confi
     alphas = [q.alpha.detach().clone() for q in found]
     calibrate(trainer)
     assert all(torch.equal(q.alpha, alpha) for q, alpha in zip(found, alphas, strict=True))
+
+
+@pytest.mark.parametrize("amp", [None, "bf16"])
+def test_a_start_from_noise_computes_its_losses_as_training_does(
+    amp: str | None, make_config: Make, until: Until, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[bool] = []
+    monkeypatch.setattr(passage, "start_bits_", lambda *_, **__: found.append(torch.is_autocast_enabled("cpu")))
+    stages = {"float": {"epochs": 0}, "search": {"epochs": 1}, "finetune": {"epochs": 0}}
+    until(Trainer(make_config(stages=stages, data=DATA, bit_start="noise", amp=amp)), "search")
+    assert found == [amp is not None]
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "hawq"])

@@ -54,6 +54,9 @@ class Run(Protocol):
     def seed(self, *what: int | str) -> None:
         """Start torch's generators for a purpose."""
 
+    def autocast(self) -> torch.autocast:
+        """The precision in which losses that train the model are computed."""
+
 
 def leave_float(run: Run) -> None:
     """Prepare and calibrate the float model, and start or fix its bits."""
@@ -69,7 +72,8 @@ def leave_float(run: Run) -> None:
         allocate_(model, batches, run.task.loss, budget, seed=key)
         calibrate(run)  # boundaries belong to bit-widths
     elif budget is not None and config.bit_start == "noise" and _learns_bits(run):
-        start_bits_(model, _answered(run, batches), run.objective.compare, budget, seed=key)
+        with run.autocast():
+            start_bits_(model, _answered(run, batches), run.objective.compare, budget, seed=key)
         calibrate(run)
 
 

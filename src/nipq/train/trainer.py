@@ -151,10 +151,14 @@ class Trainer:
         """Forget the sums of the epoch before."""
         self.tally = Tally(self.device, self.progress.sums)
 
+    def autocast(self) -> torch.autocast:
+        """The precision in which losses that train the model are computed."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16")
+
     def _forward(self, inputs: Nested, targets: Nested | None) -> tuple[Any, Tensor, Tensor]:
         """Outputs, loss, and loss with penalties."""
         assert self.stage is not None
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.amp == "bf16"):
+        with self.autocast():
             outputs = call_model(self.network, inputs)
             loss = self.objective(outputs, inputs, targets)
         return outputs, loss, self.stage.penalty(loss)
