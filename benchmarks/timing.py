@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -79,9 +80,14 @@ def clock(threads: int) -> Callable[[], float]:
 
 @contextmanager
 def on_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many threads, and no garbage be collected but by hand, which frozen objects do not slow down."""
-    before = torch.get_num_threads()
+    """Let torch use so many threads, and no garbage be collected but by hand, which frozen objects do not slow down.
+
+    One thread stays on one core: cores of one machine may differ by half, by what runs beside them on the same silicon.
+    """
+    before, cores = torch.get_num_threads(), _cores()
     torch.set_num_threads(threads)
+    if threads == 1 and cores:
+        os.sched_setaffinity(0, {max(cores)})
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -91,6 +97,13 @@ def on_threads(threads: int) -> Iterator[None]:
         gc.enable()
         gc.unfreeze()
         torch.set_num_threads(before)
+        if cores:
+            os.sched_setaffinity(0, cores)
+
+
+def _cores() -> set[int]:
+    """Those that this thread may run on; none where the system does not say."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 
 
 def interleaved(

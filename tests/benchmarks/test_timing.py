@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections import Counter
 
@@ -80,3 +81,13 @@ def test_threads_and_the_collector_are_restored() -> None:
     assert torch.get_num_threads() == before
     assert gc.isenabled()
     assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no core affinity")
+def test_one_thread_stays_on_one_core() -> None:
+    before = os.sched_getaffinity(0)
+    with on_threads(1):
+        assert len(os.sched_getaffinity(0)) == 1
+    assert os.sched_getaffinity(0) == before
+    with on_threads(2):
+        assert os.sched_getaffinity(0) == before
