@@ -230,7 +230,7 @@ def _pair(build: Callable[[Turns], Task], run: Callable[[Task, bool], None], our
 
 def main() -> None:
     """Measure and write."""
-    arguments = record.parser(__doc__, "integrations", 81).parse_args()
+    arguments = record.parser(__doc__, "integrations", 41).parse_args()
     record.refuse_existing(arguments.out, overwrite=arguments.overwrite)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
