@@ -33,6 +33,6 @@ def overhead(content: Record) -> str:
         + "\nWhat a trainer with its integration takes more than the same one with `Search` by hand (`penalty()` in "
         "the loss, `step()` after the step), on two linear layers of a few numbers; set against a step of two "
         "convolutions, 64 x 3 x 8 x 8, in the plain loop. Median over rounds and its 95 % interval (quartiles in the "
-        f"last column); in a round both train side by side, {content['steps']} steps each, in turns of a few, on one core. CPU time "
-        "of one thread. " + origin(content)
+        f"last column); in a round both train side by side on one core, {content['steps']} steps each, in turns of a "
+        "few. CPU time of one thread. " + origin(content)
     )
