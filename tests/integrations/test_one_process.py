@@ -83,6 +83,8 @@ def accelerated() -> dict[str, Any]:
     from nipq.integrations.accelerate import AcceleratedCourse
 
     with as_one() as batch:
+        accelerate.state.AcceleratorState._reset_state(True)  # what tests before left there: steps to accumulate
+        accelerate.state.GradientState._reset_state()
         accelerator = accelerate.Accelerator(cpu=True)
         model = prepared()
         accelerate.utils.set_seed(5)
