@@ -84,10 +84,10 @@ def on_threads(threads: int) -> Iterator[None]:
 
     One thread stays on one core: cores of one machine may differ by half, by what runs beside them on the same silicon.
     """
-    before, cores = torch.get_num_threads(), _cores()
+    before, allowed = torch.get_num_threads(), cores()
     torch.set_num_threads(threads)
-    if threads == 1 and cores:
-        os.sched_setaffinity(0, {max(cores)})
+    if threads == 1 and allowed:
+        os.sched_setaffinity(0, {max(allowed)})
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -97,11 +97,11 @@ def on_threads(threads: int) -> Iterator[None]:
         gc.enable()
         gc.unfreeze()
         torch.set_num_threads(before)
-        if cores:
-            os.sched_setaffinity(0, cores)
+        if allowed:
+            os.sched_setaffinity(0, allowed)
 
 
-def _cores() -> set[int]:
+def cores() -> set[int]:
     """Those that this thread may run on; none where the system does not say."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()
 

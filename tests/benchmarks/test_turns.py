@@ -1,35 +1,31 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from benchmarks.turns import Turns
 
 
-def test_two_loops_take_turns_of_a_block_each() -> None:
-    turns, seen = Turns(block=3), []
+@pytest.mark.parametrize(
+    ("block", "steps", "order", "full"),
+    [
+        pytest.param(3, {"a": 7, "b": 7}, "aaabbbaaabbbab", [2, 2], id="turns of a block each"),
+        pytest.param(1, {"a": 2, "b": 5}, "ababbbb", [1, 4], id="the longer goes on alone"),
+    ],
+)
+def test_loops_take_turns(block: int, steps: dict[str, int], order: str, full: list[int]) -> None:
+    turns, seen = Turns(block), []
 
-    def loop(name: str, steps: int) -> None:
-        for _ in range(steps):
+    def loop(name: str) -> None:
+        for _ in range(steps[name]):
             turns.step()
             seen.append(name)
 
-    blocks = turns.run([lambda: loop("a", 7), lambda: loop("b", 7)])
-    assert "".join(seen) == "aaabbbaaabbbab"
-    assert [len(found) for found in blocks] == [2, 2]
-
-
-def test_the_longer_loop_goes_on_alone() -> None:
-    turns, seen = Turns(block=1), []
-
-    def loop(name: str, steps: int) -> None:
-        for _ in range(steps):
-            turns.step()
-            seen.append(name)
-
-    blocks = turns.run([lambda: loop("a", 2), lambda: loop("b", 5)])
-    assert "".join(seen) == "ababbbb"
-    assert [len(found) for found in blocks] == [1, 4]
+    blocks = turns.run([partial(loop, name) for name in steps])
+    assert "".join(seen) == order
+    assert [len(found) for found in blocks] == full
 
 
 def test_a_block_of_more_work_takes_longer() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,13 @@ from nipq.errors import ConfigError, OrderError
 from nipq.layer_table import quantizers
 from nipq.optim import param_groups
 from nipq.prepare import prepare_
-from tests.integrations.tiny_bert import BUDGET, bert, data, keeps, make_trainer
+from tests.integrations.tiny_bert import BUDGET, bert, data, keeps
 
 transformers = pytest.importorskip("transformers")
 quantized = pytest.importorskip("nipq.integrations.transformers")
 Trainer, quantize = transformers.Trainer, quantized.quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture
-def build(tmp_path: Path) -> Callable[..., Any]:
-    return partial(make_trainer, tmp_path)
 
 
 def test_one_call_is_enough(build: Callable[..., Any]) -> None:

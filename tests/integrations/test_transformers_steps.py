@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,18 +10,13 @@ import torch
 from torch import nn
 
 from nipq.layer_table import quantizers
-from tests.integrations.tiny_bert import BUDGET, keeps, make_trainer
+from tests.integrations.tiny_bert import BUDGET, keeps
 
 transformers = pytest.importorskip("transformers")
 quantized = pytest.importorskip("nipq.integrations.transformers")
 Trainer, quantize = transformers.Trainer, quantized.quantize
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
-
-
-@pytest.fixture
-def build(tmp_path: Path) -> Callable[..., Any]:
-    return partial(make_trainer, tmp_path)
 
 
 def bit_gradients(build: Callable[..., Any], *, given: dict[str, Any] | None = None, **arguments: Any) -> torch.Tensor:
