@@ -174,7 +174,8 @@ def planes(rows: Rows, path: Path) -> None:
         axis.contour(steps, steps, lines, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
         axis.plot(0, 0, "+", color="#c55a11", markersize=9)
         axis.set(title=row, aspect="equal", xlabel="step along d1", ylabel="step along d2")
-    figure.colorbar(contours, ax=axes, label="log10 of the training loss", shrink=0.8, format="%.1f")
+    ticks = [fifth / 5 for fifth in range(math.ceil(5 * low), math.floor(5 * high) + 1)]
+    figure.colorbar(contours, ax=axes, label="log10 of the training loss", shrink=0.8, ticks=ticks)
     figure.savefig(path, dpi=120)
     plt.close(figure)
     print(path.name)

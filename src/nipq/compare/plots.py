@@ -96,7 +96,9 @@ def _plot_curves(comparison: Comparison, panels: Sequence[tuple[str, Place]], pa
             axes.set_xlabel(f"{heading}, rows side by side" if together else heading)
         handles, names = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center")
-        figure.suptitle(f"{comparison.name}: mean and 95 % interval over seeds", fontsize=10)
+        repeated = any(len(row.seeds) > 1 for row in _rows(comparison))
+        shown = "mean and 95 % interval over seeds" if repeated else "one seed"
+        figure.suptitle(f"{comparison.name}: {shown}", fontsize=10)
 
 
 def _shifts(labels: Sequence[str], baseline: str, step: float) -> dict[str, float]:
