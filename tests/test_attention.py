@@ -157,6 +157,23 @@ def test_attention_of_another_kind_is_refused_by_name() -> None:
         prepare_(wrapped, X, Config(attention_bits=8))
 
 
+class Attending(nn.Linear):
+    """A layer with a weight whose own forward computes attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return scaled_dot_product_attention(y, y, y)
+
+
+def test_attention_in_the_forward_of_a_layer_is_listed_and_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Attending(16, 16))
+    with pytest.raises(NotQuantizableError, match=r"error: 1: a layer with a weight computes attention .* around it"):
+        prepare_(model, X, Config(attention_bits=8))
+    assert ("1", "float") in {(finding.name, finding.severity) for finding in validate(model, X)}
+    prepare_(model, X, Config(attention_bits=8, rules=[Rule("1.attention_products*", quantize=False)]))
+    assert not [row for row in layer_table(model) if row.spec.is_product]
+
+
 class Around(Net):
     """Attention of its own, and a child's."""
 

@@ -135,7 +135,7 @@ class _Watcher(TorchFunctionMode):
         for tensor in operands:
             self.readers.setdefault(id(tensor), set()).add(where)
         operation = operation_of(func)
-        if inner is not None and is_supported(inner):
+        if inner is not None and is_supported(inner) and operation != FUNCTION:
             return self._made(results, None, result)
         if operation == FUNCTION:
             within = [self.names[module] for module in self.stack[:-1]]
