@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 
+from benchmarks.speed_page import table
 from experiments.rivals.rivals_page import candidates, where
 from nipq.compare import Comparison, compare, expand, load_grid
 from nipq.compare.show import interval, markdown
@@ -15,7 +17,8 @@ HERE = Path(__file__).parent
 def page() -> str:
     """Tables and how they were made."""
     grids = [path for path in sorted(HERE.glob("*.yaml")) if cells_of(path)]
-    tables = [*map(section, grids), *map(tuning, sorted(HERE.glob("results/*_tuning")))]
+    tables = [*map(section, grids), stages(HERE / "decoder.yaml", "4/8")]
+    tables += map(tuning, sorted(HERE.glob("results/*_tuning")))
     return "\n".join([overview(grids), *tables])
 
 
@@ -89,6 +92,35 @@ def section(path: Path) -> str:
         "busy machine: "
         f"`nipq compare experiments/tasks/{path.name} --run experiments/tasks/results/{path.stem} --data FOLDER`; "
         f"{where(records)}.\n"
+    )
+
+
+def stages(path: Path, budget: str) -> str:
+    """How far each row's search brought its bits, and what the freeze and the fine-tuning made of that.
+
+    Args:
+        path: the grid's file.
+        budget: the label of the budget.
+    """
+    rows: dict[str, list[list[float]]] = {}
+    comparison = compared(path)
+    for cell in cells_of(path):
+        record = json.loads(cell.read_text(encoding="utf-8"))
+        if record["cell"]["budget"] == budget:
+            of_weights = [bits[0] for bits in record["learned_bits"].values() if bits[1] is not None]
+            states = record["results"]["states"]
+            scores = [states[state]["test"][comparison.metric.name] for state in ("frozen", "finetuned")]
+            rows.setdefault(record["cell"]["row"], []).append([statistics.mean(of_weights), *scores])
+    lines = []
+    for row, those in rows.items():
+        bits, frozen, tuned = map(statistics.mean, zip(*those, strict=True))
+        lines.append([row, str(len(those)), f"{bits:.2f}", f"{frozen:.4f}", f"{tuned:.4f}"])
+    title = comparison.metric.title
+    headings = ["row", "seeds", "weight bits where the search ends", f"{title}, frozen", f"{title}, fine-tuned"]
+    return (
+        f"### {comparison.name}, budget {budget}, stage by stage\n\n"
+        + table(headings, lines)
+        + "\nBits are the continuous ones, a mean over the linear layers; scores those of the test split.\n"
     )
 
 

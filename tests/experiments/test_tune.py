@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import experiments.tune
+from experiments.rivals.rivals_page import candidates
 from experiments.tune import Tuning
 from nipq.train.config_file import check_config
 
@@ -32,3 +33,14 @@ def test_every_record_is_that_of_its_candidate_and_holds_no_test_score(file: Pat
         record = json.loads(path.read_text(encoding="utf-8"))
         assert record["fields"] == tuning.fields(path.stem)
         assert record.keys() == {"method", "fields", "validation", "average_bits", "seconds"}
+
+
+def test_the_table_judges_a_candidate_by_the_state_in_which_it_ends(tmp_path: Path) -> None:
+    scores = {"float": 90.0, "frozen": 70.0, "finetuned": 80.0}
+    ends = {"float-0": ("float", "frozen"), "lsq-0": ("float", "frozen"), "nipq-0": ("float", "frozen", "finetuned")}
+    for name, states in ends.items():
+        validation = {state: {"loss": 1.0, "accuracy": scores[state], "count": 1} for state in states}
+        record = {"method": name.removesuffix("-0"), "fields": {}, "validation": validation}
+        (tmp_path / f"{name}.json").write_text(json.dumps(record), encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in candidates(tmp_path).splitlines()[2:]]
+    assert rows == [["float", "", "90.00"], ["lsq", "", "70.00"], ["nipq", "", "80.00"]]
