@@ -14,7 +14,7 @@ from benchmarks.speed_page import number, origin, span, table
 from nipq.compare import compare, expand, load_grid
 from nipq.compare.grid import FLOAT
 from nipq.compare.show import cells_of, headings, markdown, verdict_line
-from nipq.compare.table import FINAL
+from nipq.compare.table import final_state
 from nipq.layer_table import layer_table
 from nipq.prepare import prepare_
 from nipq.train.config import ModelConfig
@@ -195,17 +195,11 @@ def candidates(folder: Path) -> str:
     unit, digits = (" [%]", 2) if metric == "accuracy" else ("", 4)
     lines = [f"| method | fields | validation {metric}{unit} | validation loss |", "|---|---|---|---|"]
     for record in records:
-        last = record["validation"][_last_state(record)]
+        states = record["validation"]
+        last = states[final_state(states, is_float=record["method"] == FLOAT)]
         fields = f"`{json.dumps(record['fields'])}`" if record["fields"] else ""
         lines.append(f"| {record['method']} | {fields} | {last[metric]:.{digits}f} | {last['loss']:.4f} |")
     return "\n".join(lines)
-
-
-def _last_state(record: dict[str, Any]) -> str:
-    """Of a candidate the state in which it ends, which fine-tunes only where it has epochs for it."""
-    if record["method"] == FLOAT:  # rounded to 8 bits at its end, which is not what others start from
-        return FLOAT
-    return [state for state in FINAL if state in record["validation"]][-1]
 
 
 def where(records: list[dict[str, Any]]) -> str:

@@ -107,6 +107,7 @@ def stages(path: Path, budget: str) -> str:
     for cell in cells_of(path):
         record = json.loads(cell.read_text(encoding="utf-8"))
         if record["cell"]["budget"] == budget:
+            # Tables have no input to quantize, and 8 fixed bits.
             of_weights = [bits[0] for bits in record["learned_bits"].values() if bits[1] is not None]
             states = record["results"]["states"]
             scores = [states[state]["test"][comparison.metric.name] for state in ("frozen", "finetuned")]

@@ -8,7 +8,7 @@ from torch import nn
 
 from nipq.finding import Finding
 from nipq.nn.attention import FUNCTION
-from nipq.nn.kinds import kind_of
+from nipq.nn.kinds import is_supported
 from nipq.trace import Trace
 
 _REMEDY = (
@@ -47,7 +47,7 @@ def attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> It
         if "forward" in vars(model.get_submodule(attention.name)):
             remedy = "Take off what wraps it before preparing."
             yield Finding(attention.name, "error", "the forward of this very module was replaced", remedy)
-        if attention.name in planned and kind_of(model.get_submodule(attention.name)) is not None:
+        if attention.name in planned and is_supported(model.get_submodule(attention.name)):
             remedy = f"Call {FUNCTION} from a module around it, or leave attention_bits out."
             yield Finding(attention.name, "error", "a layer with a weight computes attention by itself", remedy)
         for outer in sorted(attention.within & planned if attention.name not in planned else ()):

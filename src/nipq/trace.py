@@ -135,6 +135,7 @@ class _Watcher(TorchFunctionMode):
         for tensor in operands:
             self.readers.setdefault(id(tensor), set()).add(where)
         operation = operation_of(func)
+        # What a layer computes inside is its own affair, except attention, which its quantizers would not see.
         if inner is not None and is_supported(inner) and operation != FUNCTION:
             return self._made(results, None, result)
         if operation == FUNCTION:

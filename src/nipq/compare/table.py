@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -217,9 +217,19 @@ def tabulate(
 def final_score(record: Tree, metric: Metric) -> tuple[str, float]:
     """The last named state of a cell and its test metric; a float cell's is its float state."""
     states = record["results"]["states"]
-    names = (FLOAT,) if record["cell"]["budget"] is None else FINAL
-    state = [name for name in names if name in states][-1]
+    state = final_state(states, is_float=record["cell"]["budget"] is None)
     return state, float(states[state]["test"][metric.name])
+
+
+def final_state(states: Iterable[str], *, is_float: bool) -> str:
+    """Name of the state that a run is judged by: its last one; of a float run the float state, not its 8-bit check.
+
+    Args:
+        states: names of the states that the run has.
+        is_float: whether it trained the float network only.
+    """
+    present = set(states)
+    return [name for name in ((FLOAT,) if is_float else FINAL) if name in present][-1]
 
 
 def _of(
