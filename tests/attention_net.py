@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.prepare import prepare_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 X = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(0))
 SCORES, MIX = "inner.attention_products.scores", "inner.attention_products.mix"

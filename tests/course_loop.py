@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from nipq.budget import AverageBits, costs
-from nipq.calibrate import calibrate_
-from nipq.course import Course
-from nipq.layer_table import quantizers
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
+from nipq.budget.budget import AverageBits, costs
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
+from nipq.qat.session import Course
 
 X = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(16) % 3

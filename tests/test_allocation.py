@@ -9,17 +9,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nipq.allocation import allocate_, sensitivities, squared_error
-from nipq.budget import AverageBits, BitOps
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits, BitOps
+from nipq.budget.hawq import allocate_, sensitivities, squared_error
 from nipq.config import Config, Rule
-from nipq.control import set_phase_
 from nipq.errors import BudgetError, ConfigError, OrderError
 from nipq.functional.boundary import noise_optimal_boundary
 from nipq.functional.grid import SIGNED
 from nipq.functional.uniform import quantize
-from nipq.layer_table import layer_table, quantizers
-from nipq.prepare import prepare_
+from nipq.prepare.control import set_phase_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 FACTORS, SIZE = (1.0, 30.0, 0.02), 4
 #: X^T X / N = I.

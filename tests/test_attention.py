@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import nipq
-from nipq.allocation import sensitivities
 from nipq.analysis.network import float_twin, layers, stored_weights
-from nipq.budget import AverageBits, BitOps
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits, BitOps
+from nipq.budget.hawq import sensitivities
 from nipq.config import Config, Rule
-from nipq.control import set_bits_, set_phase_
-from nipq.deploy.products import deployed_products
 from nipq.errors import ConfigError, FileFormatError, NotQuantizableError
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_, restore_
-from nipq.summary import summary
-from nipq.validate import validate
+from nipq.export.products import deployed_products
+from nipq.prepare.control import set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_, restore_
+from nipq.prepare.validate import validate
+from nipq.qat.calibrate import calibrate_
+from nipq.report.summary import summary
 from tests.attention_net import MIX, SCORES, Attention, Net, X, prepared
 
 

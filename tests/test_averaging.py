@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.averaging import WeightAverage
-from nipq.calibrate import calibrate_
+from nipq.budget.freeze import freeze_bits_
 from nipq.errors import ConfigError
-from nipq.layer_table import quantizers
-from nipq.prepare import prepare_
-from nipq.snap import freeze_bits_
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.ema import WeightAverage
 
 
 def net() -> nn.Module:

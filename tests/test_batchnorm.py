@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.batchnorm import reestimate_bn_
-from nipq.calibrate import calibrate_
-from nipq.control import set_phase_
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import layer_table
 from nipq.phases import Phase
-from nipq.prepare import prepare_
+from nipq.prepare.control import set_phase_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
+from nipq.qat.batchnorm import reestimate_bn_
+from nipq.qat.calibrate import calibrate_
 
 
 class Net(nn.Module):

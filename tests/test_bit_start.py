@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from nipq.bit_start import MARGIN, noise_losses, start_bits_
-from nipq.budget import AverageBits
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits
+from nipq.budget.sensitivity import MARGIN, noise_losses, start_bits_
 from nipq.config import BitRange, Config
-from nipq.control import phase_of, set_bits_
 from nipq.errors import BudgetError, ConfigError, NonFiniteError, OrderError
-from nipq.layer_table import layer_table, quantizers
-from nipq.prepare import prepare_
+from nipq.prepare.control import phase_of, set_bits_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 Loader = list[tuple[Tensor, Tensor]]
 

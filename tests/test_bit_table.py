@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.bit_table import BitTable
+from nipq.budget.bit_table import BitTable
 from nipq.config import Config, Rule
 from nipq.errors import NonFiniteError, OrderError
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
 
 
 def tied() -> nn.Module:

@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.bit_table import BitTable
-from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
-from nipq.calibrate import calibrate_
+from nipq.budget.bit_table import BitTable
+from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
+from nipq.budget.limit import Limit, feasible_range
 from nipq.config import Config, Rule
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
-from nipq.deploy.file import save
 from nipq.errors import BudgetError, ConfigError
+from nipq.export.convert import convert
+from nipq.export.packed_write import save
 from nipq.functional.cost import cost
-from nipq.layer_table import layer_table
-from nipq.limit import Limit, feasible_range
-from nipq.prepare import prepare_
+from nipq.prepare.control import set_bits_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 IMAGE = torch.zeros(1, 3, 6, 6)
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import SAMPLE_SIZE, calibrate_, inputs_of, to_device
 from nipq.config import Config
-from nipq.control import phase_of, set_bits_, set_phase_
 from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.functional.boundary import noise_optimal_boundary
 from nipq.functional.grid import SIGNED, UNSIGNED
-from nipq.layer_table import layer_table, quantizers
-from nipq.prepare import prepare_
+from nipq.prepare.control import phase_of, set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import SAMPLE_SIZE, calibrate_, inputs_of, to_device
 
 
 def net() -> nn.Sequential:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.control import phase_of, set_bits_, set_phase_
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import layer_table, quantizers
 from nipq.phases import Phase
-from nipq.prepare import prepare_
+from nipq.prepare.control import phase_of, set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 
 def net() -> nn.Sequential:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nipq.controller import PriceController
 from nipq.errors import ConfigError
+from nipq.qat.controller import PriceController
 
 LOW, HIGH, START = 2.0, 8.0, 5.0
 

@@ -15,15 +15,15 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from nipq.budget import AverageBits, ModelSize
-from nipq.calibrate import calibrate_
-from nipq.control import phase_of
-from nipq.course import Course
+from nipq.budget.budget import AverageBits, ModelSize
 from nipq.errors import BudgetError, ConfigError, DistributedError, OrderError
-from nipq.layer_table import quantizers
-from nipq.optim import check_optimizer, without_bits
-from nipq.prepare import prepare_
-from nipq.search import Search
+from nipq.prepare.control import phase_of
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import check_optimizer, without_bits
+from nipq.qat.search import Search
+from nipq.qat.session import Course
 from tests.course_loop import BUDGET, FREEZE, TOTAL, Loop, X, equal, keeps, net, plain
 
 # ---------------------------------------------------------------------- the stages

@@ -9,12 +9,12 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from nipq.averaging import WeightAverage
-from nipq.control import phase_of
-from nipq.course import Course
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import quantizers
-from nipq.optim import check_optimizer, param_groups
+from nipq.prepare.control import phase_of
+from nipq.prepare.layer_table import quantizers
+from nipq.qat.ema import WeightAverage
+from nipq.qat.optim import check_optimizer, param_groups
+from nipq.qat.session import Course
 from tests.course_loop import BUDGET, FREEZE, TOTAL, Loop, X, Y, adamw, equal, keeps, net
 
 # ---------------------------------------------------------------------- resume

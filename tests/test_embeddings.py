@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.budget import AverageBits, BitOps, ModelSize
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits, BitOps, ModelSize
+from nipq.budget.limit import stored_rows
 from nipq.config import BitRange, Config, Rule
-from nipq.control import set_bits_, set_phase_
 from nipq.errors import ConfigError, NotQuantizableError
-from nipq.inspection import inspect
-from nipq.layer_table import layer_table
-from nipq.limit import stored_rows
 from nipq.nn.layers import float_weight
-from nipq.prepare import prepare_, restore_
-from nipq.summary import summary
-from nipq.validate import validate
+from nipq.prepare.control import set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_, restore_
+from nipq.prepare.validate import validate
+from nipq.qat.calibrate import calibrate_
+from nipq.report.inspection import inspect
+from nipq.report.summary import summary
 
 IDS = torch.randint(1, 11, (4, 6), generator=torch.Generator().manual_seed(0))
 

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from nipq.budget import AverageBits, BitOps, ModelSize, costs
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits, BitOps, ModelSize, costs
 from nipq.config import Config, Rule
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, NotQuantizableError
 from nipq.export.api import export
-from nipq.inspection import inspect
-from nipq.prepare import prepare_
-from nipq.trace import ExampleInputs
+from nipq.export.convert import convert
+from nipq.prepare.control import set_bits_
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.trace import ExampleInputs
+from nipq.qat.calibrate import calibrate_
+from nipq.report.inspection import inspect
 
 
 class Net(nn.Module):

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import OrderError
-from nipq.layer_table import layer_table, quantizers
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
 
 
 class Backwards(nn.Module):

@@ -11,9 +11,16 @@ from torch.optim import lr_scheduler as schedulers
 
 from nipq.config import Config
 from nipq.errors import OrderError
-from nipq.layer_table import quantizers
-from nipq.optim import check_optimizer, drop_frozen_, drop_frozen_on_load_, param_groups, weight_groups, without_bits
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.optim import (
+    check_optimizer,
+    drop_frozen_,
+    drop_frozen_on_load_,
+    param_groups,
+    weight_groups,
+    without_bits,
+)
 
 
 def net(prepared: bool = True) -> nn.Module:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.layer_table import layer_table
 from nipq.nn.layers import weight_quantizer
-from nipq.oscillation import ANNEAL_FROM, FREEZE_START, MOMENTUM, OSCILLATING, Oscillations
+from nipq.prepare.layer_table import layer_table
+from nipq.qat.oscillation import ANNEAL_FROM, FREEZE_START, MOMENTUM, OSCILLATING, Oscillations
 
 
 def layer_of(weight: Tensor, **settings: Any) -> nn.Linear:

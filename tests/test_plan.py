@@ -5,7 +5,7 @@ import pytest
 from nipq.config import BitRange, Config, Rule
 from nipq.errors import ConfigError
 from nipq.nn.layers import LayerSpec
-from nipq.plan import LayerPlan, plan_layers
+from nipq.prepare.plan import LayerPlan, plan_layers
 
 
 def spec(name: str, *, is_input: bool = False) -> LayerSpec:

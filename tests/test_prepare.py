@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nipq.calibrate import calibrate_
 from nipq.config import BitRange, Config, Rule
-from nipq.control import set_bits_, set_phase_
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
-from nipq.layer_table import layer_table, quantizers
 from nipq.nn.estimator import Estimator
-from nipq.prepare import prepare_, restore_
-from nipq.validate import validate
+from nipq.prepare.control import set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_, restore_
+from nipq.prepare.validate import validate
+from nipq.qat.calibrate import calibrate_
 
 LAYERS = ["stem", "depthwise", "squeeze", "excite", "head"]
 Build = Callable[[], nn.Module]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.control import set_bits_, set_phase_
 from nipq.errors import ConfigError
-from nipq.layer_table import layer_table, quantizers
-from nipq.prepare import prepare_, restore_
+from nipq.prepare.control import set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_, restore_
+from nipq.qat.calibrate import calibrate_
 
 Build = Callable[[], nn.Module]
 

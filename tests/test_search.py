@@ -9,14 +9,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nipq.budget import AverageBits, BitOps, ModelSize
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits, BitOps, ModelSize
 from nipq.config import Config
 from nipq.errors import BudgetError, ConfigError, NonFiniteError, OrderError
-from nipq.layer_table import layer_table, quantizers
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
-from nipq.search import Search
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
+from nipq.qat.search import Search
 
 X = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(16) % 3

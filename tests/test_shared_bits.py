@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.bit_start import start_bits_
-from nipq.bit_table import BitTable
-from nipq.budget import AverageBits, BitOps, ModelSize
-from nipq.calibrate import calibrate_
+from nipq.budget.bit_table import BitTable
+from nipq.budget.budget import AverageBits, BitOps, ModelSize
+from nipq.budget.sensitivity import start_bits_
 from nipq.config import Config, Rule
-from nipq.control import set_bits_
 from nipq.errors import ConfigError
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
-from nipq.validate import validate
+from nipq.prepare.control import set_bits_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.validate import validate
+from nipq.qat.calibrate import calibrate_
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 QKV = ("*.query", "*.key", "*.value")

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nipq import bit_programme
-from nipq.budget import AverageBits, BitOps, ModelSize, costs
+from nipq.budget import solver as bit_programme
+from nipq.budget.budget import AverageBits, BitOps, ModelSize, costs
+from nipq.budget.freeze import assign, freeze_bits_
+from nipq.budget.limit import Limit
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError, NonFiniteError
 from nipq.functional.cost import CostForm
-from nipq.layer_table import quantizers
-from nipq.limit import Limit
-from nipq.prepare import prepare_
-from nipq.snap import assign, freeze_bits_
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
 
 
 def limit(weight, activation, product_, target, owner, denominator=1) -> Limit:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.control import set_bits_
 from nipq.errors import OrderError
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
-from nipq.summary import summary
+from nipq.prepare.control import set_bits_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.report.summary import summary
 
 
 class Tied(nn.Module):

@@ -12,10 +12,10 @@ from nipq.compare.cells import expand
 from nipq.compare.grid import Grid
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError
-from nipq.inspection import inspect
-from nipq.prepare import prepare_
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.validate import validate
+from nipq.report.inspection import inspect
 from nipq.train.config_file import check_config
-from nipq.validate import validate
 
 X = torch.zeros(1, 4, 8, 8)
 

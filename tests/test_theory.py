@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nipq import theory
+from nipq.functional import theory
 from nipq.functional.boundary import max_boundary, noise_optimal_boundary
 from nipq.functional.empirical import ERROR_TABLE, EmpiricalMethod, empirical_noise
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.budget import BitOps
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import BitOps
 from nipq.config import Config, Rule
-from nipq.control import set_bits_, set_phase_
-from nipq.layer_table import layer_table, quantizers
 from nipq.nn.layers import LayerSpec
-from nipq.prepare import prepare_, restore_
-from nipq.summary import summary
-from nipq.trace import trace
-from nipq.validate import validate
+from nipq.prepare.control import set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_, restore_
+from nipq.prepare.trace import trace
+from nipq.prepare.validate import validate
+from nipq.qat.calibrate import calibrate_
+from nipq.report.summary import summary
 
 models = pytest.importorskip("torchvision.models")
 

@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from nipq.errors import NotQuantizableError
 from nipq.nn.layers import LayerSpec
-from nipq.trace import trace
+from nipq.prepare.trace import trace
 
 
 def specs(model: nn.Module, x: object) -> dict[str, LayerSpec]:

@@ -8,8 +8,8 @@ from torch.nn.utils import parametrizations, prune
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError
 from nipq.finding import Finding
-from nipq.prepare import prepare_
-from nipq.validate import validate
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.validate import validate
 
 X = torch.zeros(1, 4)
 

@@ -219,7 +219,7 @@ class Config(Settings):
             have one, unless a rule gives each row its own by ``"channel"``.
         method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
             ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through, fixed range); see
-            ``nipq.functional.rivals``.
+            ``nipq.functional.baselines``.
         noise: ``"uniform"`` (fast; about equal accuracy) or ``"empirical"``, drawn from the tensor's own rounding
             errors (what the theory is about; ``"histogram"`` by the published sampler); paper section 6.3. Not in the
             paper: ``"gaussian"`` (DiffQ's default) and ``"stochastic"`` (randomised rounding).

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import hardswish, pad, relu
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.layer_table import layer_table, quantizers
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 
 class SameConv(nn.Conv2d):

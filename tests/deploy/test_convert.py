@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.control import phase_of, set_bits_, set_phase_
-from nipq.deploy.convert import convert
-from nipq.deploy.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
 from nipq.errors import NonFiniteError, OrderError
-from nipq.layer_table import layer_table
+from nipq.export.convert import convert
+from nipq.export.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
 from nipq.nn.layers import is_prepared
-from nipq.prepare import prepare_
+from nipq.prepare.control import phase_of, set_bits_, set_phase_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 Get = Callable[..., Any]
 

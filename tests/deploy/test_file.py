@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from nipq.deploy.convert import convert
-from nipq.deploy.file import contents, file_bytes, fixed_bytes, header_bytes, save
-from nipq.deploy.load import load
-from nipq.deploy.modules import DeployedLayer, deployed_layers
 from nipq.errors import ConfigError
+from nipq.export.convert import convert
+from nipq.export.load import load
+from nipq.export.modules import DeployedLayer, deployed_layers
+from nipq.export.packed_write import contents, file_bytes, fixed_bytes, header_bytes, save
 from nipq.functional.packing import payload_bytes
-from nipq.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, quantizers
 
 Get = Callable[..., Any]
 

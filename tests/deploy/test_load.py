@@ -16,13 +16,13 @@ from safetensors.torch import save as to_bytes
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
-from nipq.deploy.file import NO_CHECKSUM, save, seal
-from nipq.deploy.load import load
 from nipq.errors import ConfigError, FileFormatError
-from nipq.prepare import prepare_
+from nipq.export.convert import convert
+from nipq.export.load import load
+from nipq.export.packed_write import NO_CHECKSUM, save, seal
+from nipq.prepare.control import set_bits_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 Contents = tuple[dict[str, Tensor], dict[str, Any]]
 

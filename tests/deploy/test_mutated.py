@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import nn
 
-from nipq.deploy.container import HEADER_ANYHOW
-from nipq.deploy.convert import convert
-from nipq.deploy.file import NO_CHECKSUM, save, seal
-from nipq.deploy.load import load
 from nipq.errors import FileFormatError
+from nipq.export.container import HEADER_ANYHOW
+from nipq.export.convert import convert
+from nipq.export.load import load
+from nipq.export.packed_write import NO_CHECKSUM, save, seal
 
 # ---------------------------------------------------------------------- bytes
 

@@ -14,14 +14,14 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
-from nipq.deploy.file import NO_CHECKSUM, fixed_bytes, save, seal
-from nipq.deploy.load import load
 from nipq.errors import ConfigError, FileFormatError
-from nipq.prepare import prepare_
+from nipq.export.convert import convert
+from nipq.export.load import load
+from nipq.export.packed_write import NO_CHECKSUM, fixed_bytes, save, seal
+from nipq.prepare.control import set_bits_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 X = torch.randn(2, 2, 5, 8, generator=torch.Generator().manual_seed(0))
 NAME = "0.attention_products.scores"

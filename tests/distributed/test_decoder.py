@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nipq
 from nipq.distributed import rank, rank_seed
-from nipq.layer_table import quantizers
-from nipq.sharding import shard_
+from nipq.distributed.sharding import shard_
+from nipq.prepare.layer_table import quantizers
 from tests.distributed.ranks import Ranks
 
 transformers = pytest.importorskip("transformers")

@@ -9,8 +9,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nipq import theory
 from nipq.errors import ConfigError, NonFiniteError
+from nipq.functional import theory
 from nipq.functional.boundary import alpha_from_raw, max_boundary, noise_optimal_boundary, raw_from_alpha
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 

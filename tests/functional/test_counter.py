@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nipq.functional.counter import counter_bits, counter_noise, draw_key, in_memory_order, is_dense, unit_draw
+from nipq.functional.counter_rng import counter_bits, counter_noise, draw_key, in_memory_order, is_dense, unit_draw
 
 KEYS = st.integers(0, 2**62 - 1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nipq.errors import ConfigError
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.empirical import (
     ERROR_TABLE,
     EmpiricalMethod,

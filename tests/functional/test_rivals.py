@@ -10,9 +10,7 @@ from scipy import stats
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from nipq.functional.boundary import alpha_from_raw, raw_from_alpha
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid, levels
-from nipq.functional.rivals import (
+from nipq.functional.baselines import (
     RUNNING_MAX_MOMENTUM,
     SAWB,
     lsq_boundary,
@@ -23,6 +21,8 @@ from nipq.functional.rivals import (
     sawb_boundary,
     untruncated_proxy,
 )
+from nipq.functional.boundary import alpha_from_raw, raw_from_alpha
+from nipq.functional.grid import SIGNED, UNSIGNED, Grid, levels
 from nipq.functional.uniform import quantize
 
 BITS = torch.tensor([3.0], dtype=torch.float64)

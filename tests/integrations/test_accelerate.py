@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from nipq.averaging import WeightAverage
-from nipq.budget import AverageBits, costs
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits, costs
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import quantizers
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.ema import WeightAverage
+from nipq.qat.optim import param_groups
 
 accelerate = pytest.importorskip("accelerate")
 AcceleratedCourse = pytest.importorskip("nipq.integrations.accelerate").AcceleratedCourse

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nipq.errors import MissingDependencyError, OrderError
-from nipq.integrations.guest import check_alone, gradient_of, spread_seeds, supported
+from nipq.integrations.shared import check_alone, gradient_of, spread_seeds, supported
 
 
 def test_a_missing_package_and_an_old_one_are_named_with_their_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +40,7 @@ def test_seeds_spread_over_ranks_and_rank_zero_stays_as_it_is(monkeypatch: pytes
     draws = []
     for rank in (1, 2, 1):
         torch.manual_seed(7)
-        monkeypatch.setattr("nipq.integrations.guest.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("nipq.integrations.shared.rank", lambda rank=rank: rank)
         monkeypatch.setattr("nipq.distributed.ranks.rank", lambda rank=rank: rank)
         spread_seeds()
         draws.append(torch.rand(4))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from nipq.budget import AverageBits, costs
-from nipq.calibrate import calibrate_
-from nipq.control import phase_of
+from nipq.budget.budget import AverageBits, costs
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import quantizers
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
+from nipq.prepare.control import phase_of
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
-from nipq.budget import AverageBits
-from nipq.calibrate import calibrate_
-from nipq.course import Course
+from nipq.budget.budget import AverageBits
 from nipq.distributed import rank, world_size
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
+from nipq.qat.session import Course
 from tests.distributed.common_noise import common_noise
 from tests.distributed.ranks import Ranks
 from tests.integrations.test_two_ranks import as_torchrun

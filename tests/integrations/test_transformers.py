@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.averaging import WeightAverage
-from nipq.budget import AverageBits
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits
 from nipq.config import Config
-from nipq.control import phase_of
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import quantizers
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
+from nipq.prepare.control import phase_of
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.ema import WeightAverage
+from nipq.qat.optim import param_groups
 from tests.integrations.tiny_bert import BUDGET, bert, data, keeps
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.layer_table import quantizers
+from nipq.prepare.layer_table import quantizers
 from tests.integrations.tiny_bert import BUDGET, keeps
 
 transformers = pytest.importorskip("transformers")

@@ -14,15 +14,15 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
-from nipq.budget import AverageBits, costs
-from nipq.calibrate import calibrate_
-from nipq.course import Course
+from nipq.budget.budget import AverageBits, costs
 from nipq.distributed import rank, rank_seed, whole, world_size
+from nipq.distributed.sharding import shard_
 from nipq.errors import DistributedError, OrderError
-from nipq.layer_table import quantizers
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
-from nipq.sharding import shard_
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
+from nipq.qat.session import Course
 from tests.distributed.ranks import Ranks
 
 X = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(1))

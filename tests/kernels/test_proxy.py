@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu6
 
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.empirical import error_table
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.backend import backend
-from nipq.kernels.call import ProxySettings, ProxyTensors
 from nipq.kernels.library import library
 from nipq.kernels.proxy import fused_noise_proxy as fused_noise_proxy_on
 from nipq.kernels.proxy import plain_noise_proxy

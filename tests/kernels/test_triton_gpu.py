@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED
-from nipq.kernels.call import ProxySettings, ProxyTensors
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.triton_proxy import proxy_backward, proxy_forward
 from nipq.kernels.triton_rounding import round_backward, round_forward
 

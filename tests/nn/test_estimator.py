@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Method
-from nipq.control import set_phase_, temper_
-from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.rivals import sawb_boundary
-from nipq.layer_table import layer_table, quantizers
+from nipq.export.convert import convert
+from nipq.functional.baselines import sawb_boundary
 from nipq.nn.offset import OffsetInputQuantizer
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
+from nipq.prepare.control import set_phase_, temper_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
 
 METHODS = get_args(Method)
 NOISY = ("nipq", "diffq")

@@ -32,7 +32,7 @@ def prepared(model: nn.Module, config: nipq.Config | None = None) -> nn.Module:
 
 
 def folded(model: nn.Module) -> list[str]:
-    return [row.name for row in nipq.layer_table.layer_table(model) if quantization(row.layer).relu]
+    return [row.name for row in nipq.prepare.layer_table.layer_table(model) if quantization(row.layer).relu]
 
 
 def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, MissingDependencyError
-from nipq.runtime import inductor, openvino
-from nipq.runtime.compiled import CompiledModel, Kernel
+from nipq.export import inductor, openvino
+from nipq.export.compiled import CompiledModel, Kernel
+from nipq.export.convert import convert
 from nipq.verify import verify
 
 

@@ -10,11 +10,11 @@ import torch
 import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import nn
 
-from nipq.deploy.convert import convert
-from nipq.deploy.modules import DeployedLayer
 from nipq.errors import ConfigError
+from nipq.export.convert import convert
+from nipq.export.inductor import Int8Layer, inductor_model
+from nipq.export.modules import DeployedLayer
 from nipq.export.portable import portable
-from nipq.runtime.inductor import Int8Layer, inductor_model
 from nipq.verify import verify
 
 needs_compiler = pytest.mark.skipif(

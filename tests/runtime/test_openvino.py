@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, FileFormatError
 from nipq.export.api import export
-from nipq.layer_table import quantizers
-from nipq.prepare import prepare_
-from nipq.runtime.openvino import PRECISION, openvino_model
+from nipq.export.convert import convert
+from nipq.export.openvino import PRECISION, openvino_model
+from nipq.prepare.control import set_bits_
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 from nipq.verify import verify
 from tests.attention_net import MIX, SCORES, X, prepared
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from nipq.budget import costs
+from nipq.budget.budget import costs
 from nipq.errors import ConfigError
-from nipq.layer_table import quantizers
 from nipq.phases import Phase
+from nipq.prepare.layer_table import quantizers
 from nipq.train import passage, stage
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig

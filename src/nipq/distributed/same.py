@@ -17,7 +17,7 @@ from nipq.errors import DistributedError
 CHUNK = 2**20
 #: Buffers that ranks hold in common; others, such as running statistics, follow each rank's own batches.
 COMMON_BUFFERS = ("bits_frozen", "_extra_state")
-#: Few numbers that FSDP has to leave alone, see :mod:`nipq.sharding`.
+#: Few numbers that FSDP has to leave alone, see :mod:`nipq.distributed.sharding`.
 QUANTIZER_PARAMETERS = ("alpha_raw", "bit_raw")
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -38,8 +38,8 @@ def check_same_(model: nn.Module, what: str) -> None:
         if name.endswith(QUANTIZER_PARAMETERS) and is_sharded(parameter):
             raise DistributedError(
                 f"{what}: expected every rank to hold boundaries and bit-widths whole, found {name} sharded. "
-                "Shard with nipq.sharding.shard_; or give fully_shard ignored_params=set(quantizer_parameters(model)) "
-                "and call nipq.sharding.average_gradients_(model) after it."
+                "Shard with nipq.distributed.sharding.shard_; or give fully_shard ignored_params=set(quantizer_parameters(model)) "
+                "and call nipq.distributed.sharding.average_gradients_(model) after it."
             )
     ranks = gather_objects(_fingerprint(model))
     for other, found in enumerate(ranks[1:], start=1):

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
-from nipq.deploy.products import DeployedProduct, deployed_products
 from nipq.export.inputs import call_arguments
+from nipq.export.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
 from nipq.export.portable import input_facts, plain_kind, portable_input
+from nipq.export.products import DeployedProduct, deployed_products
 from nipq.nn.kinds import kind_of, weight_channel_axis
-from nipq.trace import ExampleInputs
+from nipq.prepare.trace import ExampleInputs
 
 FORMAT, VERSION = "nipq-arrays", 1
 #: Name of the text file inside the archive that holds everything which is not an array.

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from nipq.deploy.modules import full_name
-from nipq.export.graph import LayerForm, mark
+from nipq.export.modules import full_name
+from nipq.export.onnx_graph import LayerForm, mark
 from nipq.export.portable import PortableInput, PortableProduct
 from nipq.nn.attention import refuse_dropout
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nipq.deploy.modules import Deployed, take_input
 from nipq.errors import NotQuantizableError
+from nipq.export.modules import Deployed, take_input
 from nipq.export.onnx_input import OnnxInput
 from nipq.export.portable import PortableLayer, plain_kind
 from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table
@@ -52,7 +52,7 @@ class OnnxLayer(OnnxInput):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as floats, for models that look at its type; see ``nipq.deploy.modules``."""
+        """The weight as floats, for models that look at its type; see ``nipq.export.modules``."""
         return self.integers.to(torch.float32) * along_channels(self.weight_scale, self.shell, self.integers)
 
     def trained(self) -> set[str]:

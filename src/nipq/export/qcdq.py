@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nipq.deploy.modules import Deployed
-from nipq.export.graph import Forms, operator
+from nipq.export.modules import Deployed
+from nipq.export.onnx_graph import Forms, operator
 from nipq.export.onnx_input import OnnxInput, OnnxProduct
 from nipq.export.onnx_layer import OnnxLayer
 from nipq.export.portable import PortableInput, PortableLayer

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from nipq.errors import ConfigError
-from nipq.functional.counter import counter_bits, counter_noise, draw_key, in_memory_order, is_dense
+from nipq.functional.counter_rng import counter_bits, counter_noise, draw_key, in_memory_order, is_dense
 from nipq.functional.grid import Grid, code_range, step_size, value_range
 from nipq.functional.truncation import inside_range
 from nipq.functional.uniform import integer_codes, widened
@@ -98,7 +98,7 @@ def table_noise(x: Tensor, table: ErrorTable, key: Tensor) -> Tensor:
     Args:
         x: gives shape, layout, type and device.
         table: see ``error_table``.
-        key: see ``nipq.functional.counter.draw_key``.
+        key: see ``nipq.functional.counter_rng.draw_key``.
 
     Returns:
         Noise, units of the step, shape and type of x, without gradient.

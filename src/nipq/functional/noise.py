@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 
 from nipq.config import NoiseKind
 from nipq.errors import ConfigError
-from nipq.functional.counter import counter_noise, draw_key
+from nipq.functional.counter_rng import counter_noise, draw_key
 from nipq.functional.empirical import empirical_noise, error_table, table_noise
 from nipq.functional.grid import Grid, code_range, step_size
 from nipq.functional.uniform import integer_codes
@@ -131,7 +131,7 @@ def draw_noise(kind: NoiseKind, x: Tensor, alpha: Tensor, bits: Tensor | float, 
         alpha: boundary, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
-        key: of uniform and empirical noise, see ``nipq.functional.counter.draw_key``.
+        key: of uniform and empirical noise, see ``nipq.functional.counter_rng.draw_key``.
 
     Returns:
         Noise, units of the step, shape and type of x, without gradient.

@@ -25,10 +25,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from nipq.budget import Budget
-from nipq.course import Course
+from nipq.budget.budget import Budget
 from nipq.errors import ConfigError, OrderError
-from nipq.integrations.guest import leave_bits_unclipped_, spread_seeds, supported
+from nipq.integrations.shared import leave_bits_unclipped_, spread_seeds, supported
+from nipq.qat.session import Course
 
 _library = supported("accelerate", least=(1, 1), extra="accelerate")
 

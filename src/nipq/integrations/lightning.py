@@ -29,10 +29,10 @@ from typing import Any, TypeAlias
 
 import torch
 
-from nipq.budget import Budget
-from nipq.course import Course
+from nipq.budget.budget import Budget
 from nipq.errors import ConfigError, OrderError
-from nipq.integrations.guest import check_alone, gradient_of, spread_seeds, supported
+from nipq.integrations.shared import check_alone, gradient_of, spread_seeds, supported
+from nipq.qat.session import Course
 
 #: A ``Trainer``, a ``LightningModule``, and what the one hands to the other.
 Given: TypeAlias = Any

@@ -22,15 +22,15 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.optim import Optimizer
 
-from nipq.budget import Budget
-from nipq.calibrate import calibrate_, inputs_of
+from nipq.budget.budget import Budget
 from nipq.config import Config
-from nipq.course import Course
 from nipq.errors import ConfigError, OrderError
-from nipq.integrations.guest import check_alone, gradient_of, leave_bits_unclipped_, spread_seeds, supported
+from nipq.integrations.shared import check_alone, gradient_of, leave_bits_unclipped_, spread_seeds, supported
 from nipq.nn.layers import is_prepared
-from nipq.optim import check_optimizer, drop_frozen_on_load_, param_groups
-from nipq.prepare import prepare_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_, inputs_of
+from nipq.qat.optim import check_optimizer, drop_frozen_on_load_, param_groups
+from nipq.qat.session import Course
 
 _library = supported("transformers", least=(5, 0), extra="hf")
 

@@ -7,9 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from nipq.functional.counter import is_dense
+from nipq.functional.counter_rng import is_dense
 from nipq.functional.grid import Grid
-from nipq.kernels.call import ProxySettings, ProxyTensors, laid_out_like
+from nipq.kernels.arguments import ProxySettings, ProxyTensors, laid_out_like
 from nipq.kernels.library import available, library
 
 #: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nipq.functional.grid import Grid, GridKind
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.backend import Backend, backend
-from nipq.kernels.call import ProxySettings, ProxyTensors
 
 
 def _kernels(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend:

@@ -12,12 +12,12 @@ from torch import Tensor
 import nipq.kernels.operators as operators
 from nipq.functional.bitwidth import bits_from_raw, round_bits, stochastic_round_bits
 from nipq.functional.boundary import alpha_from_raw
-from nipq.functional.counter import counter_noise, is_dense, unit_draw
+from nipq.functional.counter_rng import counter_noise, is_dense, unit_draw
 from nipq.functional.empirical import ErrorTable, table_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import widened
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.backend import Backend
-from nipq.kernels.call import ProxySettings, ProxyTensors
 
 
 class _FusedProxy(torch.autograd.Function):

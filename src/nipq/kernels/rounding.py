@@ -10,7 +10,7 @@ from torch import Tensor
 
 import nipq.functional.uniform as uniform
 import nipq.kernels.operators as operators
-from nipq.functional.counter import is_dense
+from nipq.functional.counter_rng import is_dense
 from nipq.functional.grid import Grid
 from nipq.kernels.backend import Backend, backend
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from nipq.functional.counter import is_dense
+from nipq.functional.counter_rng import is_dense
 
 try:
     import triton
@@ -133,7 +133,7 @@ def halves_of(key: tl.tensor) -> tl.tensor:
 
 @jit
 def mixed(pair: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
-    """32 bits for a pair of elements: the hash of ``nipq.functional.counter``."""
+    """32 bits for a pair of elements: the hash of ``nipq.functional.counter_rng``."""
     h = pair * 0x9E3779B9 + low
     h = h ^ (h >> 16)
     h = h * 0x7FEB352D + high

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nipq.kernels.call import ProxySettings, ProxyTensors, laid_out_like
+from nipq.kernels.arguments import ProxySettings, ProxyTensors, laid_out_like
 from nipq.kernels.triton_device import (
     along_rows,
     halves_of,

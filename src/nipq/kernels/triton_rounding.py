@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nipq.functional.grid import Grid
-from nipq.kernels.call import laid_out_like
+from nipq.kernels.arguments import laid_out_like
 from nipq.kernels.triton_device import (
     along_rows,
     jit,

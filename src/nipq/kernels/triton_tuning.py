@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from nipq.errors import MissingDependencyError
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED
-from nipq.kernels.call import ProxySettings, ProxyTensors
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.triton_device import triton
 from nipq.kernels.triton_proxy import proxy_backward, proxy_forward
 from nipq.kernels.triton_tiles import ALLOWED, Sizes, keep_sizes, on_trial

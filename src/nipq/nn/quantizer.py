@@ -26,12 +26,12 @@ from torch import Tensor
 from nipq.config import BitRange, GridChoice, Init
 from nipq.errors import OrderError
 from nipq.functional.bitwidth import stochastic_round_bits
-from nipq.functional.counter import draw_key, unit_draw
+from nipq.functional.counter_rng import draw_key, unit_draw
 from nipq.functional.empirical import error_table
 from nipq.functional.grid import SIGNED, Grid
 from nipq.functional.uniform import widened
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.backend import Backend, backend
-from nipq.kernels.call import ProxySettings, ProxyTensors
 from nipq.kernels.proxy import fused_noise_proxy
 from nipq.kernels.rounding import quantize
 from nipq.nn.estimator import Estimator, Role
@@ -49,7 +49,7 @@ class TensorQuantizer(QuantizerParameters):
         channel_axis: axis of the tensor along which the boundaries run; ignored when ``channels`` is 1.
         grid: where the levels lie.
         estimator: what training does.
-        init: how the first boundary is set from data, see ``nipq.nn.initial``.
+        init: how the first boundary is set from data, see ``nipq.nn.init``.
         learns_boundary: ``False`` leaves the boundary as it was set, though the method would learn it.
 
     Raises:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nipq.distributed import like
-from nipq.optim import check_optimizer, param_groups, weight_groups
+from nipq.qat.optim import check_optimizer, param_groups, weight_groups
 
 if TYPE_CHECKING:
     from nipq.train.config import OptimizerConfig

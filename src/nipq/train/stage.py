@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from nipq.averaging import WeightAverage
-from nipq.budget import Budget
-from nipq.control import set_phase_, temper_
-from nipq.layer_table import quantizers
-from nipq.oscillation import Oscillations
+from nipq.budget.budget import Budget
 from nipq.phases import Phase
-from nipq.search import Search
+from nipq.prepare.control import set_phase_, temper_
+from nipq.prepare.layer_table import quantizers
+from nipq.qat.ema import WeightAverage
+from nipq.qat.oscillation import Oscillations
+from nipq.qat.search import Search
 from nipq.train.optimizers import Optimizers
 from nipq.train.schedule import schedule_of, tempering_share
 

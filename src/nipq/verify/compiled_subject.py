@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from nipq.runtime.compiled import CompiledModel
+from nipq.export.compiled import CompiledModel
+from nipq.verify.candidate import Subject
 from nipq.verify.result import Rung
-from nipq.verify.subject import Subject
 
 
 class CompiledSubject(Subject):

@@ -10,20 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nipq.deploy.container import WITHOUT_CHECKSUM, read_container
-from nipq.deploy.file import CHECKSUM_BYTES, file_bytes
-from nipq.deploy.load import load
-from nipq.deploy.modules import deployed_layers
-from nipq.deploy.products import deployed_products
 from nipq.errors import FileFormatError
-from nipq.prepare import restore_
+from nipq.export.container import WITHOUT_CHECKSUM, read_container
+from nipq.export.load import load
+from nipq.export.modules import deployed_layers
+from nipq.export.packed_write import CHECKSUM_BYTES, file_bytes
+from nipq.export.products import deployed_products
+from nipq.prepare.prepare import restore_
+from nipq.verify.candidate import Subject
 from nipq.verify.distance import logits_of
 from nipq.verify.evidence import exact_rung, flips_in, layer_rung
 from nipq.verify.layers import compare_codes, recording_codes, run_forced
 from nipq.verify.reference import Observation, run_model
 from nipq.verify.result import Rung
 from nipq.verify.static import file_differences, trained_differences
-from nipq.verify.subject import Subject
 
 
 class DeployedSubject(Subject):

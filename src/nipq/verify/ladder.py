@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from nipq.calibrate import inputs_of
-from nipq.control import phase_of, set_phase_
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import layer_table, quantizers
 from nipq.phases import Phase
-from nipq.trace import ExampleInputs
+from nipq.prepare.control import phase_of, set_phase_
+from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.places import places
+from nipq.prepare.trace import ExampleInputs
+from nipq.qat.calibrate import inputs_of
+from nipq.verify.candidate import Subject
 from nipq.verify.opening import Artifact, subject_of
-from nipq.verify.places import places
 from nipq.verify.reference import observations
 from nipq.verify.result import Rung, VerifyResult
-from nipq.verify.subject import Subject
 
 #: A task's own score: ``metric(model, loader)``.
 Metric = Callable[[nn.Module, Iterable[Any]], float]

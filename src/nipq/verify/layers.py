@@ -16,12 +16,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nipq.deploy.modules import DeployedLayer, deployed_layers
-from nipq.deploy.products import DeployedOperand, deployed_products
-from nipq.layer_table import LayerRow
+from nipq.export.modules import DeployedLayer, deployed_layers
+from nipq.export.products import DeployedOperand, deployed_products
 from nipq.nn.quantizer import InputQuantizer
+from nipq.prepare.layer_table import LayerRow
+from nipq.prepare.places import place_of, quantizers_at
 from nipq.verify.evidence import Evidence
-from nipq.verify.places import place_of, quantizers_at
 
 #: What a deployed layer or product reads: place -> what makes whole codes of it, None where it stays float.
 Reads = dict[str, DeployedLayer | DeployedOperand | None]

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from nipq.errors import require
-from nipq.verify.onnx_cells import Cell
-from nipq.verify.onnx_file import QONNX_DOMAIN, OnnxFile
+from nipq.export.onnx_cells import Cell
+from nipq.export.onnx_file_verify import QONNX_DOMAIN, OnnxFile
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto

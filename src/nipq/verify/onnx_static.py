@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.deploy.modules import Deployed
 from nipq.errors import ConfigError
-from nipq.export.onnx_file import FIXED_BATCH, onnx_bytes, producer, qonnx_bytes
+from nipq.export.modules import Deployed
+from nipq.export.onnx_cells import Cell
+from nipq.export.onnx_file_export import FIXED_BATCH, onnx_bytes, producer, qonnx_bytes
+from nipq.export.onnx_file_verify import OnnxFile
 from nipq.export.portable import PortableInput, PortableLayer
 from nipq.nn.kinds import along_channels
-from nipq.trace import ExampleInputs
-from nipq.verify.onnx_cells import Cell
-from nipq.verify.onnx_file import OnnxFile
+from nipq.prepare.trace import ExampleInputs
 from nipq.verify.static import differences
 
 #: ONNX's numbers of the types that share bytes.

@@ -12,20 +12,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nipq.deploy.modules import deployed_layers
 from nipq.errors import FileFormatError
+from nipq.export.modules import deployed_layers
+from nipq.export.onnx_cells import cells, operands
+from nipq.export.onnx_file_verify import read_onnx
 from nipq.export.portable import portable_layers, portable_products
 from nipq.export.session import faithful_session
-from nipq.trace import ExampleInputs
+from nipq.prepare.places import place_of
+from nipq.prepare.trace import ExampleInputs
+from nipq.verify.candidate import Subject
 from nipq.verify.evidence import flips_in, layer_rung
-from nipq.verify.onnx_cells import cells, operands
-from nipq.verify.onnx_file import read_onnx
 from nipq.verify.onnx_forced import Probe, forced, runnable
 from nipq.verify.onnx_static import expected_facts, input_facts, onnx_differences, promised_file, weight_bytes
-from nipq.verify.places import place_of
 from nipq.verify.reference import Observation
 from nipq.verify.result import Rung
-from nipq.verify.subject import Subject
 
 if TYPE_CHECKING:
     from onnx import ModelProto

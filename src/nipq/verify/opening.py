@@ -8,19 +8,19 @@ from pathlib import Path
 
 from torch import nn
 
-from nipq.deploy.convert import convert
-from nipq.deploy.load import load
-from nipq.deploy.modules import deployed_layers
 from nipq.errors import ConfigError, FileFormatError
-from nipq.prepare import restore_
-from nipq.runtime.compiled import CompiledModel
-from nipq.trace import ExampleInputs
-from nipq.verify.arrays_subject import ArraysSubject
+from nipq.export.compiled import CompiledModel
+from nipq.export.convert import convert
+from nipq.export.load import load
+from nipq.export.modules import deployed_layers
+from nipq.prepare.prepare import restore_
+from nipq.prepare.trace import ExampleInputs
+from nipq.verify.arrays import ArraysSubject
+from nipq.verify.candidate import Subject, Unreadable
 from nipq.verify.compiled_subject import CompiledSubject
 from nipq.verify.deployed import DeployedSubject
 from nipq.verify.onnx_subject import OnnxSubject
-from nipq.verify.program_subject import ProgramSubject
-from nipq.verify.subject import Subject, Unreadable
+from nipq.verify.program import ProgramSubject
 
 #: What can be compared with the trained model.
 Artifact = nn.Module | str | Path

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
-from nipq.calibrate import inputs_of, to_device
-from nipq.control import set_phase_
-from nipq.layer_table import LayerRow
 from nipq.phases import Phase
-from nipq.trace import ExampleInputs, call_model
+from nipq.prepare.control import set_phase_
+from nipq.prepare.layer_table import LayerRow
+from nipq.prepare.trace import ExampleInputs, call_model
+from nipq.qat.calibrate import inputs_of, to_device
 from nipq.verify.distance import labels_of, logits_of, samples_in
 from nipq.verify.layers import Calls, recording, recording_integers
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.deploy.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
-from nipq.deploy.products import DeployedProduct, deployed_products
-from nipq.layer_table import LayerRow, layer_table, weight_table
+from nipq.export.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
+from nipq.export.products import DeployedProduct, deployed_products
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight
-from nipq.verify.places import OPERANDS
+from nipq.prepare.layer_table import LayerRow, layer_table, weight_table
+from nipq.prepare.places import OPERANDS
 
 
 def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:

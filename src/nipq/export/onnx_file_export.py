@@ -1,0 +1,195 @@
+"""ONNX files: the portable one (QuantizeLinear, Clip, DequantizeLinear) and QONNX's (Quant).
+
+Both go through torch's exporter and say in their metadata, under the key ``nipq``, which tensors of the graph belong to
+which layer or product. The metadata are a help to find things; a proof compares the tensors themselves.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from nipq.errors import require
+from nipq.export.modules import Deployed, DeployedLayer, deployed_layers
+from nipq.export.onnx_graph import Binding, onnx_graph
+from nipq.export.portable import PortableProduct, input_facts, portable_input, portable_products
+from nipq.export.qcdq import QCDQ
+from nipq.export.qonnx import QONNX
+from nipq.export.report import ExportedLayer
+from nipq.prepare.trace import ExampleInputs
+
+#: The metadata's one key, and the version of what it holds.
+KEY, VERSION = "nipq", 1
+#: Lowest versions of ONNX's operators that know 4-bit and 16-bit codes, and 2-bit codes; and the one of QONNX files.
+OPSET, OPSET_INT2, OPSET_QONNX = 21, 25, 18
+#: Version of the file itself, by that of the operators.
+IR_VERSIONS = {OPSET_QONNX: 8, OPSET: 10, OPSET_INT2: 13}
+
+FIXED_BATCH = "the model fixes the size of its batch itself: the file takes batches of the example's size only"
+PACKED = (
+    "packed INT4 weights: ONNX Runtime's faithful session computes the same at the same speed; OpenVINO runs these "
+    "layers in floats instead of integers"
+)
+PACKED_INT2 = (
+    f"packed INT2 weights need opset {OPSET_INT2}: OpenVINO cannot read them, and ONNX Runtime's default session may "
+    "refuse the file; open it with nipq.export.session.faithful_session"
+)
+WIDE = "inputs above 8 bits: ONNX Runtime computes these layers in floats, OpenVINO drops their quantizers"
+
+
+def onnx_bytes(
+    deployed: nn.Module, example_inputs: ExampleInputs, *, pack: bool
+) -> tuple[bytes, int, tuple[ExportedLayer, ...], tuple[str, ...]]:
+    """The portable ONNX file.
+
+    Args:
+        deployed: a deployed model.
+        example_inputs: what it is called with.
+        pack: store weights of up to 4 bits as INT4, and of 2 bits as INT2.
+
+    Returns:
+        The file, its opset, its layers, and what a reader should know.
+
+    Raises:
+        ConfigError: if torch cannot export the model.
+        MissingDependencyError: if the packages that write ONNX are not installed.
+    """
+    layers = deployed_layers(deployed)
+    containers = {name: _container(layer, pack=pack) for name, layer in layers.items()}
+    opset = OPSET_INT2 if "int2" in containers.values() else OPSET
+    model, bindings = onnx_graph(deployed, example_inputs, QCDQ, opset)
+    for binding in bindings:
+        if binding["name"] in layers:
+            _pack(binding["weight"].producer().inputs[0], containers[binding["name"]])
+    warnings = [text for kind, text in (("int4", PACKED), ("int2", PACKED_INT2)) if kind in containers.values()]
+    products = portable_products(deployed)
+    bits = [layer.input_bits for layer in layers.values() if isinstance(layer, DeployedLayer)]
+    if max([*bits, *(given.bits for operands in products.values() for given in operands.values())], default=0) > 8:
+        warnings.append(WIDE)
+    exported = _written(model, bindings, layers, products, "qcdq", opset, containers)
+    return *exported, tuple(warnings + _batch_warning(model))
+
+
+def qonnx_bytes(
+    deployed: nn.Module, example_inputs: ExampleInputs
+) -> tuple[bytes, int, tuple[ExportedLayer, ...], tuple[str, ...]]:
+    """The QONNX file, whose ``Quant`` nodes hold bit-widths as data.
+
+    Args:
+        deployed: a deployed model.
+        example_inputs: what it is called with.
+
+    Returns:
+        As :func:`onnx_bytes`.
+
+    Raises:
+        ConfigError: if torch cannot export the model.
+        MissingDependencyError: if the packages that write ONNX are not installed.
+    """
+    layers = deployed_layers(deployed)
+    model, bindings = onnx_graph(deployed, example_inputs, QONNX, OPSET_QONNX)
+    containers, products = dict.fromkeys(layers, "float32"), portable_products(deployed)
+    exported = _written(model, bindings, layers, products, "qonnx", OPSET_QONNX, containers)
+    return *exported, tuple(_batch_warning(model))
+
+
+def _written(
+    model: Any,  # noqa: ANN401  (the package that knows its type is optional)
+    bindings: list[Binding],
+    layers: dict[str, Deployed],
+    products: dict[str, PortableProduct],
+    form: str,
+    opset: int,
+    containers: dict[str, str],
+) -> tuple[bytes, int, tuple[ExportedLayer, ...]]:
+    about: dict[str, Any] = {"format": form, "version": VERSION}
+    about["layers"] = [_record(call, layers[call["name"]]) for call in bindings if call["name"] in layers]
+    if products:
+        calls = [call for call in bindings if call["name"] in products]
+        about["products"] = [_product_record(call, products[call["name"]]) for call in calls]
+    model.metadata_props[KEY] = _text(about).ljust(len(_text(_longest(about))))
+    model.ir_version, model.producer_name, model.producer_version = IR_VERSIONS[opset], "nipq", producer()
+    ir = require("onnx_ir", extra="onnx", purpose="ONNX files")
+    data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
+    exported = tuple(
+        ExportedLayer(name, layer.weight_bits, containers[name], getattr(layer, "input_bits", None))
+        for name, layer in layers.items()
+    )
+    return data, opset, exported
+
+
+def producer() -> str:
+    """The packages on which the bytes of a file depend beside its model."""
+    exporter = require("onnxscript", extra="onnx", purpose="ONNX files")
+    return f"torch {torch.__version__}, onnxscript {exporter.__version__}"
+
+
+def _text(about: dict[str, Any]) -> str:
+    return json.dumps(about, separators=(",", ":"))
+
+
+def _longest(value: Any) -> Any:  # noqa: ANN401  (any JSON)
+    """Metadata with the most digits that zero points may have: a file's size is not to depend on where they fall."""
+    if isinstance(value, list):
+        return [_longest(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if value.get("grid") != "shifted":
+        return {key: _longest(inner) for key, inner in value.items()}
+    levels = 2 ** value["input_bits"] - 1
+    return value | {"zero_point": levels, "code_low": -levels, "code_high": levels}
+
+
+def _record(binding: Binding, layer: Deployed) -> dict[str, Any]:
+    """What the metadata say of one call of a layer."""
+    weight, bias = binding["weight"].producer().inputs, binding.get("bias")
+    return {
+        "name": binding["name"],
+        "kind": layer.kind,
+        "weight": weight[0].name,
+        "weight_scale": binding.get("weight_scale", weight[1]).name,
+        "bias": None if bias is None else bias.name,
+        **_input_names(binding.get("codes")),
+        "output": binding["output"].name,
+        "weight_bits": layer.weight_bits,
+        **input_facts(portable_input(layer) if isinstance(layer, DeployedLayer) else None),
+    }
+
+
+def _product_record(binding: Binding, operands: PortableProduct) -> dict[str, Any]:
+    """What the metadata say of one call of a product."""
+    parts = {part: _input_names(binding[f"{part}.codes"]) | input_facts(given) for part, given in operands.items()}
+    return {"name": binding["name"], **parts, "output": binding["output"].name}
+
+
+def _input_names(codes: Any) -> dict[str, str | None]:  # noqa: ANN401  (as above)
+    """Names of scale, zero point and codes: of the node that reads the codes, or of the Quant that is both in one."""
+    if codes is None:
+        return dict.fromkeys(("input_scale", "input_zero_point", "codes"))
+    nodes = [codes.producer(), *(node for node, _ in codes.uses())]
+    node = next(node for node in nodes if node.op_type in ("Quant", "DequantizeLinear"))
+    return {"input_scale": node.inputs[1].name, "input_zero_point": node.inputs[2].name, "codes": codes.name}
+
+
+def _container(layer: Deployed, *, pack: bool) -> str:
+    if pack and layer.weight_bits <= 4:
+        return "int2" if layer.weight_bits == 2 else "int4"
+    return "int8" if layer.weight_codes.dtype == torch.int8 else "int16"
+
+
+def _pack(weight: Any, container: str) -> None:  # noqa: ANN401  (as above)
+    """Give an initialiser a type that torch cannot hold."""
+    if container not in ("int2", "int4"):
+        return
+    ir = require("onnx_ir", extra="onnx", purpose="ONNX files")
+    narrow = np.dtype(getattr(require("ml_dtypes", extra="onnx", purpose="packed ONNX files"), container))
+    weight.const_value = ir.Tensor(weight.const_value.numpy().astype(narrow), name=weight.name)
+
+
+def _batch_warning(model: Any) -> list[str]:  # noqa: ANN401  (as above)
+    is_open = any(not isinstance(size, int) for value in model.graph.inputs for size in value.shape)
+    return [] if is_open else [FIXED_BATCH]
