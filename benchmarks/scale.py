@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 import nipq
 from benchmarks import record
 from benchmarks.timing import interleaved, quartiles
-from nipq.distributed.sharding import quantizer_parameters, shard_
+from nipq.distributed.fsdp import quantizer_parameters, shard_
 from nipq.prepare.layer_table import quantizers
 
 COUNTS = (20, 100, 400, 1600)

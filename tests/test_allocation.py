@@ -13,11 +13,10 @@ from nipq.budget.budget import AverageBits, BitOps
 from nipq.budget.hawq import allocate_, sensitivities, squared_error
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError, ConfigError, OrderError
-from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.functional.grid import SIGNED
 from nipq.functional.uniform import quantize
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, quantizers, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 

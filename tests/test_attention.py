@@ -16,9 +16,8 @@ from nipq.budget.budget import AverageBits, BitOps
 from nipq.budget.hawq import sensitivities
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, FileFormatError, NotQuantizableError
-from nipq.export.products import deployed_products
-from nipq.prepare.control import set_bits_, set_phase_
-from nipq.prepare.layer_table import layer_table
+from nipq.export.modules import deployed_products
+from nipq.prepare.layer_table import layer_table, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from nipq.config import Phase
 from nipq.errors import ConfigError, OrderError
-from nipq.phases import Phase
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.batchnorm import reestimate_bn_
 from nipq.qat.calibrate import calibrate_

@@ -13,8 +13,7 @@ from nipq.budget.budget import AverageBits
 from nipq.budget.sensitivity import MARGIN, noise_losses, start_bits_
 from nipq.config import BitRange, Config
 from nipq.errors import BudgetError, ConfigError, NonFiniteError, OrderError
-from nipq.prepare.control import phase_of, set_bits_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, phase_of, quantizers, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 

@@ -4,11 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.config import Config, Rule
+from nipq.config import Config, Phase, Rule
 from nipq.errors import ConfigError, OrderError
-from nipq.phases import Phase
-from nipq.prepare.control import phase_of, set_bits_, set_phase_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, phase_of, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError
-from nipq.qat.controller import PriceController
+from nipq.qat.search import PriceController
 
 LOW, HIGH, START = 2.0, 8.0, 5.0
 

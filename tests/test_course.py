@@ -17,8 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nipq.budget.budget import AverageBits, ModelSize
 from nipq.errors import BudgetError, ConfigError, DistributedError, OrderError
-from nipq.prepare.control import phase_of
-from nipq.prepare.layer_table import quantizers
+from nipq.prepare.layer_table import phase_of, quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import check_optimizer, without_bits

@@ -10,8 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.control import phase_of
-from nipq.prepare.layer_table import quantizers
+from nipq.prepare.layer_table import phase_of, quantizers
 from nipq.qat.ema import WeightAverage
 from nipq.qat.optim import check_optimizer, param_groups
 from nipq.qat.session import Course

@@ -10,17 +10,15 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.budget.budget import AverageBits, BitOps, ModelSize
-from nipq.budget.limit import stored_rows
+from nipq.budget.budget import AverageBits, BitOps, ModelSize, stored_rows
 from nipq.config import BitRange, Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError
 from nipq.nn.layers import float_weight
-from nipq.prepare.control import set_bits_, set_phase_
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
-from nipq.report.inspection import inspect
+from nipq.report.inspect import inspect
 from nipq.report.summary import summary
 
 IDS = torch.randint(1, 11, (4, 6), generator=torch.Generator().manual_seed(0))

@@ -14,8 +14,7 @@ from torch.nn import functional
 from nipq.config import BitRange, Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.nn.estimator import Estimator
-from nipq.prepare.control import set_bits_, set_phase_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_

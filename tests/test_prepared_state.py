@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError
-from nipq.prepare.control import set_bits_, set_phase_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.qat.calibrate import calibrate_
 

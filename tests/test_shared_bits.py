@@ -14,8 +14,7 @@ from nipq.budget.budget import AverageBits, BitOps, ModelSize
 from nipq.budget.sensitivity import start_bits_
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError
-from nipq.prepare.control import set_bits_
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_

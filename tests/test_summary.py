@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from nipq.config import Config, Rule
 from nipq.errors import OrderError
-from nipq.prepare.control import set_bits_
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.report.summary import summary

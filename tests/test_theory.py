@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from nipq.functional import theory
-from nipq.functional.boundary import max_boundary, noise_optimal_boundary
-from nipq.functional.empirical import ERROR_TABLE, EmpiricalMethod, empirical_noise
+from nipq.functional.clipping import max_boundary, noise_optimal_boundary
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
-from nipq.functional.noise import uniform_noise
+from nipq.functional.noise import ERROR_TABLE, EmpiricalMethod, empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import quantize
 

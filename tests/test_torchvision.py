@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from nipq.budget.budget import BitOps
 from nipq.config import Config, Rule
 from nipq.nn.layers import LayerSpec
-from nipq.prepare.control import set_bits_, set_phase_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.trace import trace
 from nipq.prepare.validate import validate

@@ -6,8 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from nipq.config import Config, Rule
-from nipq.errors import ConfigError, NotQuantizableError
-from nipq.finding import Finding
+from nipq.errors import ConfigError, Finding, NotQuantizableError
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 

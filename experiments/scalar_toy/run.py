@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import nipq
 from nipq.nn.layers import weight_quantizer
-from nipq.prepare.control import temper_
+from nipq.prepare.layer_table import temper_
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "scalar_toy.json"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import nipq
-from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import layer_table
 from nipq.train.config_file import check_config

@@ -28,7 +28,7 @@ import torchvision
 from torch import nn
 
 import nipq
-from nipq.budget.limit import feasible_range
+from nipq.budget.budget import feasible_range
 from nipq.prepare.layer_table import layer_table, quantizers
 
 RESULTS = Path(__file__).parent / "results" / "overshoot.json"

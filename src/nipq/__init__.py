@@ -9,7 +9,7 @@ from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_fea
 from nipq.budget.freeze import freeze_bits_
 from nipq.budget.hawq import allocate_
 from nipq.budget.sensitivity import start_bits_
-from nipq.config import BitRange, Config, Rule
+from nipq.config import BitRange, Config, Phase, Rule
 from nipq.errors import (
     BudgetError,
     ConfigError,
@@ -23,10 +23,9 @@ from nipq.errors import (
 )
 from nipq.export.api import export
 from nipq.export.convert import convert
-from nipq.export.load import load
+from nipq.export.packed_read import load
 from nipq.export.packed_write import file_bytes, save
-from nipq.phases import Phase
-from nipq.prepare.control import set_bits_, set_phase_, temper_
+from nipq.prepare.layer_table import set_bits_, set_phase_, temper_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.batchnorm import reestimate_bn_
@@ -36,9 +35,9 @@ from nipq.qat.optim import check_optimizer, drop_frozen_, param_groups, without_
 from nipq.qat.oscillation import Oscillations
 from nipq.qat.search import Search
 from nipq.qat.session import Course
-from nipq.report.inspection import inspect
+from nipq.report.inspect import inspect
 from nipq.report.summary import summary
-from nipq.verify.ladder import verify
+from nipq.verify.api import verify
 
 __version__ = "0.1.0"
 

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from nipq.budget.budget import AverageBits
 from nipq.budget.freeze import freeze_bits_
 from nipq.config import Config
-from nipq.prepare.control import set_phase_
+from nipq.prepare.layer_table import set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 

@@ -14,7 +14,7 @@ from nipq.analysis.curvature import DENSE, curvature, input_traces, weight_trace
 from nipq.analysis.network import float_twin
 from nipq.config import Config
 from nipq.errors import ConfigError, MissingDependencyError
-from nipq.prepare.control import set_phase_
+from nipq.prepare.layer_table import set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 

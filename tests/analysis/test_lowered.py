@@ -11,7 +11,7 @@ from torch import nn
 from nipq.analysis.lowered import lowered_bits, lowered_sweep
 from nipq.config import Config
 from nipq.errors import OrderError
-from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.prepare.layer_table import layer_table
 from nipq.prepare.prepare import prepare_
 

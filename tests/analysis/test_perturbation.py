@@ -12,7 +12,7 @@ from nipq.analysis.network import layers
 from nipq.analysis.perturbation import perturbation_sweep, perturbed
 from nipq.config import Config
 from nipq.errors import OrderError
-from nipq.prepare.control import set_phase_
+from nipq.prepare.layer_table import set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 

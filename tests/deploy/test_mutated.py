@@ -17,9 +17,8 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from nipq.errors import FileFormatError
-from nipq.export.container import HEADER_ANYHOW
 from nipq.export.convert import convert
-from nipq.export.load import load
+from nipq.export.packed_read import HEADER_ANYHOW, load
 from nipq.export.packed_write import NO_CHECKSUM, save, seal
 
 # ---------------------------------------------------------------------- bytes

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import nipq
 from nipq.distributed import is_distributed, rank, whole
-from nipq.distributed.sharding import shard_
+from nipq.distributed.fsdp import shard_
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_sharding import BUDGET, Net, data, prepared
 

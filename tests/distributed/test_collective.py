@@ -14,10 +14,10 @@ from torch.nn.functional import cross_entropy
 import nipq
 from nipq.budget import sensitivity as bit_start
 from nipq.distributed import rank, world_size
-from nipq.distributed.sharding import shard_
+from nipq.distributed.fsdp import shard_
 from nipq.errors import ConfigError, DistributedError
+from nipq.prepare.batches import in_step
 from nipq.prepare.layer_table import quantizers
-from nipq.qat.calibrate import in_step
 from tests.distributed.models import batches, close, loss_of, own, prepared, same, state
 from tests.distributed.ranks import Ranks
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nipq
 from nipq.distributed import rank, rank_seed
-from nipq.distributed.sharding import shard_
+from nipq.distributed.fsdp import shard_
 from nipq.prepare.layer_table import quantizers
 from tests.distributed.ranks import Ranks
 

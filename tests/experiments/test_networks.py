@@ -7,8 +7,7 @@ from torch.nn.functional import interpolate
 
 from experiments.tasks.networks import edsr, mobilenet_v3_32, resnet18_32
 from nipq.config import Config
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, quantizers, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_

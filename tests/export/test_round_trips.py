@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from nipq.export.api import export
 from nipq.export.arrays import arrays_bytes
-from nipq.export.load import load
-from nipq.export.onnx_file_export import onnx_bytes
+from nipq.export.onnx_write import onnx_bytes
+from nipq.export.packed_read import load
 from nipq.export.packed_write import save
 
 each_layer = st.lists(

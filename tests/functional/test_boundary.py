@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.functional import theory
-from nipq.functional.boundary import alpha_from_raw, max_boundary, noise_optimal_boundary, raw_from_alpha
+from nipq.functional.clipping import alpha_from_raw, max_boundary, noise_optimal_boundary, raw_from_alpha
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 
 HSWISH = Grid("shifted", 0.375)

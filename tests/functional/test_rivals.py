@@ -21,7 +21,7 @@ from nipq.functional.baselines import (
     sawb_boundary,
     untruncated_proxy,
 )
-from nipq.functional.boundary import alpha_from_raw, raw_from_alpha
+from nipq.functional.clipping import alpha_from_raw, raw_from_alpha
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid, levels
 from nipq.functional.uniform import quantize
 

@@ -7,7 +7,7 @@ import torch
 
 from nipq.errors import ConfigError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
-from nipq.functional.tails import laplace_tails, normal_tails, sample_tails
+from nipq.functional.theory import laplace_tails, normal_tails, sample_tails
 
 SHARES = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
 SAMPLES = {

@@ -41,7 +41,7 @@ def test_seeds_spread_over_ranks_and_rank_zero_stays_as_it_is(monkeypatch: pytes
     for rank in (1, 2, 1):
         torch.manual_seed(7)
         monkeypatch.setattr("nipq.integrations.shared.rank", lambda rank=rank: rank)
-        monkeypatch.setattr("nipq.distributed.ranks.rank", lambda rank=rank: rank)
+        monkeypatch.setattr("nipq.distributed.collectives.rank", lambda rank=rank: rank)
         spread_seeds()
         draws.append(torch.rand(4))
     assert torch.equal(draws[0], draws[2])

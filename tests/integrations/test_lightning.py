@@ -15,8 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nipq.budget.budget import AverageBits, costs
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.control import phase_of
-from nipq.prepare.layer_table import quantizers
+from nipq.prepare.layer_table import phase_of, quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups

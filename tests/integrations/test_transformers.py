@@ -13,8 +13,7 @@ from torch import nn
 from nipq.budget.budget import AverageBits
 from nipq.config import Config
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.control import phase_of
-from nipq.prepare.layer_table import quantizers
+from nipq.prepare.layer_table import phase_of, quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.ema import WeightAverage

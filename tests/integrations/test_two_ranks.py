@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from nipq.budget.budget import AverageBits, costs
 from nipq.distributed import rank, rank_seed, whole, world_size
-from nipq.distributed.sharding import shard_
+from nipq.distributed.fsdp import shard_
 from nipq.errors import DistributedError, OrderError
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_

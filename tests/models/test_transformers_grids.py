@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.functional.grid import SIGNED, Grid
 from nipq.functional.uniform import quantize
 from nipq.nn.init import SHIFTS

@@ -12,9 +12,8 @@ from nipq.config import Config, Method
 from nipq.errors import ConfigError, OrderError
 from nipq.export.convert import convert
 from nipq.functional.baselines import sawb_boundary
-from nipq.nn.offset import OffsetInputQuantizer
-from nipq.prepare.control import set_phase_, temper_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.nn.layers import OffsetInputQuantizer
+from nipq.prepare.layer_table import layer_table, quantizers, set_phase_, temper_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups

@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from nipq.config import BitRange
 from nipq.errors import NonFiniteError
-from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.functional.grid import SIGNED, Grid
 from nipq.nn.init import SHIFTS, start_input_boundary_, start_weight_boundary_
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer

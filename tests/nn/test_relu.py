@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.kernels.library import library
+from nipq.kernels.cpu import library
 from nipq.nn.layers import quantization
 from nipq.nn.relu import cap_of, reads_in_sequence
 

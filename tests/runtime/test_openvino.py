@@ -15,8 +15,7 @@ from nipq.errors import ConfigError, FileFormatError
 from nipq.export.api import export
 from nipq.export.convert import convert
 from nipq.export.openvino import PRECISION, openvino_model
-from nipq.prepare.control import set_bits_
-from nipq.prepare.layer_table import quantizers
+from nipq.prepare.layer_table import quantizers, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.verify import verify

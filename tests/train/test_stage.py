@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nipq.budget.budget import costs
+from nipq.config import Phase
 from nipq.errors import ConfigError
-from nipq.phases import Phase
 from nipq.prepare.layer_table import quantizers
 from nipq.train import passage, stage
 from nipq.train.checkpoint import Checkpoint

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from nipq.verify.distance import Distance, labels_of, most_by_chance
-from nipq.verify.evidence import Evidence
+from nipq.verify.metrics import Distance, Evidence, labels_of, most_by_chance
 
 
 def test_one_flip_of_one_level_is_allowed_and_no_more() -> None:

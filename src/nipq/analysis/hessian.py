@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 from nipq.analysis.network import LossFn
 from nipq.errors import ConfigError, require
+from nipq.prepare.batches import inputs_of, to_device
 from nipq.prepare.trace import ExampleInputs, call_model
-from nipq.qat.calibrate import inputs_of, to_device
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_array
 
-from nipq.budget.limit import Limit
+from nipq.budget.budget import Limit
 from nipq.errors import BudgetError
 from nipq.functional.cost import cost
 

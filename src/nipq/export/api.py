@@ -10,7 +10,7 @@ from torch import nn
 from nipq.errors import ConfigError
 from nipq.export.arrays import arrays_bytes
 from nipq.export.modules import deployed_layers
-from nipq.export.onnx_file_export import FIXED_BATCH, onnx_bytes, qonnx_bytes
+from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
 from nipq.export.portable import portable_products
 from nipq.export.program import program_bytes
 from nipq.export.report import ExportedLayer, ExportedProduct, ExportReport

@@ -7,17 +7,23 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from nipq.config import Phase
 from nipq.errors import NonFiniteError, OrderError
-from nipq.export.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
-from nipq.export.products import DeployedOperand, DeployedProduct
+from nipq.export.modules import (
+    Deployed,
+    DeployedLayer,
+    DeployedOperand,
+    DeployedProduct,
+    DeployedWeightOnlyLayer,
+    deployed_layers,
+    replace_modules,
+)
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight, plain_shell, quantization
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.nn.relu import unfold_relu
-from nipq.phases import Phase
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, weight_table
+from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, set_phase_, weight_table
 
 
 def convert(model: nn.Module) -> nn.Module:

@@ -19,11 +19,11 @@ from torch._inductor import config
 from torch.nn.functional import conv2d, linear
 
 from nipq.errors import ConfigError, require
-from nipq.export.compiled import CompiledModel, Kernel
 from nipq.export.modules import Deployed, DeployedLayer, deployed_layers, replace_modules
 from nipq.export.portable import PortableLayer, portable_layers
+from nipq.export.runtimes import CompiledModel, Kernel
 from nipq.nn.kinds import along_channels
-from nipq.prepare.target import inductor_reason
+from nipq.prepare.plan import inductor_reason
 from nipq.prepare.trace import ExampleInputs, call_model
 
 #: The compiler's counts of what it recognised.

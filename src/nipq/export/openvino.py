@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from nipq.errors import FileFormatError, require
-from nipq.export.compiled import CompiledModel, Kernel
 from nipq.export.inputs import call_arguments
-from nipq.export.onnx_cells import Cell, cells, operands
-from nipq.export.onnx_file_verify import OnnxFile, read_onnx
+from nipq.export.onnx_read import Cell, OnnxFile, cells, operands, read_onnx
+from nipq.export.runtimes import CompiledModel, Kernel
 from nipq.prepare.trace import ExampleInputs
 
 #: Kinds of node in OpenVINO's execution graph that sum products.

@@ -28,8 +28,15 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError
 from nipq.export.convert import deploy_copy
-from nipq.export.modules import Deployed, DeployedLayer, deploy_state, deployed_layers, full_name
-from nipq.export.products import deployed_products, product_record
+from nipq.export.modules import (
+    Deployed,
+    DeployedLayer,
+    deploy_state,
+    deployed_layers,
+    deployed_products,
+    full_name,
+    product_record,
+)
 from nipq.files import check_free, written_whole
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
 

@@ -27,8 +27,9 @@ from nipq.config import Config
 from nipq.errors import ConfigError, OrderError
 from nipq.integrations.shared import check_alone, gradient_of, leave_bits_unclipped_, spread_seeds, supported
 from nipq.nn.layers import is_prepared
+from nipq.prepare.batches import inputs_of
 from nipq.prepare.prepare import prepare_
-from nipq.qat.calibrate import calibrate_, inputs_of
+from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import check_optimizer, drop_frozen_on_load_, param_groups
 from nipq.qat.session import Course
 

@@ -21,12 +21,12 @@ from nipq.functional.baselines import (
     sawb_boundary,
     untruncated_proxy,
 )
-from nipq.functional.boundary import max_boundary
+from nipq.functional.clipping import max_boundary
 from nipq.functional.grid import Grid
 from nipq.functional.noise import draw_noise, tempered, true_error
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import widened
-from nipq.kernels.rounding import quantize
+from nipq.kernels.fused import quantize
 
 Role = Literal["weight", "input"]
 
@@ -69,7 +69,7 @@ class Estimator:
 
     @property
     def has_fused_twin(self) -> bool:
-        """Whether one kernel does all that training does in phase ``noise``, see ``nipq.kernels.proxy``."""
+        """Whether one kernel does all that training does in phase ``noise``, see ``nipq.kernels.fused``."""
         plain = self.clip_after_noise or self.boundary_correction
         return self.method == "nipq" and self.noise in ("uniform", "empirical") and not plain
 

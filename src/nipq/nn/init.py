@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nipq.errors import NonFiniteError
 from nipq.functional.baselines import lsq_boundary
-from nipq.functional.boundary import max_boundary, noise_optimal_boundary
+from nipq.functional.clipping import max_boundary, noise_optimal_boundary
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import quantize
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer

@@ -6,23 +6,27 @@ from dataclasses import fields
 
 from torch import Tensor, nn
 
-from nipq.config import BitRange, Config, GridChoice
+from nipq.config import BitRange, Config, GridChoice, Phase
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
 from nipq.nn.estimator import Estimator
 from nipq.nn.init import SHIFTS, start_weight_boundary_
 from nipq.nn.kinds import close_shortcuts_, output_channel_axis
-from nipq.nn.layers import LayerQuantization, LayerSpec, attach, detach, is_prepared, quantization, weight_quantizer
-from nipq.nn.offset import OffsetInputQuantizer
+from nipq.nn.layers import (
+    LayerQuantization,
+    LayerSpec,
+    OffsetInputQuantizer,
+    attach,
+    detach,
+    is_prepared,
+    quantization,
+    weight_quantizer,
+)
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
-from nipq.phases import Phase
-from nipq.prepare.attention_trace import PRODUCT_OPERANDS
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import layer_table
-from nipq.prepare.plan import LayerPlan, plan_layers
-from nipq.prepare.shared_bits import shared_groups
-from nipq.prepare.trace import ExampleInputs
+from nipq.prepare.layer_table import layer_table, set_phase_
+from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
+from nipq.prepare.trace import PRODUCT_OPERANDS, ExampleInputs
 from nipq.prepare.validate import checked_trace
 
 #: Grids before calibration, which replaces all but the ones that a rule asks for.

@@ -1,4 +1,8 @@
-"""One watched forward of a float model: what its layers run on, and what computes outside them.
+"""What computes outside the quantized layers, by the name of its torch function, and why it stays float.
+
+The products inside attention, counted like layers: the weight of one is the key, that of the other the value.
+
+One watched forward of a float model: what its layers run on, and what computes outside them.
 
 No graph is captured. Module hooks see the layers; a ``TorchFunctionMode`` sees every functional call, so that a
 residual add inside somebody's ``forward`` is found as surely as a pooling module.
@@ -6,23 +10,158 @@ residual add inside somebody's ``forward`` is found as surely as a pooling modul
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 
 from nipq.errors import NotQuantizableError
-from nipq.nn.attention import FUNCTION
+from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, weight_uses
 from nipq.nn.layers import LayerSpec
 from nipq.nn.relu import cap_of, reads_in_sequence
-from nipq.prepare.attention_trace import Attention, AttentionCalls
-from nipq.prepare.float_pieces import BETWEEN_ACTIVATIONS, REASONS, FloatPiece, operation_of
+
+_ALIASES = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul"}
+_ALIASES |= {"truediv": "div", "itruediv": "div", "rtruediv": "div", "rmatmul": "matmul"}
+
+# Why a functional piece stays float, by the last part of its torch name. ReLU-like clamps, reshapes and concatenations
+# are left out: they do no arithmetic that the next quantizer would not see.
+BETWEEN_ACTIVATIONS = ("add", "sub", "mul", "div")
+_OPERATIONS = {
+    "sums of activations stay float; the next layer quantizes what it reads": "add sub",
+    "products of activations stay float; the next layer quantizes what it reads": "mul div",
+    "pooling has no weights; it stays float between two quantizers": """
+        mean avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d lp_pool2d interpolate
+        adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d""",
+    "smooth activation functions stay float; the next layer quantizes their result": """
+        silu gelu hardswish sigmoid hardsigmoid tanh softmax log_softmax mish elu selu celu softplus""",
+    "products of two activations have no weights to quantize; attention stays float": "matmul bmm baddbmm einsum",
+    "attention stays float, its softmax and both of its products (attention_bits would quantize the products)": """
+        scaled_dot_product_attention""",
+    "torch's fused attention reads its projections' weights past their modules": "multi_head_attention_forward",
+    "normalisation stays float (a batch norm is folded where it alone reads what one layer made)": """
+        layer_norm batch_norm group_norm instance_norm rms_norm local_response_norm rsqrt""",
+    "it is looked up as a function or in bags, so the table stays float": "embedding embedding_bag",
+    "it is called as a function, not as a module, so there is nothing to attach quantizers to": """
+        conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear""",
+}
+REASONS = {name: reason for reason, names in _OPERATIONS.items() for name in names.split()}
+
+
+@dataclass(frozen=True)
+class FloatPiece:
+    """A computation that stays float, and why.
+
+    Attributes:
+        name: full name of the innermost module in which it happens; empty for the model itself.
+        operation: what is computed, such as ``"add"``.
+        reason: why it stays float.
+        count: how often one forward does it there.
+    """
+
+    name: str
+    operation: str
+    reason: str
+    count: int = 1
+
+
+def operation_of(func: Callable[..., Any]) -> str:
+    """Plain name of a torch function: ``add`` for ``Tensor.__iadd__`` and ``Tensor.add_`` alike."""
+    name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1].strip("_")
+    return _ALIASES.get(name, name)
+
+
+#: Names of both operands, by the kind of product.
+PRODUCT_OPERANDS = {"QueryKey": ("query", "key"), "ProbabilityValue": ("probability", "value")}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A module that calls torch's function for attention.
+
+    Attributes:
+        name: full name of the module.
+        place: how many layers ran before its first call.
+        scores: facts of query times key; its input is the query.
+        mix: facts of probability times value; its input is the probability.
+        within: names of the modules whose forward ran around its own.
+    """
+
+    name: str
+    place: int
+    scores: LayerSpec
+    mix: LayerSpec
+    within: frozenset[str] = frozenset()
+
+
+@dataclass
+class AttentionCalls:
+    """Running sums over the calls from one module, over the whole batch.
+
+    Attributes:
+        place: how many layers ran before the first call.
+        within: names of the modules whose forward ran around it.
+    """
+
+    place: int
+    within: set[str] = field(default_factory=set)
+    calls: int = 0
+    queries: int = 0
+    keys: int = 0
+    values: int = 0
+    probabilities: int = 0
+    score_macs: int = 0
+    mix_macs: int = 0
+    outputs: int = 0
+
+    def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], within: Iterable[str]) -> None:
+        """Count one call.
+
+        Args:
+            args: positional arguments of the function.
+            kwargs: named ones.
+            within: names of the modules whose forward runs around it.
+        """
+        given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
+        query, key, value = (given[name] for name in ("query", "key", "value"))
+        assert isinstance(query, Tensor)
+        pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+        self.calls += 1
+        self.within.update(within)
+        self.queries += query.numel()
+        self.keys += key.numel()
+        self.values += value.numel()
+        self.probabilities += pairs
+        self.score_macs += pairs * query.shape[-1]
+        self.mix_macs += pairs * value.shape[-1]
+        self.outputs += math.prod(query.shape[:-1]) * value.shape[-1]
+
+    def found(self, name: str, batch: int) -> Attention:
+        """The facts of both products.
+
+        Args:
+            name: full name of the module.
+            batch: samples in the batch.
+        """
+        inside = ".".join(filter(None, (name, PRODUCTS)))
+        common: dict[str, Any] = {"weight_count": 0, "calls": self.calls, "batchnorm": None, "is_input": False}
+        counts = ("macs", "activation_count", "other_count", "output_count")
+
+        def product(part: str, kind: str, *sums: int) -> LayerSpec:
+            each: dict[str, Any] = {count: total // batch for count, total in zip(counts, sums, strict=True)}
+            return LayerSpec(name=f"{inside}.{part}", kind=kind, **each, **common)
+
+        scores = product("scores", "QueryKey", self.score_macs, self.queries, self.keys, self.probabilities)
+        mix = product("mix", "ProbabilityValue", self.mix_macs, self.probabilities, self.values, self.outputs)
+        return Attention(name, self.place, scores, mix, frozenset(self.within))
+
 
 #: What a model is called with: one tensor, several positional ones, or keywords.
 ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]

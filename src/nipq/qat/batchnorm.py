@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nipq.config import Phase
 from nipq.distributed import check_same_, inner
 from nipq.distributed.sync_batchnorm import synced
 from nipq.errors import ConfigError, OrderError
-from nipq.phases import Phase
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import quantizers
+from nipq.prepare.batches import in_step, to_device
+from nipq.prepare.layer_table import quantizers, set_phase_
 from nipq.prepare.trace import call_model
-from nipq.qat.calibrate import in_step, to_device
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -103,7 +102,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
 
     Args:
         model: a prepared model with batch norms.
-        loader: batches, see :func:`nipq.qat.calibrate.inputs_of`; augmented as in training, if training was.
+        loader: batches, see :func:`nipq.prepare.batches.inputs_of`; augmented as in training, if training was.
         batches: how many batches to read; all if left out.
 
     Returns:

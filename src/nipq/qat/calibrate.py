@@ -2,108 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nipq.config import Phase
 from nipq.distributed import (
     all_or_none,
     broadcast_,
     check_same_,
     from_rank_zero,
-    gather_objects,
     gather_samples,
     inner,
-    is_distributed,
     is_sharded,
     rank,
     whole,
     world_size,
 )
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.sampling import even_stride
+from nipq.functional.clipping import even_stride
 from nipq.nn.init import start_input_boundary_, start_weight_boundary_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
-from nipq.phases import Phase
-from nipq.prepare.control import phase_of, set_phase_
-from nipq.prepare.layer_table import input_quantizers, layer_table, weight_table
-from nipq.prepare.trace import ExampleInputs, call_model, tensors_in
+from nipq.prepare.batches import in_step, inputs_of, to_device
+from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
+from nipq.prepare.trace import call_model
 
 #: Values kept of each input over all batches; the squared error of a boundary is known to a per cent from far fewer.
 SAMPLE_SIZE = 65_536
-
-
-def inputs_of(batch: Any) -> ExampleInputs:  # noqa: ANN401  (whatever a loader yields)
-    """What the model is called with, out of what a loader yields.
-
-    Args:
-        batch: a tensor; a tuple or list whose first item is the model's input; or a mapping of keyword inputs.
-
-    Returns:
-        The input.
-
-    Raises:
-        ConfigError: if no tensor is found there.
-    """
-    if isinstance(batch, Tensor):
-        return batch
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key not in ("label", "labels", "target")}
-    if isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], (Tensor, Mapping)):
-        return inputs_of(batch[0])
-    raise ConfigError(
-        f"loader: expected batches of tensors, found {type(batch).__name__}. "
-        "Let it yield a tensor, a tuple or list with the input first, or a dict of keyword inputs."
-    )
-
-
-def to_device(inputs: ExampleInputs, device: torch.device) -> ExampleInputs:
-    """Move example inputs to a device, in any of their accepted forms."""
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=True)
-    if isinstance(inputs, Mapping):
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return [value.to(device) if isinstance(value, Tensor) else value for value in inputs]
-
-
-def in_step(loader: Iterable[Any], what: str) -> Iterator[tuple[ExampleInputs, float]]:
-    """Inputs while every rank has some.
-
-    Args:
-        loader: batches, see :func:`inputs_of`.
-        what: what they are for, for the message.
-
-    Yields:
-        Inputs, and how many samples all ranks have for each of this one.
-
-    Raises:
-        ConfigError: if a batch holds no tensor.
-        DistributedError: if the loader of another rank failed.
-    """
-    if not is_distributed():
-        yield from ((inputs_of(batch), 1.0) for batch in loader)
-        return
-    batches = iter(loader)
-    while True:
-        with all_or_none(what):
-            batch = next(batches, None)
-            inputs = None if batch is None else inputs_of(batch)
-            own = 0 if inputs is None else _samples(inputs)
-        sizes = gather_objects(own)
-        if inputs is None or not all(sizes):
-            return
-        yield inputs, sum(sizes) / own
-
-
-def _samples(inputs: ExampleInputs) -> int:
-    first = next(tensors_in(inputs), None)
-    if first is None:
-        raise ConfigError("loader: expected a tensor in every batch, found none. Let it yield the model's inputs.")
-    return len(first)
 
 
 @torch.no_grad()

@@ -16,12 +16,11 @@ from torch.utils.hooks import RemovableHandle
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget
 from nipq.budget.freeze import freeze_bits_, freeze_to_
+from nipq.config import Phase
 from nipq.distributed import check_same_, is_sharded
-from nipq.distributed.wrapping import check_wrapper, unwrapped, waits_for_all
+from nipq.distributed.fsdp import check_wrapper, unwrapped, waits_for_all
 from nipq.errors import ConfigError, OrderError
-from nipq.phases import Phase
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.prepare.layer_table import layer_table, quantizers, set_phase_
 from nipq.qat.batchnorm import reestimate_bn_
 from nipq.qat.optim import check_float32, check_optimizer, drop_frozen_, drop_frozen_on_load_
 from nipq.qat.search import Search
@@ -60,7 +59,7 @@ class Course:
         optimizer: the optimizer, or all of them, built after ``prepare_`` (see :func:`nipq.param_groups`). Without one
             every call of :meth:`step` counts, and dropping frozen bits is up to the caller.
         finetune: share of ``total_steps`` that comes after the freeze, 0 to below 1.
-        loader: batches for the statistics of batch norms, see :func:`nipq.qat.calibrate.inputs_of`; one of its own, as
+        loader: batches for the statistics of batch norms, see :func:`nipq.prepare.batches.inputs_of`; one of its own, as
             reading it must not disturb the loop's. Only models with batch norms need it.
         batchnorm_batches: how many of them to read; 0 leaves statistics as training left them.
         penalty: of the search.

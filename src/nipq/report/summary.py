@@ -12,8 +12,7 @@ from rich.table import Table
 from torch import nn
 
 from nipq.budget.bit_table import BitTable
-from nipq.budget.budget import FLOAT_BITS, IMAGE_BITS, AverageBits, BitOps, Budget
-from nipq.budget.limit import activation_counts, stored_rows
+from nipq.budget.budget import FLOAT_BITS, IMAGE_BITS, AverageBits, BitOps, Budget, activation_counts, stored_rows
 from nipq.functional.packing import payload_bytes
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import LayerRow, layer_table

@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from nipq.budget.budget import costs
+from nipq.config import Phase
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError
 from nipq.export.convert import convert
-from nipq.export.load import load
+from nipq.export.packed_read import load
 from nipq.export.packed_write import file_bytes, save
-from nipq.functional.sampling import even_stride
+from nipq.functional.clipping import even_stride
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.phases import Phase
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import LayerRow, layer_table
+from nipq.prepare.layer_table import LayerRow, layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.trace import call_model
 from nipq.report.summary import summary

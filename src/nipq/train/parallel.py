@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nipq.distributed import is_distributed, rank, world_size
-from nipq.distributed.sharding import shard_
+from nipq.distributed.fsdp import shard_
 from nipq.distributed.sync_batchnorm import sync_, unsync_
 from nipq.errors import ConfigError, DistributedError, NipqError
 from nipq.train.batches import Split

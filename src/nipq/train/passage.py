@@ -13,10 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nipq.budget.freeze import freeze_bits_
 from nipq.budget.hawq import allocate_
 from nipq.budget.sensitivity import start_bits_
+from nipq.config import Phase
 from nipq.distributed import from_rank_zero
-from nipq.phases import Phase
-from nipq.prepare.control import set_phase_
-from nipq.prepare.layer_table import quantizers
+from nipq.prepare.layer_table import quantizers, set_phase_
 from nipq.qat.batchnorm import reestimate_bn_
 from nipq.qat.calibrate import calibrate_
 from nipq.train.batches import Few, Split

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
-from nipq.budget.limit import FeasibleRange
+from nipq.budget.budget import AverageBits, BitOps, Budget, FeasibleRange, ModelSize, check_feasible
 from nipq.errors import ConfigError, require
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_

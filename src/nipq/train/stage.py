@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor, nn
 
 from nipq.budget.budget import Budget
-from nipq.phases import Phase
-from nipq.prepare.control import set_phase_, temper_
-from nipq.prepare.layer_table import quantizers
+from nipq.config import Phase
+from nipq.prepare.layer_table import quantizers, set_phase_, temper_
 from nipq.qat.ema import WeightAverage
 from nipq.qat.oscillation import Oscillations
 from nipq.qat.search import Search

@@ -19,19 +19,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nipq.errors import FileFormatError
-from nipq.export import arrays_reference as reference
+from nipq.export import arrays as reference
 from nipq.export.arrays import FACTS, PRODUCT, arrays_bytes
-from nipq.export.modules import DeployedLayer, deployed_layers
-from nipq.export.products import deployed_products
-from nipq.prepare.places import OPERANDS, place_of
+from nipq.export.modules import DeployedLayer, deployed_layers, deployed_products
+from nipq.prepare.layer_table import OPERANDS, place_of
 from nipq.prepare.trace import ExampleInputs
-from nipq.verify.archive import members, read
 from nipq.verify.candidate import Subject
-from nipq.verify.evidence import layer_rung
-from nipq.verify.layers import run_forced
-from nipq.verify.reference import Observation, run_model
+from nipq.verify.metrics import layer_rung
+from nipq.verify.reference import Observation, run_forced, run_model
 from nipq.verify.result import Rung
-from nipq.verify.static import differences
+from nipq.verify.static import differences, members, read
 
 #: Samples that are computed in NumPy: whole numbers are slow there.
 SAMPLES = 2

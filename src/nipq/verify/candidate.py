@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from nipq.verify.distance import Distance, logits_of
-from nipq.verify.evidence import Evidence
+from nipq.verify.metrics import Distance, Evidence, logits_of
 from nipq.verify.reference import Observation, run_model
 from nipq.verify.result import Rung
 

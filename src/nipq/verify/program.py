@@ -19,10 +19,10 @@ from torch import nn
 from nipq.errors import FileFormatError
 from nipq.export.program import program_bytes
 from nipq.prepare.trace import ExampleInputs
-from nipq.verify.archive import members, read
 from nipq.verify.candidate import Subject
-from nipq.verify.evidence import exact_rung
+from nipq.verify.metrics import exact_rung
 from nipq.verify.result import Rung
+from nipq.verify.static import members, read
 
 GRAPH = "models/model.json"
 WEIGHTS = "data/weights/"

@@ -3,6 +3,8 @@
 A boundary or a bit-width is one number. Sharding it over ranks would leave it on one of them, and the price of bits,
 the freeze and every report would have to fetch thousands of single numbers. So quantizers' parameters are not sharded,
 and their gradients are averaged over ranks by one message at the end of every backward pass.
+
+Wrappers that trainers put around a model: looked through, and refused when they came too early.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from nipq.distributed import check_same_, is_sharded, reduce_mean_
-from nipq.errors import DistributedError
+from nipq.errors import DistributedError, OrderError
 from nipq.nn.quantizer import TensorQuantizer
 
 #: Quantizers whose gradients :func:`average_gradients_` sees to.
@@ -114,8 +117,8 @@ def check_averaged(model: nn.Module) -> None:
         if owner not in _AVERAGED and not any(is_sharded(parameter) for parameter in owner.parameters()):
             raise DistributedError(
                 f"{owner.name}: expected its gradients to be averaged over ranks, found weights that fully_shard "
-                "sharded and a quantizer that it left out. Shard with nipq.distributed.sharding.shard_, or call "
-                "nipq.distributed.sharding.average_gradients_(model) after fully_shard."
+                "sharded and a quantizer that it left out. Shard with nipq.distributed.fsdp.shard_, or call "
+                "nipq.distributed.fsdp.average_gradients_(model) after fully_shard."
             )
 
 
@@ -136,3 +139,61 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         else:
             found += _blocks(module)
     return list(dict.fromkeys(found))
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside wrappers for several processes and for compilation."""
+    return _layers(model)[-1]
+
+
+def waits_for_all(model: nn.Module) -> bool:
+    """Whether a wrapper may wait for a gradient of every parameter that it was built with.
+
+    ``DistributedDataParallel`` does. With ``find_unused_parameters=True`` it looks for unused ones in what ``forward``
+    returns, and refuses a gradient that one of them gets from elsewhere.
+    """
+    return not any(
+        isinstance(layer, DistributedDataParallel) and layer.find_unused_parameters for layer in _layers(model)
+    )
+
+
+def check_wrapper(model: nn.Module) -> None:
+    """Refuse a wrapper that would not average what is learned: built before the model was prepared, or of another kind.
+
+    Args:
+        model: a prepared model, wrapped or not.
+
+    Raises:
+        OrderError: naming parameters that ``DistributedDataParallel`` would not average.
+        DistributedError: for the first generation of FSDP, or naming a quantizer that sharding left to its rank.
+    """
+    bare = unwrapped(model)
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise DistributedError(
+            f"{type(bare).__name__}: expected FSDP2 (fully_shard), found FullyShardedDataParallel, which flattens "
+            "parameters and shards boundaries and bit-widths with them. Use nipq.distributed.fsdp.shard_ on the bare model."
+        )
+    check_averaged(bare)
+    for layer in _layers(model):
+        known = getattr(layer, "_module_parameters", None)
+        if not isinstance(layer, DistributedDataParallel) or known is None:
+            continue
+        held = {id(parameter) for parameter in known}
+        missing = [name for name, p in bare.named_parameters() if p.requires_grad and id(p) not in held]
+        if missing:
+            named = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+            raise OrderError(
+                f"{type(bare).__name__}: expected DistributedDataParallel around a prepared model, found one built "
+                f"before prepare_, which would not average {named}. Prepare first, wrap then."
+            )
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """A model's wrappers from the outside, and the model itself."""
+    found = [model]
+    while True:
+        last = found[-1]
+        inner = last.module if isinstance(last, DistributedDataParallel) else getattr(last, "_orig_mod", last)
+        if inner is last:
+            return found
+        found.append(inner)

@@ -1,4 +1,6 @@
-"""The kernels as operators that ``torch.compile`` keeps whole, with their gradients.
+"""Which kernels serve a tensor.
+
+The kernels as operators that ``torch.compile`` keeps whole, with their gradients.
 
 Eager code calls the kernels directly, which costs a third of what an operator written in Python costs.
 """
@@ -6,14 +8,51 @@ Eager code calls the kernels directly, which costs a third of what an operator w
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+import nipq.kernels.cpu as cpu
+import nipq.kernels.triton as triton_proxy
+import nipq.kernels.triton as triton_rounding
 from nipq.functional.grid import Grid, GridKind
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
-from nipq.kernels.backend import Backend, backend
+
+
+class Backend(NamedTuple):
+    """The four kernels for one kind of device; see ``nipq.kernels.cpu`` for what each takes and returns."""
+
+    supported: Callable[[Tensor, Tensor, int], bool]
+    proxy_forward: Callable[..., Tensor]
+    proxy_backward: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    round_forward: Callable[..., Tensor]
+    round_backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+_CPU = Backend(cpu.supported, cpu.proxy_forward, cpu.proxy_backward, cpu.round_forward, cpu.round_backward)
+_CUDA = Backend(
+    triton_proxy.supported,
+    triton_proxy.proxy_forward,
+    triton_proxy.proxy_backward,
+    triton_rounding.round_forward,
+    triton_rounding.round_backward,
+)
+
+
+def backend(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend | None:
+    """The kernels for a tensor, or None where plain operations have to do.
+
+    Args:
+        x: what is to be quantized.
+        alpha: its boundary, or the parameter of it.
+        channel_axis: axis of the boundaries where there are several.
+    """
+    if x.is_cuda and torch.compiler.is_compiling():
+        return None  # there the compiler fuses the plain operations into what makes x
+    kernels = _CUDA if x.is_cuda else _CPU
+    return kernels if kernels.supported(x, alpha, channel_axis) else None
 
 
 def _kernels(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend:
@@ -91,7 +130,7 @@ _proxy.register_autograd(_proxy_gradients, setup_context=_proxy_context)
 
 
 def proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Tensor:
-    """``nipq.kernels.proxy.fused_noise_proxy`` as one operator.
+    """``nipq.kernels.fused.fused_noise_proxy`` as one operator.
 
     Args:
         x: dense.
@@ -150,7 +189,7 @@ _quantize.register_autograd(_quantize_gradients, setup_context=_quantize_context
 
 
 def quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int, cap: float = math.inf) -> Tensor:
-    """``nipq.kernels.rounding.quantize`` as one operator.
+    """``nipq.kernels.fused.quantize`` as one operator.
 
     Args:
         x: dense.

@@ -1,4 +1,7 @@
-"""A deployed module, as ``nipq.convert`` makes and ``nipq.load`` reads it: every rung, to the last bit."""
+"""A deployed module, as ``nipq.convert`` makes and ``nipq.load`` reads it: every rung, to the last bit.
+
+A model in the hands of a runtime: which kernels it runs on, and the task.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from nipq.errors import FileFormatError
-from nipq.export.container import WITHOUT_CHECKSUM, read_container
-from nipq.export.load import load
-from nipq.export.modules import deployed_layers
+from nipq.export.modules import deployed_layers, deployed_products
+from nipq.export.packed_read import WITHOUT_CHECKSUM, load, read_container
 from nipq.export.packed_write import CHECKSUM_BYTES, file_bytes
-from nipq.export.products import deployed_products
+from nipq.export.runtimes import CompiledModel
 from nipq.prepare.prepare import restore_
 from nipq.verify.candidate import Subject
-from nipq.verify.distance import logits_of
-from nipq.verify.evidence import exact_rung, flips_in, layer_rung
-from nipq.verify.layers import compare_codes, recording_codes, run_forced
-from nipq.verify.reference import Observation, run_model
+from nipq.verify.metrics import exact_rung, flips_in, layer_rung, logits_of
+from nipq.verify.reference import Observation, compare_codes, recording_codes, run_forced, run_model
 from nipq.verify.result import Rung
 from nipq.verify.static import file_differences, trained_differences
 
@@ -99,3 +99,31 @@ class DeployedSubject(Subject):
             self.distance.rung(scores, flips_in(self.evidence)),
             exact_rung(self.evidence, self.distance.exact),
         ]
+
+
+class CompiledSubject(Subject):
+    """What ``nipq.runtime`` compiled. Its numbers are the file's; its layers cannot be cut apart.
+
+    Args:
+        module: the compiled model.
+        layers: full names of the trained layers.
+    """
+
+    def __init__(self, module: CompiledModel, layers: Iterable[str]) -> None:
+        super().__init__(module.runtime, module, layers)
+        self.compiled = module
+
+    def static(self) -> Rung:
+        """Rung E0: every layer that can be is computed in integers."""
+        missing, kernels = self.compiled.float_layers(), self.compiled.kernels
+        numbers = {"layers": len(kernels), "integer_kernels": sum(kernel.integer for kernel in kernels)}
+        first = next((f"{kernel.name}: {kernel.what}" for kernel in kernels if kernel.name in missing), None)
+        return Rung("E0 static", "integer kernels", first is None, numbers, first)
+
+    def rungs(self, scores: Mapping[str, float]) -> list[Rung]:
+        """E2.
+
+        Args:
+            scores: the task's score of both.
+        """
+        return [self.distance.rung(scores)]

@@ -1,4 +1,7 @@
-"""The fused noise proxy: from the parameters of a quantizer to the noisy tensor in one pass, and back in one."""
+"""The fused noise proxy: from the parameters of a quantizer to the noisy tensor in one pass, and back in one.
+
+The fused true quantizer: one pass for evaluation and fine-tuning with rounding.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import nipq.kernels.operators as operators
+import nipq.functional.uniform as uniform
+import nipq.kernels.dispatch as operators
 from nipq.functional.bitwidth import bits_from_raw, round_bits, stochastic_round_bits
-from nipq.functional.boundary import alpha_from_raw
+from nipq.functional.clipping import alpha_from_raw
 from nipq.functional.counter_rng import counter_noise, is_dense, unit_draw
-from nipq.functional.empirical import ErrorTable, table_noise
+from nipq.functional.grid import Grid
+from nipq.functional.noise import ErrorTable, table_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import widened
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
-from nipq.kernels.backend import Backend
+from nipq.kernels.dispatch import Backend, backend
 
 
 class _FusedProxy(torch.autograd.Function):
@@ -125,7 +130,7 @@ def fused_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings,
         x: any shape.
         tensors: parameters and key.
         settings: grid and range of bits.
-        kernels: what ``nipq.kernels.backend.backend`` found for x.
+        kernels: what ``nipq.kernels.dispatch.backend`` found for x.
 
     Returns:
         The proxy, shape and type of x.
@@ -134,4 +139,62 @@ def fused_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings,
     if torch.compiler.is_compiling():
         return operators.proxy(x, tensors, settings)
     out: Tensor = _FusedProxy.apply(x, tensors.alpha_raw, tensors.bit_raw, tensors, settings, kernels)
+    return out
+
+
+class _FusedStraightThrough(torch.autograd.Function):
+    """``nipq.functional.uniform.quantize`` in one node. Keeps x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 -- torch documents no type for it
+        x: Tensor,
+        alpha: Tensor,
+        bits: Tensor,
+        grid: Grid,
+        channel_axis: int,
+        cap: float,
+        kernels: Backend,
+    ) -> Tensor:
+        """Values of the levels nearest to x."""
+        ctx.save_for_backward(x, alpha, bits)
+        ctx.settings, ctx.kernels = (grid, channel_axis, cap), kernels
+        return kernels.round_forward(x, alpha, bits, grid, channel_axis, cap)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
+        """The gradient of x, and the sums for alpha and bits."""
+        x, alpha, bits = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted: let autograd see how it is made
+            grid, _, cap = ctx.settings
+            out = uniform.quantize(torch.where(x < cap, x, cap), alpha, bits, grid)
+            inputs = [part for part, needed in zip((x, alpha, bits), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(out, inputs, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None, None, None, None
+        return *ctx.kernels.round_backward(grad, x, alpha, bits, *ctx.settings), None, None, None, None
+
+
+def quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, cap: float = math.inf) -> Tensor:
+    """``nipq.functional.uniform.quantize``: the same numbers, in one pass where there is a kernel.
+
+    Half-precision tensors are computed in float32 and rounded once.
+
+    Args:
+        x: any shape, floating point.
+        alpha: boundary, units of x, > 0, shape (1,), or with the axes of x and one longer than 1.
+        bits: bit-width, >= 2, shape (1,).
+        grid: which levels.
+        cap: what x is cut to before, with no gradient above: a ReLU6 in front that was left out.
+
+    Returns:
+        Values on the grid, shape and type of x.
+    """
+    axis = next((axis for axis, length in enumerate(alpha.shape) if length > 1), 0)
+    kernels = backend(x, alpha, axis)
+    if kernels is None:
+        return uniform.quantize(uniform.widened(torch.where(x < cap, x, cap)), alpha, bits, grid).to(x.dtype)
+    x = x if is_dense(x) else x.contiguous()
+    if torch.compiler.is_compiling():
+        return operators.quantize(x, alpha, bits, grid, axis, cap)
+    out: Tensor = _FusedStraightThrough.apply(x, alpha, bits, grid, axis, cap, kernels)
     return out
