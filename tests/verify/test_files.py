@@ -18,8 +18,8 @@ from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.verify import verify
-from tests.deploy.conftest import CASES
-from tests.deploy.conftest import trained as prepared
+from tests.export.packed.conftest import CASES
+from tests.export.packed.conftest import trained as prepared
 
 onnx = pytest.importorskip("onnx")
 helper, numpy_helper = onnx.helper, onnx.numpy_helper

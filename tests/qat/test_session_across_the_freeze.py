@@ -14,7 +14,7 @@ from nipq.prepare.layer_table import phase_of, quantizers
 from nipq.qat.ema import WeightAverage
 from nipq.qat.optim import check_optimizer, param_groups
 from nipq.qat.session import Course
-from tests.course_loop import BUDGET, FREEZE, TOTAL, Loop, X, Y, adamw, equal, keeps, net
+from tests.qat.session_loop import BUDGET, FREEZE, TOTAL, Loop, X, Y, adamw, equal, keeps, net
 
 # ---------------------------------------------------------------------- resume
 

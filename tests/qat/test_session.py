@@ -23,7 +23,7 @@ from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import check_optimizer, without_bits
 from nipq.qat.search import Search
 from nipq.qat.session import Course
-from tests.course_loop import BUDGET, FREEZE, TOTAL, Loop, X, equal, keeps, net, plain
+from tests.qat.session_loop import BUDGET, FREEZE, TOTAL, Loop, X, equal, keeps, net, plain
 
 # ---------------------------------------------------------------------- the stages
 
