@@ -8,7 +8,7 @@ from __future__ import annotations
 from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
 from nipq.budget.freeze import freeze_bits_
 from nipq.budget.hawq import allocate_
-from nipq.budget.sensitivity import start_bits_
+from nipq.budget.sensitivity import allocate_bits_
 from nipq.config import BitRange, Config, Phase, Rule
 from nipq.errors import (
     BudgetError,
@@ -34,7 +34,7 @@ from nipq.qat.ema import WeightAverage
 from nipq.qat.optim import check_optimizer, drop_frozen_, param_groups, without_bits
 from nipq.qat.oscillation import Oscillations
 from nipq.qat.search import Search
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 from nipq.report.inspect import inspect
 from nipq.report.summary import summary
 from nipq.verify.api import verify
@@ -67,9 +67,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "BitOps",
     "check_feasible",
     "costs",
-    "start_bits_",
+    "allocate_bits_",
     "Search",
-    "Course",
+    "QATSession",
     "WeightAverage",
     "temper_",
     "Oscillations",
