@@ -21,10 +21,9 @@ from benchmarks.memory import saved_bytes
 from benchmarks.peers import TorchFakeQuantize
 from benchmarks.plain import plain_operations
 from benchmarks.timing import interleaved, quartiles, ratio, total
-from nipq.config import BitRange, NoiseKind
+from nipq.config import BitRange, NoiseKind, Phase
 from nipq.nn.estimator import Estimator
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.phases import Phase
 
 SIZES = (1 << 22, 1 << 16)
 TYPES = ("float32", "bfloat16")

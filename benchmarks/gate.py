@@ -18,7 +18,7 @@ from benchmarks import elements
 from benchmarks.networks import NETWORKS
 from benchmarks.timing import interleaved, ratio
 from benchmarks.variants import FLOAT, UNIFORM, prepared
-from nipq.kernels.library import available
+from nipq.kernels.cpu import available
 
 ELEMENTS, ROUNDS = 1 << 22, 9
 

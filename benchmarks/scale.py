@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint_sequential
 import nipq
 from benchmarks import record
 from benchmarks.timing import interleaved, quartiles
-from nipq.layer_table import quantizers
-from nipq.sharding import quantizer_parameters, shard_
+from nipq.distributed.fsdp import quantizer_parameters, shard_
+from nipq.prepare.layer_table import quantizers
 
 COUNTS = (20, 100, 400, 1600)
 """Numbers of quantizers: two for each layer."""

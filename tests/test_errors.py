@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nipq import errors
-from nipq.phases import Phase
+from nipq.config import Phase
 
 
 @pytest.mark.parametrize(

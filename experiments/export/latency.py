@@ -32,10 +32,9 @@ import nipq
 from experiments.export.random_nets import built, quantized, shaken_
 from experiments.export.records import Record, each, origin, parser, short, write
 from nipq.errors import require
-from nipq.export.session import faithful_session
-from nipq.runtime.compiled import CompiledModel
-from nipq.runtime.inductor import inductor_model
-from nipq.runtime.openvino import PRECISION, openvino_model
+from nipq.export.inductor import inductor_model
+from nipq.export.openvino import PRECISION, openvino_model
+from nipq.export.runtimes import CompiledModel, faithful_session
 
 COMMAND = "python -m experiments.export.latency"
 NETWORKS, THREADS, SIZE, SEED = ("resnet18", "mobilenet_v2"), (1, 2), 224, 0

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import nipq
 from nipq.errors import require
-from nipq.layer_table import quantizers
+from nipq.prepare.layer_table import quantizers
 
 #: Arguments that a builder wants besides its name.
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import nipq
 from experiments.export.random_nets import built, random_network
 from experiments.export.records import Record, origin, parser, write
-from nipq.deploy.modules import deployed_layers
+from nipq.export.modules import deployed_layers
 from nipq.functional.packing import payload_bytes
 from nipq.train.data import load_data
 from nipq.train.factory import build_model

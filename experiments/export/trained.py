@@ -24,18 +24,18 @@ from torch import Tensor, nn
 
 import nipq
 from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
-from nipq.export.session import faithful_session
-from nipq.layer_table import layer_table
-from nipq.runtime.openvino import openvino_model
+from nipq.export.openvino import openvino_model
+from nipq.export.runtimes import faithful_session
+from nipq.prepare.layer_table import layer_table
 from nipq.train.batches import Few
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.finish import metric_of
 from nipq.train.nested import count_of, pick
 from nipq.train.run_folder import RunFolder, installed_version
-from nipq.verify.distance import logits_of
-from nipq.verify.onnx_subject import OnnxModule
-from nipq.verify.program_subject import ProgramModule
+from nipq.verify.metrics import logits_of
+from nipq.verify.onnx import OnnxModule
+from nipq.verify.program import ProgramModule
 from nipq.verify.reference import AT_ONCE, run_model
 
 COMMAND = "python -m experiments.export.trained"

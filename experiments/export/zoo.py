@@ -20,7 +20,7 @@ import torch
 import nipq
 from experiments.export.random_nets import random_network
 from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
-from nipq.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table
 
 SEED, IMAGES = 0, 4
 COMMAND = "python -m experiments.export.zoo"

@@ -15,8 +15,8 @@ from nipq.compare import compare, expand, load_grid
 from nipq.compare.grid import FLOAT
 from nipq.compare.show import cells_of, headings, markdown, verdict_line
 from nipq.compare.table import final_state
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
 from nipq.train.config import ModelConfig
 from nipq.train.factory import build_model
 

@@ -33,8 +33,8 @@ from nipq.analysis.landscape import landscape
 from nipq.analysis.lowered import lowered_sweep
 from nipq.analysis.network import is_quantized
 from nipq.analysis.perturbation import perturbation_sweep
-from nipq.control import set_phase_
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import set_phase_
+from nipq.prepare.prepare import prepare_
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.nested import pick

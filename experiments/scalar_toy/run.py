@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.control import temper_
 from nipq.nn.layers import weight_quantizer
+from nipq.prepare.layer_table import temper_
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "scalar_toy.json"

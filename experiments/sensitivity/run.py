@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import nipq
-from nipq.functional.boundary import noise_optimal_boundary
-from nipq.layer_table import layer_table
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.prepare.layer_table import layer_table
 from nipq.train.config_file import check_config
 from nipq.train.data import load_data
 from nipq.train.factory import build_model

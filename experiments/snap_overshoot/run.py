@@ -28,8 +28,8 @@ import torchvision
 from torch import nn
 
 import nipq
-from nipq.layer_table import layer_table, quantizers
-from nipq.limit import feasible_range
+from nipq.budget.budget import feasible_range
+from nipq.prepare.layer_table import layer_table, quantizers
 
 RESULTS = Path(__file__).parent / "results" / "overshoot.json"
 NETWORKS = {"random CNN": 176, "resnet18": 14, "mobilenet_v2": 10}

@@ -5,18 +5,11 @@ A trailing underscore changes the model in place; a plain verb returns something
 
 from __future__ import annotations
 
-from nipq.allocation import allocate_
-from nipq.averaging import WeightAverage
-from nipq.batchnorm import reestimate_bn_
-from nipq.bit_start import start_bits_
-from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
-from nipq.calibrate import calibrate_
-from nipq.config import BitRange, Config, Rule
-from nipq.control import set_bits_, set_phase_, temper_
-from nipq.course import Course
-from nipq.deploy.convert import convert
-from nipq.deploy.file import file_bytes, save
-from nipq.deploy.load import load
+from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
+from nipq.budget.freeze import freeze_bits_
+from nipq.budget.hawq import allocate_
+from nipq.budget.sensitivity import allocate_bits_
+from nipq.config import BitRange, Config, Phase, Rule
 from nipq.errors import (
     BudgetError,
     ConfigError,
@@ -29,16 +22,22 @@ from nipq.errors import (
     OrderError,
 )
 from nipq.export.api import export
-from nipq.inspection import inspect
-from nipq.optim import check_optimizer, drop_frozen_, param_groups, without_bits
-from nipq.oscillation import Oscillations
-from nipq.phases import Phase
-from nipq.prepare import prepare_, restore_
-from nipq.search import Search
-from nipq.snap import freeze_bits_
-from nipq.summary import summary
-from nipq.validate import validate
-from nipq.verify.ladder import verify
+from nipq.export.convert import convert
+from nipq.export.packed_read import load
+from nipq.export.packed_write import file_bytes, save
+from nipq.prepare.layer_table import set_bits_, set_phase_, temper_
+from nipq.prepare.prepare import prepare_, restore_
+from nipq.prepare.validate import validate
+from nipq.qat.batchnorm import reestimate_bn_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.ema import WeightAverage
+from nipq.qat.optim import check_optimizer, drop_frozen_, param_groups, without_bits
+from nipq.qat.oscillation import Oscillations
+from nipq.qat.search import Search
+from nipq.qat.session import QATSession
+from nipq.report.inspect import inspect
+from nipq.report.summary import summary
+from nipq.verify.api import verify
 
 __version__ = "0.1.0"
 
@@ -68,9 +67,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "BitOps",
     "check_feasible",
     "costs",
-    "start_bits_",
+    "allocate_bits_",
     "Search",
-    "Course",
+    "QATSession",
     "WeightAverage",
     "temper_",
     "Oscillations",

@@ -1,4 +1,8 @@
-"""Settings of the quantizers: frozen, checked when built, and the same after a round trip through JSON.
+"""The four things a quantizer can do with a tensor.
+
+What is wrong with settings, in this library's words.
+
+Settings of the quantizers: frozen, checked when built, and the same after a round trip through JSON.
 
 Wherever a bit-width is expected, a short form does::
 
@@ -11,11 +15,58 @@ Wherever a bit-width is expected, a short form does::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from difflib import get_close_matches
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nipq.config_faults import config_error
+from nipq.errors import ConfigError
+
+
+class Phase(StrEnum):
+    """What the quantizers of a model do in the forward pass.
+
+    ``FLOAT`` passes the tensor on untouched; ``NOISE`` adds pseudo-quantization noise while training (and rounds in
+    evaluation); ``ROUND`` rounds with straight-through gradients; ``INT`` computes on integer-valued codes, which is
+    what a deployed model does.
+
+    Example:
+        >>> Phase("noise") is Phase.NOISE
+        True
+    """
+
+    FLOAT = "float"
+    NOISE = "noise"
+    ROUND = "round"
+    INT = "int"
+
+
+def config_error(kind: type[BaseModel], error: ValidationError, known: Sequence[str]) -> ConfigError:
+    """Every fault on a line of its own: the field, what was expected, what was found.
+
+    Args:
+        kind: the settings that were to be built.
+        error: what pydantic found.
+        known: names of fields, for what may have been meant.
+    """
+    lines = []
+    for fault in error.errors(include_url=False):
+        place = ".".join([kind.__name__, *map(str, fault["loc"])])
+        message = fault["msg"].removeprefix("Value error, ")
+        if fault["type"] == "extra_forbidden":
+            close = get_close_matches(str(fault["loc"][-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "correct its name or remove it."
+            lines.append(f"{place}: expected a known field, found this one; {hint}")
+        elif fault["type"] == "missing":
+            lines.append(f"{place}: expected a value, found none; give one.")
+        elif fault["type"] == "value_error":
+            lines.append(f"{place}: {message}.")
+        else:
+            expected = message.removeprefix("Input should be ")
+            lines.append(f"{place}: expected {expected}, found {fault['input']!r}; change it.")
+    return ConfigError("\n".join(lines))
+
 
 #: A signed grid needs 2 bits; codes of more than 16 are no longer exact once float32 adds up their products.
 Bits = Annotated[int, Field(ge=2, le=16)]
@@ -219,7 +270,7 @@ class Config(Settings):
             have one, unless a rule gives each row its own by ``"channel"``.
         method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
             ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through, fixed range); see
-            ``nipq.functional.rivals``.
+            ``nipq.functional.baselines``.
         noise: ``"uniform"`` (fast; about equal accuracy) or ``"empirical"``, drawn from the tensor's own rounding
             errors (what the theory is about; ``"histogram"`` by the published sampler); paper section 6.3. Not in the
             paper: ``"gaussian"`` (DiffQ's default) and ``"stochastic"`` (randomised rounding).

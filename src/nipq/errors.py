@@ -2,12 +2,16 @@
 
 A message says three things: what was expected, what was found (with the full name of the module in the model where
 there is one), and what to do about it.
+
+One thing worth knowing about a model before it is prepared.
 """
 
 from __future__ import annotations
 
 import importlib
+from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 
 class NipqError(ValueError):
@@ -71,3 +75,24 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
             f"expected the package {module!r}, which is needed for {purpose}; found: {error}. "
             f'Install it with: pip install "nipq[{extra}]"'
         ) from error
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that ``prepare_`` would refuse, leave float, or do in a way worth knowing.
+
+    Attributes:
+        name: full name of the module.
+        severity: ``"error"`` (refused), ``"float"`` (stays float) or ``"note"``.
+        reason: what was found.
+        remedy: what to do about it, empty when there is nothing to do.
+    """
+
+    name: str
+    severity: Literal["error", "float", "note"]
+    reason: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        """One line: severity, name, reason, remedy."""
+        return f"{self.severity}: {self.name or 'the model'}: {self.reason}.{' ' + self.remedy if self.remedy else ''}"

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from nipq.budget import AverageBits
-from nipq.calibrate import calibrate_
+from nipq.budget.budget import AverageBits
+from nipq.budget.freeze import freeze_bits_
 from nipq.config import Config
-from nipq.control import set_phase_
-from nipq.prepare import prepare_
-from nipq.snap import freeze_bits_
+from nipq.prepare.layer_table import set_phase_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ from torch.nn.functional import mse_loss
 from nipq.analysis import hessian as hessian_module
 from nipq.analysis.curvature import DENSE, curvature, input_traces, weight_traces
 from nipq.analysis.network import float_twin
-from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.control import set_phase_
 from nipq.errors import ConfigError, MissingDependencyError
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import set_phase_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 
 def regression(inputs: int, outputs: int, samples: int = 60) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:

@@ -11,9 +11,9 @@ from torch import nn
 from nipq.analysis.lowered import lowered_bits, lowered_sweep
 from nipq.config import Config
 from nipq.errors import OrderError
-from nipq.functional.boundary import noise_optimal_boundary
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
+from nipq.functional.clipping import noise_optimal_boundary
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
 
 
 def quantized_network(network):

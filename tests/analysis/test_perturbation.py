@@ -10,11 +10,11 @@ from torch import nn
 
 from nipq.analysis.network import layers
 from nipq.analysis.perturbation import perturbation_sweep, perturbed
-from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.control import set_phase_
 from nipq.errors import OrderError
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import set_phase_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 
 def rms(x: torch.Tensor) -> float:

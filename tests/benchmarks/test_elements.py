@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.elements import fixed_cost, functions, kept_bytes, measure
 from benchmarks.plain import plain_operations
-from nipq.kernels.backend import backend
-from nipq.kernels.library import available
+from nipq.kernels.cpu import available
+from nipq.kernels.dispatch import backend
 
 needs_kernels = pytest.mark.skipif(not available(), reason="no C++ compiler")
 

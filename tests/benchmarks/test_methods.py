@@ -23,5 +23,5 @@ def test_a_method_trains(word: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changed = [bool((a != b).any()) for a, b in zip(before, built[0].parameters(), strict=True)]
     assert any(changed)
     if word != methods.FLOAT:
-        table = nipq.layer_table.layer_table(built[0])
+        table = nipq.prepare.layer_table.layer_table(built[0])
         assert {row.input is None for row in table} == {word == "diffq-weights"}

@@ -9,7 +9,7 @@ from benchmarks.memory import saved_bytes
 from benchmarks.networks import NETWORKS, Encoder, Network
 from benchmarks.training_step import measure, trainings
 from benchmarks.variants import EMPIRICAL, FLOAT, UNIFORM, VARIANTS, Training, prepared
-from nipq.layer_table import quantizers
+from nipq.prepare.layer_table import quantizers
 
 SMALL = Network(lambda: Encoder(layers=1, width=24), (4, 24), 2, ("contiguous",), "small encoder")
 OPTIONAL = {"Brevitas": "brevitas", "DiffQ, weights only": "diffq"}

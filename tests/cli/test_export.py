@@ -13,8 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 from nipq.cli import app
-from nipq.deploy.load import load
-from nipq.export import arrays_reference as reference
+from nipq.export import arrays as reference
+from nipq.export.packed_read import load
 from nipq.train.config_file import load_config
 from nipq.train.models import digits_net
 from nipq.train.pipeline import run

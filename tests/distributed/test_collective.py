@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import nipq
-from nipq import bit_start
-from nipq.calibrate import in_step
+from nipq.budget import sensitivity as bit_start
 from nipq.distributed import rank, world_size
+from nipq.distributed.fsdp import shard_
 from nipq.errors import ConfigError, DistributedError
-from nipq.layer_table import quantizers
-from nipq.sharding import shard_
+from nipq.prepare.batches import in_step
+from nipq.prepare.layer_table import quantizers
 from tests.distributed.models import batches, close, loss_of, own, prepared, same, state
 from tests.distributed.ranks import Ranks
 
@@ -42,13 +42,13 @@ def test_calibration_is_that_of_one_process(ranks: Ranks) -> None:
 def test_calibration_takes_the_sample_that_one_process_takes(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few values of each input are kept, so that another choice of them would show."""
     first, _ = ranks(sparsely)
-    monkeypatch.setattr("nipq.calibrate.SAMPLE_SIZE", 64)
+    monkeypatch.setattr("nipq.qat.calibrate.SAMPLE_SIZE", 64)
     close(calibrated(), first, 1e-6)
 
 
 def sparsely() -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nipq.calibrate.SAMPLE_SIZE", 64)
+        patch.setattr("nipq.qat.calibrate.SAMPLE_SIZE", 64)
         return calibrated()
 
 

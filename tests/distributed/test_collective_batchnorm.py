@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 import nipq
 from nipq.distributed import rank, world_size
-from nipq.synced_batchnorm import sync_, synced, unsync_
+from nipq.distributed.sync_batchnorm import sync_, synced, unsync_
 from tests.distributed.models import batches, close, net, own, prepared, same, state
 from tests.distributed.ranks import Ranks
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nipq import distributed
-from nipq.distributed.same import checksum
+from nipq.distributed.collectives import checksum
 from nipq.errors import BudgetError, DistributedError
 from tests.distributed.ranks import Ranks
 

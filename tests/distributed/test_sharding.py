@@ -11,9 +11,9 @@ from torch.distributed.fsdp import fully_shard
 
 import nipq
 from nipq.distributed import is_sharded, part, rank, whole, world_size
+from nipq.distributed.fsdp import average_gradients_, quantizer_parameters, shard_
 from nipq.errors import DistributedError
-from nipq.layer_table import quantizers
-from nipq.sharding import average_gradients_, quantizer_parameters, shard_
+from nipq.prepare.layer_table import quantizers
 from tests.distributed.common_noise import common_noise
 from tests.distributed.ranks import Ranks
 
@@ -115,7 +115,7 @@ def test_sharded_quantizers_are_refused(ranks: Ranks) -> None:
         assert "shard_: expected every rank to hold boundaries and bit-widths whole, found stem.parametriz" in str(
             error
         )
-        assert str(error).endswith("and call nipq.sharding.average_gradients_(model) after it.")
+        assert str(error).endswith("and call nipq.distributed.fsdp.average_gradients_(model) after it.")
 
 
 def left_alone() -> None:
@@ -146,7 +146,7 @@ def test_what_the_message_advises_averages_gradients(ranks: Ranks) -> None:
 
 def test_a_backward_pass_that_failed_does_not_end_the_averaging(monkeypatch: pytest.MonkeyPatch) -> None:
     averaged: list[int] = []
-    monkeypatch.setattr("nipq.sharding.reduce_mean_", lambda gradients: averaged.append(len(gradients)))
+    monkeypatch.setattr("nipq.distributed.fsdp.reduce_mean_", lambda gradients: averaged.append(len(gradients)))
     model = prepared()
     average_gradients_(model)
 

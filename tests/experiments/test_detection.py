@@ -19,10 +19,10 @@ from experiments.tasks import centernet, detection
 from experiments.tasks.centernet import CenterNet, doubled, halved, main, published
 from experiments.tasks.detection import BOXES, Detection, compose, cutouts, data, distance, others, plain, task
 from nipq.errors import ConfigError
+from nipq.prepare.validate import validate
 from nipq.train.batches import TensorSplit
 from nipq.train.config import DataConfig, ModelConfig, TrainConfig
 from nipq.train.pipeline import run
-from nipq.validate import validate
 
 
 @pytest.fixture

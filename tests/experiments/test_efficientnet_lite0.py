@@ -26,11 +26,11 @@ from experiments.tasks.efficientnet_lite0 import (
 )
 from nipq.config import Config
 from nipq.errors import ConfigError, MissingDependencyError
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.validate import validate
 from nipq.train.batches import TensorSplit
 from nipq.train.config import DataConfig, ModelConfig
-from nipq.validate import validate
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from experiments.export import page, records
-from nipq.layer_table import quantizers
+from nipq.prepare.layer_table import quantizers
 
 ORIGIN = {
     "machine": {"processor": "P", "cores": 2, "load": 0.1},

@@ -15,10 +15,10 @@ from experiments.tasks.minilm import Rating, SentenceNetwork, main, network, rat
 from experiments.tasks.snippets import MODEL
 from nipq.config import Config
 from nipq.errors import ConfigError, MissingDependencyError
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.validate import validate
 from nipq.train.task import Task
-from nipq.validate import validate
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 14}
 

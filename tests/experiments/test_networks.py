@@ -6,12 +6,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from experiments.tasks.networks import edsr, mobilenet_v3_32, resnet18_32
-from nipq.calibrate import calibrate_
 from nipq.config import Config
-from nipq.control import set_phase_
-from nipq.layer_table import layer_table, quantizers
-from nipq.prepare import prepare_
-from nipq.validate import validate
+from nipq.prepare.layer_table import layer_table, quantizers, set_phase_
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.validate import validate
+from nipq.qat.calibrate import calibrate_
 
 NETWORKS = {"mobilenet_v3_32": mobilenet_v3_32, "resnet18_32": lambda: resnet18_32(width=8), "edsr": lambda: edsr(8, 2)}
 

@@ -13,10 +13,10 @@ import torch
 from experiments.tasks import novels
 from experiments.tasks.decoder import NextCharacter, guess_without_reading, llama
 from nipq.errors import ConfigError, MissingDependencyError
+from nipq.prepare.validate import validate
 from nipq.train.batches import TensorSplit
 from nipq.train.config import TrainConfig
 from nipq.train.pipeline import run
-from nipq.validate import validate
 from tests.experiments.texts import section
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}

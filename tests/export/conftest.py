@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.deploy.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
+from nipq.export.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
 from nipq.functional.grid import Grid, levels
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import plain_shell

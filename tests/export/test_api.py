@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import nipq
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError, NonFiniteError
 from nipq.export.api import export
-from nipq.export.session import faithful_session
+from nipq.export.runtimes import faithful_session
 
 
 def test_it_is_public() -> None:

@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nipq.deploy.modules import deployed_layers
-from nipq.export import arrays_reference as reference
+from nipq.export import arrays as reference
 from nipq.export.api import export
 from nipq.export.arrays import arrays_bytes
+from nipq.export.modules import deployed_layers
 
 each_layer = st.lists(
     st.tuples(

@@ -16,21 +16,21 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
-from nipq.deploy.products import DeployedOperand, deployed_products
 from nipq.errors import OrderError
-from nipq.export import arrays_reference as reference
+from nipq.export import arrays as reference
 from nipq.export.api import export
-from nipq.export.onnx_file import WIDE
+from nipq.export.convert import convert
+from nipq.export.modules import DeployedOperand, deployed_products
+from nipq.export.onnx_write import WIDE
 from nipq.export.portable import portable_products
-from nipq.export.promise import promised_bytes
-from nipq.export.session import faithful_session
+from nipq.export.runtimes import faithful_session
 from nipq.functional.grid import Grid, levels
-from nipq.prepare import prepare_
-from tests.attention_net import MIX, SCORES, Attention, X, prepared
+from nipq.prepare.layer_table import set_bits_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.report.inspect import promised_bytes
+from tests.prepare.attention_net import MIX, SCORES, Attention, X, prepared
 
 GRIDS = ("signed", "unsigned", "shifted")
 #: Bits and grid of query, key, probability and value.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.export.api import export
-from nipq.export.onnx_file import FIXED_BATCH
+from nipq.export.onnx_write import FIXED_BATCH
 
 
 def test_it_computes_the_same_bits_for_any_batch(zoo: SimpleNamespace, tmp_path: Path) -> None:

@@ -13,16 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
 from nipq.errors import OrderError
 from nipq.export.api import export
-from nipq.export.onnx_file import KEY
-from nipq.export.promise import promised_bytes
-from nipq.layer_table import quantizers
-from nipq.prepare import prepare_
+from nipq.export.convert import convert
+from nipq.export.onnx_write import KEY
+from nipq.prepare.layer_table import quantizers, set_bits_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.report.inspect import promised_bytes
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.deploy.modules import deployed_layers
 from nipq.export.api import export
+from nipq.export.modules import deployed_layers
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

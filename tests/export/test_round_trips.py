@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nipq.deploy.file import save
-from nipq.deploy.load import load
 from nipq.export.api import export
 from nipq.export.arrays import arrays_bytes
-from nipq.export.onnx_file import onnx_bytes
+from nipq.export.onnx_write import onnx_bytes
+from nipq.export.packed_read import load
+from nipq.export.packed_write import save
 
 each_layer = st.lists(
     st.tuples(

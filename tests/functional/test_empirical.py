@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from nipq.errors import ConfigError
-from nipq.functional.counter import draw_key
-from nipq.functional.empirical import (
-    ERROR_TABLE,
-    EmpiricalMethod,
-    ErrorTable,
-    empirical_noise,
-    error_table,
-    table_noise,
-)
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid, step_size, value_range
+from nipq.functional.noise import ERROR_TABLE, EmpiricalMethod, ErrorTable, empirical_noise, error_table, table_noise
 from nipq.functional.uniform import quantize
 
 METHODS: list[EmpiricalMethod] = ["table", "histogram"]

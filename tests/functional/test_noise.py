@@ -9,7 +9,7 @@ import torch
 
 from nipq.config import NoiseKind
 from nipq.errors import ConfigError
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED
 from nipq.functional.noise import (
     draw_noise,

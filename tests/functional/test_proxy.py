@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nipq import theory
+from nipq.functional import theory
 from nipq.functional.bitwidth import round_bits, stochastic_round_bits
-from nipq.functional.empirical import empirical_noise
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid, step_size, value_range, zero_point
-from nipq.functional.noise import uniform_noise
+from nipq.functional.noise import empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import quantize
 

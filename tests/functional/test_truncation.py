@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from nipq.functional.truncation import inside_range, truncate, truncation_gradients
+from nipq.functional.uniform import inside_range, truncate, truncation_gradients
 
 LOWER, UPPER = torch.tensor([-1.0]), torch.tensor([2.0])
 X = torch.tensor([-3.0, -1.0, -0.5, 0.0, 2.0, 5.0])

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.budget import AverageBits, costs
-from nipq.layer_table import quantizers
+from nipq.budget.budget import AverageBits, costs
+from nipq.prepare.layer_table import quantizers
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")

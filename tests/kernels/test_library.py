@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-import nipq.kernels.library as module
-from nipq.kernels.library import CACHE, SWITCH, library
+import nipq.kernels.cpu as module
+from nipq.kernels.cpu import CACHE, SWITCH, library
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
@@ -47,7 +47,7 @@ def test_the_first_call_compiles_and_later_ones_find_it(tmp_path: Path, monkeypa
 
 @needs_compiler
 def test_many_processes_may_compile_at_once(tmp_path: Path) -> None:
-    code = "from nipq.kernels.library import library; assert library() is not None"
+    code = "from nipq.kernels.cpu import library; assert library() is not None"
     environment = os.environ | {CACHE: str(tmp_path / "shared")}
     running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [process.wait(timeout=120) for process in running] == [0, 0, 0]

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, Grid
-from nipq.kernels.call import ProxySettings, ProxyTensors
-from nipq.kernels.library import library
-from nipq.kernels.operators import proxy, quantize
-from nipq.kernels.proxy import plain_noise_proxy
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
+from nipq.kernels.cpu import library
+from nipq.kernels.dispatch import proxy, quantize
+from nipq.kernels.fused import plain_noise_proxy
 
 compiled_kernels = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import relu6
 
-from nipq.functional.counter import draw_key
-from nipq.functional.empirical import error_table
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
-from nipq.kernels.backend import backend
-from nipq.kernels.call import ProxySettings, ProxyTensors
-from nipq.kernels.library import library
-from nipq.kernels.proxy import fused_noise_proxy as fused_noise_proxy_on
-from nipq.kernels.proxy import plain_noise_proxy
+from nipq.functional.noise import error_table
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
+from nipq.kernels.cpu import library
+from nipq.kernels.dispatch import backend
+from nipq.kernels.fused import fused_noise_proxy as fused_noise_proxy_on
+from nipq.kernels.fused import plain_noise_proxy
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 import nipq.functional.uniform as uniform
-import nipq.kernels.rounding as rounding
-import nipq.kernels.triton_proxy as triton_proxy
-import nipq.kernels.triton_rounding as triton_rounding
-from nipq.functional.counter import draw_key
-from nipq.functional.empirical import error_table
+import nipq.kernels.fused as rounding
+import nipq.kernels.triton as triton_proxy
+import nipq.kernels.triton as triton_rounding
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
-from nipq.kernels.backend import Backend
-from nipq.kernels.call import ProxySettings, ProxyTensors
-from nipq.kernels.proxy import fused_noise_proxy, plain_noise_proxy
-from nipq.kernels.triton_device import interpreting, tl, triton
+from nipq.functional.noise import error_table
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
+from nipq.kernels.dispatch import Backend
+from nipq.kernels.fused import fused_noise_proxy, plain_noise_proxy
+from nipq.kernels.triton import interpreting, tl, triton
 from nipq.kernels.triton_tiles import Sizes, on_trial, tiling
 from nipq.kernels.triton_tuning import proxy_step
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED
-from nipq.kernels.call import ProxySettings, ProxyTensors
-from nipq.kernels.triton_proxy import proxy_backward, proxy_forward
-from nipq.kernels.triton_rounding import round_backward, round_forward
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
+from nipq.kernels.triton import proxy_backward, proxy_forward, round_backward, round_forward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 

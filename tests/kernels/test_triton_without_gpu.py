@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nipq.kernels import triton_device
-from nipq.kernels.triton_proxy import proxy_backward_kernel, proxy_forward_kernel
-from nipq.kernels.triton_rounding import round_backward_kernel, round_forward_kernel
-from nipq.kernels.triton_scalars import finish_kernel
+from nipq.kernels import triton as triton_device
+from nipq.kernels.triton import (
+    finish_kernel,
+    proxy_backward_kernel,
+    proxy_forward_kernel,
+    round_backward_kernel,
+    round_forward_kernel,
+)
 from nipq.kernels.triton_tiles import tiling
 
 
@@ -46,7 +50,7 @@ def test_without_triton_there_is_no_kernel() -> None:
     run(
         "-c",
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, nipq.kernels.triton_proxy as proxy, nipq.kernels.triton_rounding as rounding\n"
+        "import torch, nipq.kernels.triton as proxy, nipq.kernels.triton as rounding\n"
         "x = torch.zeros(3, device='meta')\n"
         "assert not proxy.supported(x, x[:1], 0) and not rounding.supported(x, x[:1], 0)",
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.kernels import backend
+from nipq.kernels import dispatch as backend
 
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

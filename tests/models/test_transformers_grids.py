@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.functional.grid import SIGNED, Grid
 from nipq.functional.uniform import quantize
-from nipq.layer_table import layer_table
-from nipq.nn.initial import SHIFTS
+from nipq.nn.init import SHIFTS
+from nipq.prepare.layer_table import layer_table
 
 
 def error(x: Tensor, grid: Grid, bits: float) -> float:
@@ -25,7 +25,7 @@ def check(model: nn.Module, batch: Any, name: str, shift: float, expected: str) 
     seen: list[Tensor] = []
     layer = model.get_submodule(name)
     handle = layer.register_forward_pre_hook(lambda _module, args: seen.append(args[0].detach().flatten()))
-    nipq.trace.call_model(model, batch)
+    nipq.prepare.trace.call_model(model, batch)
     handle.remove()
     nipq.calibrate_(nipq.prepare_(model, batch, nipq.Config(activation_bits=4)), [batch])
     (row,) = (row for row in layer_table(model) if row.name == name)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.layer_table import layer_table
-from nipq.trace import call_model
-from nipq.validate import validate
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.trace import call_model
+from nipq.prepare.validate import validate
 
 
 def number(output: Any) -> Tensor:
@@ -93,7 +93,7 @@ def test_a_float_state_loads_strictly_and_restore_gives_the_model_back(subject: 
 def test_attention_too_from_prepare_to_a_proven_file(
     subject: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not nipq.trace.trace(subject.build(), subject.batch).attention:  # timm's Swin multiplies by itself
+    if not nipq.prepare.trace.trace(subject.build(), subject.batch).attention:  # timm's Swin multiplies by itself
         with pytest.raises(
             nipq.NipqError, match=r"layers\.0\.blocks\.0\.attn: it computes attention by .*set_fused_attn"
         ):

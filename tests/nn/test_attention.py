@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from nipq.config import BitRange
+from nipq.config import BitRange, Phase
 from nipq.errors import OrderError
 from nipq.nn.attention import AttentionProducts, Product, install, uninstall
 from nipq.nn.layers import LayerQuantization, LayerSpec
 from nipq.nn.quantizer import InputQuantizer
-from nipq.phases import Phase
 
 
 def operand(name: str, alpha: float, grid: str = "signed") -> InputQuantizer:

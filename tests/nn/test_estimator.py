@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Method
-from nipq.control import set_phase_, temper_
-from nipq.deploy.convert import convert
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.rivals import sawb_boundary
-from nipq.layer_table import layer_table, quantizers
-from nipq.nn.offset import OffsetInputQuantizer
-from nipq.optim import param_groups
-from nipq.prepare import prepare_
+from nipq.export.convert import convert
+from nipq.functional.baselines import sawb_boundary
+from nipq.nn.layers import OffsetInputQuantizer
+from nipq.prepare.layer_table import layer_table, quantizers, set_phase_, temper_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
 
 METHODS = get_args(Method)
 NOISY = ("nipq", "diffq")
@@ -115,7 +114,7 @@ def test_weights_of_diffq_and_pact_follow_the_tensor(x: Tensor) -> None:
 def test_the_range_of_ste_stays(x: Tensor) -> None:
     model = prepared(x, "ste")
     before = [quantizer.alpha.clone() for quantizer in quantizers(model)]
-    assert all(group["name"] not in ("boundaries", "bits") for group in param_groups(model, lr=1.0))
+    assert all(group["name"] not in ("ranges", "bits") for group in param_groups(model, lr=1.0))
     model.train()(10 * x)
     assert all(torch.equal(a, q.alpha) for a, q in zip(before, quantizers(model), strict=True))
 
@@ -149,7 +148,7 @@ def test_an_offset_starts_at_the_lowest_value_and_travels_in_the_state(x: Tensor
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin.eval()(x), model.eval()(x))
     groups = {group["name"]: group["params"] for group in param_groups(model, lr=0.1)}
-    assert any(parameter is third.offset for parameter in groups["boundaries"])
+    assert any(parameter is third.offset for parameter in groups["ranges"])
 
 
 # ---------------------------------------------------------------------- tempering

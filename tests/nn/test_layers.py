@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.control import set_phase_
 from nipq.errors import OrderError
 from nipq.functional.grid import SIGNED
 from nipq.functional.uniform import quantize
-from nipq.layer_table import layer_table
 from nipq.nn.kinds import is_supported, output_channel_axis
 from nipq.nn.layers import is_prepared, plain_shell, quantization, weight_quantizer
-from nipq.prepare import prepare_, restore_
+from nipq.prepare.layer_table import layer_table, set_phase_
+from nipq.prepare.prepare import prepare_, restore_
+from nipq.qat.calibrate import calibrate_
 from tests.nn.gpt2 import Conv1D
 
 LAYERS = {

@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from nipq.config import BitRange
+from nipq.config import BitRange, Phase
 from nipq.errors import ConfigError, FileFormatError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import quantize
 from nipq.nn.estimator import Estimator
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
-from nipq.phases import Phase
 
 LEARNED = BitRange(min=2, max=8, start=3.3)
 

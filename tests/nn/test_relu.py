@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.kernels.library import library
+from nipq.kernels.cpu import library
 from nipq.nn.layers import quantization
 from nipq.nn.relu import cap_of, reads_in_sequence
 
@@ -32,7 +32,7 @@ def prepared(model: nn.Module, config: nipq.Config | None = None) -> nn.Module:
 
 
 def folded(model: nn.Module) -> list[str]:
-    return [row.name for row in nipq.layer_table.layer_table(model) if quantization(row.layer).relu]
+    return [row.name for row in nipq.prepare.layer_table.layer_table(model) if quantization(row.layer).relu]
 
 
 def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:

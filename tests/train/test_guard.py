@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import NonFiniteError
-from nipq.layer_table import layer_table
-from nipq.prepare import prepare_
+from nipq.prepare.layer_table import layer_table
+from nipq.prepare.prepare import prepare_
 from nipq.train.guard import check_state, non_finite_loss
 from nipq.train.models import digits_net
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from nipq.budget import costs
+from nipq.budget.budget import costs
 from nipq.config import Config
 from nipq.errors import ConfigError
-from nipq.layer_table import input_quantizers, layer_table, quantizers
+from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers
 from nipq.train import merging
 from nipq.train.config_file import check_config, dump_config, load_config
 from nipq.train.merging import merged

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from nipq.errors import ConfigError
-from nipq.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table
 from nipq.train.config import TrainConfig
 from nipq.train.config_file import load_config
 from nipq.train.pipeline import run

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, hardswish, relu
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.deploy.convert import convert
-from nipq.deploy.file import save
 from nipq.export.api import export
-from nipq.layer_table import quantizers
-from nipq.prepare import prepare_
+from nipq.export.convert import convert
+from nipq.export.packed_write import save
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 
 CLASSES = 4
 

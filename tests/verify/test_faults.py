@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.deploy.convert import convert
-from nipq.deploy.file import save
-from nipq.deploy.modules import DeployedLayer
+from nipq.export.convert import convert
+from nipq.export.modules import DeployedLayer
+from nipq.export.packed_write import save
 from nipq.verify import VerifyResult, verify
 
 Make = Callable[..., tuple[nn.Module, list[Any]]]

@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.calibrate import calibrate_
-from nipq.deploy.convert import convert
-from nipq.deploy.file import save
 from nipq.export.api import export
-from nipq.layer_table import quantizers
-from nipq.prepare import prepare_
+from nipq.export.convert import convert
+from nipq.export.packed_write import save
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 from nipq.verify import verify
-from tests.deploy.conftest import CASES
-from tests.deploy.conftest import trained as prepared
+from tests.export.packed.conftest import CASES
+from tests.export.packed.conftest import trained as prepared
 
 onnx = pytest.importorskip("onnx")
 helper, numpy_helper = onnx.helper, onnx.numpy_helper

@@ -13,16 +13,15 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
-from nipq.control import phase_of, set_phase_
-from nipq.deploy.convert import convert
-from nipq.deploy.file import NO_CHECKSUM, contents, file_bytes, save
 from nipq.errors import ConfigError, OrderError
-from nipq.layer_table import quantizers
-from nipq.prepare import prepare_
+from nipq.export.convert import convert
+from nipq.export.packed_write import NO_CHECKSUM, contents, file_bytes, save
+from nipq.prepare.layer_table import phase_of, quantizers, set_phase_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
 from nipq.verify import VerifyResult, verify
-from nipq.verify.distance import logits_of
+from nipq.verify.metrics import logits_of
 
 Make = Callable[..., tuple[nn.Module, list[Any]]]
 

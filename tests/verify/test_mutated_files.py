@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nipq.verify import verify
-from nipq.verify.archive import members
+from nipq.verify.static import members
 
 onnx = pytest.importorskip("onnx")
 

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from nipq.config import Config
-from nipq.control import set_bits_
-from nipq.deploy.convert import convert
-from nipq.deploy.file import save
-from nipq.deploy.products import DeployedProduct, deployed_products
 from nipq.export.api import export
+from nipq.export.convert import convert
+from nipq.export.modules import DeployedProduct, deployed_products
+from nipq.export.packed_write import save
+from nipq.prepare.layer_table import set_bits_
 from nipq.verify import verify
-from tests.attention_net import MIX, SCORES, X, prepared
+from tests.prepare.attention_net import MIX, SCORES, X, prepared
 from tests.verify.planting import Graph, array_changed, first, rewritten, rungs
 
 onnx = pytest.importorskip("onnx")

@@ -15,9 +15,9 @@ from torch.nn.functional import relu6
 from torch.overrides import TorchFunctionMode
 
 from nipq.analysis.network import LossFn
-from nipq.calibrate import inputs_of, to_device
 from nipq.errors import ConfigError, require
-from nipq.trace import ExampleInputs, call_model
+from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.trace import ExampleInputs, call_model
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from nipq.analysis.network import Scores, differentiable, input_samples, intact
 from nipq.analysis.sweep import Point, Sweep
-from nipq.calibrate import SAMPLE_SIZE, inputs_of, to_device
 from nipq.errors import OrderError
-from nipq.functional.boundary import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_boundary
 from nipq.functional.packing import FEWEST_BITS
-from nipq.layer_table import LayerRow, layer_table, quantizers
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.trace import call_model
+from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
+from nipq.prepare.trace import call_model
+from nipq.qat.calibrate import SAMPLE_SIZE
 
 Boundaries = Literal["kept", "refit"]
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from nipq.control import set_phase_
-from nipq.functional.sampling import even_stride
-from nipq.layer_table import weight_table
+from nipq.config import Phase
+from nipq.functional.clipping import even_stride
 from nipq.nn.kinds import is_supported, is_table
 from nipq.nn.layers import float_weight, is_prepared
-from nipq.phases import Phase
-from nipq.prepare import restore_
+from nipq.prepare.layer_table import set_phase_, weight_table
+from nipq.prepare.prepare import restore_
 
 #: Scores of a model on batches, such as ``nipq.train.task.Task.scores``; in evaluation mode, without gradients.
 Scores = Callable[[nn.Module, Iterable[Any]], dict[str, float]]

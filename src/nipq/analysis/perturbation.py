@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from nipq.analysis.network import Scores, intact, is_quantized, layers, on_input, stored_weights
 from nipq.analysis.sweep import Point, Sweep
-from nipq.control import phase_of
+from nipq.config import Phase
 from nipq.errors import OrderError
-from nipq.layer_table import layer_table
 from nipq.nn.layers import float_weight
-from nipq.phases import Phase
+from nipq.prepare.layer_table import layer_table, phase_of
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nipq.cli.output import answer
-from nipq.kernels.library import SWITCH, library
+from nipq.kernels.cpu import SWITCH, library
 from nipq.kernels.triton_tuning import tune
 
 REQUIRED = ("nipq", "torch", "numpy", "scipy", "pydantic", "rich", "typer", "safetensors", "PyYAML")

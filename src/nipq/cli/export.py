@@ -12,9 +12,9 @@ from torch import nn
 
 from nipq.cli.inspection import parse_kwargs, parse_shape
 from nipq.cli.output import answer
-from nipq.deploy.load import load
 from nipq.errors import ConfigError
 from nipq.export.api import Format, export
+from nipq.export.packed_read import load
 from nipq.train.config import ModelConfig
 from nipq.train.data import load_data
 from nipq.train.factory import build_model

@@ -10,7 +10,7 @@ import typer
 from nipq.cli.output import answer
 from nipq.config import Config
 from nipq.errors import ConfigError
-from nipq.inspection import inspect
+from nipq.report.inspect import inspect
 from nipq.train.config import ModelConfig
 from nipq.train.config_file import parse_overrides
 from nipq.train.factory import build_model
@@ -19,7 +19,7 @@ from nipq.train.factory import build_model
 def show_inspection(
     factory: str, input_shape: str, arguments: str, *, target: str | None, onnx: bool, as_json: bool
 ) -> None:
-    """Build a model with random weights and print what :func:`nipq.inspection.inspect` finds.
+    """Build a model with random weights and print what :func:`nipq.report.inspect.inspect` finds.
 
     Args:
         factory: torchvision name, or ``package.module:callable``.

@@ -7,30 +7,28 @@ them in the same order.
 
 from __future__ import annotations
 
-from nipq.distributed.numbers import (
+from nipq.distributed.collectives import (
+    all_or_none,
+    all_present,
+    barrier,
     broadcast_,
+    check_same_,
+    from_rank_zero,
+    gather_objects,
     gather_samples,
+    inner,
+    is_distributed,
     is_sharded,
     like,
     part,
+    rank,
+    rank_seed,
     reduce_mean_,
     reduce_min_,
     reduce_sum_,
     whole,
-)
-from nipq.distributed.ranks import (
-    all_or_none,
-    all_present,
-    barrier,
-    from_rank_zero,
-    gather_objects,
-    inner,
-    is_distributed,
-    rank,
-    rank_seed,
     world_size,
 )
-from nipq.distributed.same import check_same_
 
 __all__ = [
     "all_or_none",

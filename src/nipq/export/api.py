@@ -7,15 +7,15 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from nipq.deploy.modules import deployed_layers
 from nipq.errors import ConfigError
 from nipq.export.arrays import arrays_bytes
-from nipq.export.onnx_file import FIXED_BATCH, onnx_bytes, qonnx_bytes
+from nipq.export.modules import deployed_layers
+from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
 from nipq.export.portable import portable_products
 from nipq.export.program import program_bytes
 from nipq.export.report import ExportedLayer, ExportedProduct, ExportReport
 from nipq.files import check_free, written_whole
-from nipq.trace import ExampleInputs
+from nipq.prepare.trace import ExampleInputs
 
 Format = Literal["onnx", "qonnx", "arrays", "program"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from nipq.errors import ConfigError, NipqError
-from nipq.trace import ExampleInputs
+from nipq.prepare.trace import ExampleInputs
 
 
 def exported_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.export.ExportedProgram:

@@ -22,9 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.deploy.modules import Deployed, DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
-from nipq.deploy.products import DeployedOperand, deployed_products
 from nipq.errors import NonFiniteError
+from nipq.export.modules import (
+    Deployed,
+    DeployedLayer,
+    DeployedOperand,
+    DeployedWeightOnlyLayer,
+    deployed_layers,
+    deployed_products,
+)
 from nipq.functional.grid import GridKind
 from nipq.nn.kinds import along_channels, is_plain, kind_of
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nipq.export.inputs import exported_program, open_batch
-from nipq.trace import ExampleInputs
+from nipq.prepare.trace import ExampleInputs
 
 
 def program_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[bytes, bool]:

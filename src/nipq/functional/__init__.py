@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits, stochastic_round_bits
-from nipq.functional.boundary import alpha_from_raw, max_boundary, noise_optimal_boundary, raw_from_alpha
+from nipq.functional.clipping import alpha_from_raw, max_boundary, noise_optimal_boundary, raw_from_alpha
 from nipq.functional.cost import CostForm, cost
-from nipq.functional.empirical import empirical_noise
 from nipq.functional.grid import (
     SIGNED,
     UNSIGNED,
@@ -16,7 +15,7 @@ from nipq.functional.grid import (
     value_range,
     zero_point,
 )
-from nipq.functional.noise import uniform_noise
+from nipq.functional.noise import empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import integer_codes, quantize
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from nipq.functional.grid import Grid, code_range, step_size, value_range
-from nipq.functional.truncation import inside_range, truncate, truncation_gradients
-from nipq.functional.uniform import integer_codes
+from nipq.functional.uniform import inside_range, integer_codes, truncate, truncation_gradients
 
 UNIFORM_NOISE_VARIANCE = 1 / 12
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nipq.errors import FileFormatError
 from nipq.files import written_whole
-from nipq.kernels.library import cache_folder
+from nipq.kernels.cpu import cache_folder
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from nipq.errors import MissingDependencyError
-from nipq.functional.counter import draw_key
+from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED
-from nipq.kernels.call import ProxySettings, ProxyTensors
-from nipq.kernels.triton_device import triton
-from nipq.kernels.triton_proxy import proxy_backward, proxy_forward
+from nipq.kernels.arguments import ProxySettings, ProxyTensors
+from nipq.kernels.triton import proxy_backward, proxy_forward, triton
 from nipq.kernels.triton_tiles import ALLOWED, Sizes, keep_sizes, on_trial
 
 #: What is timed: activations of half a batch in half precision with one boundary, and weights with one per channel.

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.overrides import TorchFunctionMode
 
+from nipq.config import Phase
 from nipq.errors import OrderError
 from nipq.nn.integer import whole_product
 from nipq.nn.layers import LayerQuantization, quantization
-from nipq.phases import Phase
 
 #: Name of the function that is replaced, and of the submodule that holds its quantizers.
 FUNCTION, PRODUCTS = "scaled_dot_product_attention", "attention_products"

@@ -13,11 +13,7 @@ from typing import Literal
 from torch import Tensor
 
 from nipq.config import Method, NoiseKind
-from nipq.functional.boundary import max_boundary
-from nipq.functional.grid import Grid
-from nipq.functional.noise import draw_noise, tempered, true_error
-from nipq.functional.proxy import noise_proxy
-from nipq.functional.rivals import (
+from nipq.functional.baselines import (
     lsq_quantize,
     pact_quantize,
     quantize_with_offset,
@@ -25,8 +21,12 @@ from nipq.functional.rivals import (
     sawb_boundary,
     untruncated_proxy,
 )
+from nipq.functional.clipping import max_boundary
+from nipq.functional.grid import Grid
+from nipq.functional.noise import draw_noise, tempered, true_error
+from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import widened
-from nipq.kernels.rounding import quantize
+from nipq.kernels.fused import quantize
 
 Role = Literal["weight", "input"]
 
@@ -69,7 +69,7 @@ class Estimator:
 
     @property
     def has_fused_twin(self) -> bool:
-        """Whether one kernel does all that training does in phase ``noise``, see ``nipq.kernels.proxy``."""
+        """Whether one kernel does all that training does in phase ``noise``, see ``nipq.kernels.fused``."""
         plain = self.clip_after_noise or self.boundary_correction
         return self.method == "nipq" and self.noise in ("uniform", "empirical") and not plain
 
@@ -112,7 +112,7 @@ class Estimator:
             alpha: boundary, broadcastable to x.
             bits: whole bit-width, shape (1,).
             grid: which levels.
-            key: of the noise, see ``nipq.functional.counter``.
+            key: of the noise, see ``nipq.functional.counter_rng``.
             count: elements of one sample (input) or of one boundary (weight), for LSQ's gradient factor.
             offset: low end of the range where it is learned.
             error_share: share of the true error in the noise, or None for none.

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from nipq.config import Config, Settings
-from nipq.oscillation import FREEZE_START
+from nipq.qat.oscillation import FREEZE_START
 from nipq.train.merging import with_method
 
 NOISY = ("nipq", "diffq")
@@ -173,7 +173,7 @@ class OptimizerConfig(Settings):
 
 
 class OscillationConfig(Settings):
-    """What calms weights that swing between two levels, see :class:`nipq.oscillation.Oscillations`.
+    """What calms weights that swing between two levels, see :class:`nipq.qat.oscillation.Oscillations`.
 
     Attributes:
         dampen: Final weight of the pull to the middle of the bin; ``None`` for none.
@@ -226,7 +226,7 @@ class TrainConfig(Settings):
         allocation: Who chooses bit-widths: ``learned`` in the search; ``uniform``, the largest that keeps the budget,
             one for all tensors; ``hawq``, by curvature and rounding error before training.
         bit_start: Where learned bit-widths start: ``middle`` of their range, or ``noise``, at the budget, shared out by
-            what noise costs (:mod:`nipq.bit_start`).
+            what noise costs (:mod:`nipq.budget.sensitivity`).
         stages: Lengths of the stages.
         optimizer: Optimizer and schedule.
         penalty: How the search pulls bits to the budget: ``controller`` (size-normalised) or ``paper``.

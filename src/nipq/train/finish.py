@@ -9,20 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nipq.budget import costs
-from nipq.control import set_phase_
-from nipq.deploy.convert import convert
-from nipq.deploy.file import file_bytes, save
-from nipq.deploy.load import load
+from nipq.budget.budget import costs
+from nipq.config import Phase
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError
-from nipq.functional.sampling import even_stride
-from nipq.layer_table import LayerRow, layer_table
+from nipq.export.convert import convert
+from nipq.export.packed_read import load
+from nipq.export.packed_write import file_bytes, save
+from nipq.functional.clipping import even_stride
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.phases import Phase
-from nipq.prepare import prepare_
-from nipq.summary import summary
-from nipq.trace import call_model
+from nipq.prepare.layer_table import LayerRow, layer_table, set_phase_
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.trace import call_model
+from nipq.report.summary import summary
 from nipq.train.batches import Batch, Few
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state

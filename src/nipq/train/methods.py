@@ -2,7 +2,7 @@
 
 Only what belongs to a method is set here: its estimator, its start, its way to bit-widths, its optimizer for
 boundaries. Epochs, learning rate of the weights, teacher, budget and the layers that count are the run's, the same for
-all. The equations are in :mod:`nipq.functional.rivals`.
+all. The equations are in :mod:`nipq.functional.baselines`.
 """
 
 from __future__ import annotations

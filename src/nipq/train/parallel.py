@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nipq.distributed import is_distributed, rank, world_size
+from nipq.distributed.fsdp import shard_
+from nipq.distributed.sync_batchnorm import sync_, unsync_
 from nipq.errors import ConfigError, DistributedError, NipqError
-from nipq.sharding import shard_
-from nipq.synced_batchnorm import sync_, unsync_
 from nipq.train.batches import Split
 
 if TYPE_CHECKING:

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nipq.allocation import allocate_
-from nipq.batchnorm import reestimate_bn_
-from nipq.bit_start import start_bits_
-from nipq.calibrate import calibrate_
-from nipq.control import set_phase_
+from nipq.budget.freeze import freeze_bits_
+from nipq.budget.hawq import allocate_
+from nipq.budget.sensitivity import start_bits_
+from nipq.config import Phase
 from nipq.distributed import from_rank_zero
-from nipq.layer_table import quantizers
-from nipq.phases import Phase
-from nipq.snap import freeze_bits_
+from nipq.prepare.layer_table import quantizers, set_phase_
+from nipq.qat.batchnorm import reestimate_bn_
+from nipq.qat.calibrate import calibrate_
 from nipq.train.batches import Few, Split
 from nipq.train.guard import check_state
 from nipq.train.nested import Nested, moved
@@ -26,7 +25,7 @@ from nipq.train.seeds import seed_of
 from nipq.train.uniform import uniform_bits_
 
 if TYPE_CHECKING:
-    from nipq.budget import Budget
+    from nipq.budget.budget import Budget
     from nipq.train.batches import Sources
     from nipq.train.checkpoint import Progress
     from nipq.train.config import TrainConfig

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nipq.budget import costs
+from nipq.budget.budget import costs
 from nipq.distributed import from_rank_zero, rank
-from nipq.summary import summary
+from nipq.report.summary import summary
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.finish import finish
 from nipq.train.parallel import process_group

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nipq.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
+from nipq.budget.budget import AverageBits, BitOps, Budget, FeasibleRange, ModelSize, check_feasible
 from nipq.errors import ConfigError, require
-from nipq.layer_table import quantizers
-from nipq.limit import FeasibleRange
-from nipq.prepare import prepare_
-from nipq.trace import call_model
+from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
+from nipq.prepare.trace import call_model
 from nipq.train.nested import Nested, shape_of
 
 if TYPE_CHECKING:

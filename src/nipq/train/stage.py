@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from nipq.averaging import WeightAverage
-from nipq.budget import Budget
-from nipq.control import set_phase_, temper_
-from nipq.layer_table import quantizers
-from nipq.oscillation import Oscillations
-from nipq.phases import Phase
-from nipq.search import Search
+from nipq.budget.budget import Budget
+from nipq.config import Phase
+from nipq.prepare.layer_table import quantizers, set_phase_, temper_
+from nipq.qat.ema import WeightAverage
+from nipq.qat.oscillation import Oscillations
+from nipq.qat.search import Search
 from nipq.train.optimizers import Optimizers
 from nipq.train.schedule import schedule_of, tempering_share
 

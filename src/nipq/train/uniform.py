@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from nipq.bit_table import BitTable
-from nipq.budget import Budget, check_feasible
-from nipq.layer_table import layer_table
+from nipq.budget.bit_table import BitTable
+from nipq.budget.budget import Budget, check_feasible
+from nipq.prepare.layer_table import layer_table
 
 
 def uniform_bits_(model: nn.Module, budget: Budget) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nipq.verify.ladder import Metric, verify
+from nipq.verify.api import Metric, verify
 from nipq.verify.result import Rung, VerifyResult
 
 __all__ = ["Metric", "Rung", "VerifyResult", "verify"]

@@ -1,0 +1,134 @@
+"""From learned, continuous bit-widths to whole ones that keep the budget exactly: an integer programme.
+
+At the learned optimum, one more bit anywhere buys as much accuracy as its price (reverse water-filling). Noise power
+falls as 4^-b, so the power that tensor q had at its learned b*_q is, up to one common factor, its price c_q = sum over
+limits of d cost / d b_q / target at that point, and at b bits it is c_q 4^(b*_q - b). The snap minimises the sum::
+
+    min  sum_q c_q 4^(b*_q - b_q)     b_q in the allowed bit-widths,  every cost <= its limit
+
+by :mod:`nipq.budget.solver`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import nn
+
+from nipq.budget.bit_table import BitTable
+from nipq.budget.budget import Budget, Limit, LimitCost, check_feasible, limit_cost
+from nipq.budget.solver import Choices, least_loss_bits, prices
+from nipq.distributed import check_same_, from_rank_zero
+from nipq.prepare.layer_table import layer_table
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What ``freeze_bits_`` decided.
+
+    Attributes:
+        bits: whole bit-width of each tensor, by its full name.
+        soft: the learned one before.
+        costs: of the model now, for each limit of the budget.
+    """
+
+    bits: dict[str, int]
+    soft: dict[str, float]
+    costs: tuple[LimitCost, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """One line for each tensor and each limit."""
+        width = max(map(len, self.bits))
+        lines = [f"{name:{width}}  {self.soft[name]:6.2f} -> {bits}" for name, bits in self.bits.items()]
+        return "\n".join([*lines, *map(str, self.costs)])
+
+
+def freeze_bits_(model: nn.Module, budget: Budget | None = None) -> Assignment:
+    """Turn learned bit-widths into whole numbers that no optimizer moves any more, within the budget.
+
+    No limit is ever exceeded, one with ``mode="target"`` included. Fixed bit-widths stay as they are; a shared weight
+    is decided once. Without a budget every bit-width becomes the nearest allowed one. With several ranks the first one
+    decides for all, once it is certain that all hold the same parameters.
+
+    Args:
+        model: a prepared model.
+        budget: the limits, usually ``search.budget``.
+
+    Returns:
+        The bit-widths, by tensor.
+
+    Raises:
+        BudgetError: if no allowed bit-widths keep the budget, naming the range.
+        OrderError: if the model is not prepared.
+        NonFiniteError: if a bit-width is not finite.
+        DistributedError: if ranks hold different models.
+    """
+    table = BitTable(layer_table(model))
+    soft = table.bits().detach()
+    table.check_finite(soft)
+    check_same_(model, "freeze_bits_")
+    limits: list[Limit] = []
+    if budget is None:
+        bits = [int(choice) for choice in table.round(soft).tolist()]
+    else:
+        check_feasible(model, budget)
+        limits = budget.limits(model)
+        bits = from_rank_zero(lambda: assign(table.choices, soft.cpu().numpy(), limits))
+    return freeze_to_(model, bits, limits)
+
+
+def freeze_to_(model: nn.Module, bits: Sequence[int], limits: Sequence[Limit] = ()) -> Assignment:
+    """Freeze every bit-width at a given whole number.
+
+    Args:
+        model: a prepared model.
+        bits: in the order of :class:`~nipq.budget.bit_table.BitTable`: weights, then inputs.
+        limits: whose costs are to be told.
+
+    Returns:
+        What was frozen, what it was before, and the costs now.
+    """
+    table = BitTable(layer_table(model))
+    soft = table.bits().detach().tolist()
+    names = [quantizer.name for quantizer in table.quantizers]
+    for quantizer, choice in zip(table.quantizers, bits, strict=True):
+        quantizer.freeze_bits_(choice)
+    frozen = BitTable(layer_table(model))
+    costs = tuple(limit_cost(limit, frozen) for limit in limits)
+    assignment = Assignment(dict(zip(names, bits, strict=True)), dict(zip(names, soft, strict=True)), costs)
+    logger.info("frozen bit-widths:\n%s", assignment)
+    return assignment
+
+
+def assign(choices: Choices, soft: NDArray[np.float64], limits: Sequence[Limit]) -> list[int]:
+    """The allowed bit-widths with the least implied noise whose costs keep every limit, exactly.
+
+    A tensor that no limit prices takes the allowed bit-width nearest to its soft one.
+
+    Args:
+        choices: allowed bit-widths of each tensor, ascending; weights first, then inputs, as in the limits' forms.
+        soft: learned bit-widths, same order.
+        limits: what may not be exceeded.
+
+    Returns:
+        One bit-width for each tensor.
+
+    Raises:
+        BudgetError: if even the fewest bits exceed a limit.
+    """
+    noise = [
+        price * 4.0 ** (b - np.array(allowed)) if price > 0 else np.abs(b - np.array(allowed))
+        for price, b, allowed in zip(prices(limits, soft), soft, choices, strict=True)
+    ]
+    return least_loss_bits(choices, noise, limits)

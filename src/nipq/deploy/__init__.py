@@ -1,1 +1,0 @@
-"""The deployed model: integer weights in plain inference modules, and the packed file that holds them."""

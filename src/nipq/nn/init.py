@@ -1,0 +1,96 @@
+"""Where boundaries and grids start, from a weight or from a sample of an input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nipq.errors import NonFiniteError
+from nipq.functional.baselines import lsq_boundary
+from nipq.functional.clipping import max_boundary, noise_optimal_boundary
+from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.uniform import quantize
+from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
+
+#: Minus the minimum of h-swish (exact), of SiLU and of GELU, rounded up: the shifts that make such inputs unsigned.
+SHIFTS = {"hardswish": 0.375, "silu": 0.2785, "gelu": 0.1701}
+
+
+def start_weight_boundary_(quantizer: WeightQuantizer, weight: Tensor) -> None:
+    """Set a weight's first boundary, in the way that ``quantizer.init`` says.
+
+    ``"max"``: the largest absolute weight. ``"mse"``: the boundary that minimises the proxy's error at the present
+    bit-width (T6 in ``docs/paper_map.md``). ``"lsq"``: 2 E|w| sqrt(n). ``"release"``: ``alpha_raw = max w`` as
+    published, softplus not inverted (Q5 there).
+
+    Args:
+        quantizer: quantizer of the weight.
+        weight: the float weight.
+    """
+    weight = weight.detach()
+    if quantizer.init == "release":
+        _set_raw_(quantizer, float(weight.max()))
+        return
+    axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
+    quantizer.set_alpha_(_boundary(quantizer, weight, SIGNED, axis))
+
+
+def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
+    """Choose an input's grid, unless a rule did, and set its first boundary from a sample.
+
+    The grid is unsigned when the sample has no negative value. Otherwise it is the better, by squared error at the
+    present bit-width, of the signed grid and the shifted grid whose shift is the smallest known one that covers the
+    sample's minimum (h-swish, SiLU, GELU). A learned offset starts at the sample's minimum. The boundary minimises the
+    squared error (``init="mse"``), covers the sample (``"max"``), is LSQ's start (``"lsq"``), or is the published
+    constant (``"release"``: raw 6, and raw 3 when signed).
+
+    Args:
+        quantizer: quantizer of the input.
+        sample: values of the input, any shape, at least one.
+
+    Raises:
+        NonFiniteError: if the sample holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(sample).all()):
+        raise NonFiniteError(
+            f"{quantizer.name}: expected finite activations while calibrating, found NaN or infinity. "
+            "Check the float model and its inputs."
+        )
+    sample = sample.flatten().float()
+    bits = float(quantizer.bits_rounded)
+    starts = [(grid, _boundary(quantizer, sample, grid)) for grid in _candidate_grids(quantizer, sample)]
+    errors = [float((quantize(sample, alpha, bits, grid) - sample).square().mean()) for grid, alpha in starts]
+    quantizer.grid, alpha = starts[errors.index(min(errors))]
+    if quantizer.init == "release":
+        _set_raw_(quantizer, 3.0 if quantizer.grid.kind == "signed" else 6.0)
+    else:
+        quantizer.set_alpha_(alpha)
+
+
+@torch.no_grad()
+def _set_raw_(quantizer: TensorQuantizer, raw: float) -> None:
+    quantizer.alpha_raw.fill_(raw)
+    quantizer.calibrated = True
+
+
+def _boundary(quantizer: TensorQuantizer, x: Tensor, grid: Grid, channel_axis: int | None = None) -> Tensor:
+    if quantizer.init == "max":
+        return max_boundary(x, grid, channel_axis=channel_axis)
+    if quantizer.init == "lsq":
+        return lsq_boundary(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
+    return noise_optimal_boundary(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
+
+
+def _candidate_grids(quantizer: InputQuantizer, sample: Tensor) -> list[Grid]:
+    lowest, choice = max(0.0, -float(sample.min())), quantizer.grid_choice
+    if quantizer.estimator.learns_offset:
+        return [Grid("shifted", lowest)]
+    # 2 % of slack: half-precision activations and approximate GELUs dip a little below the exact minimum.
+    covering = [shift for shift in sorted(SHIFTS.values()) if lowest <= 1.02 * shift]
+    if choice == "shifted":
+        return [Grid("shifted", covering[0] if covering else lowest)]
+    if choice == "auto":
+        if lowest == 0:
+            return [UNSIGNED]
+        return [SIGNED, *(Grid("shifted", shift) for shift in covering[:1])]
+    return [Grid("signed" if choice == "signed" else "unsigned")]

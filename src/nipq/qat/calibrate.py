@@ -1,0 +1,123 @@
+"""First boundaries and grids of the inputs, from data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.config import Phase
+from nipq.distributed import (
+    all_or_none,
+    broadcast_,
+    check_same_,
+    from_rank_zero,
+    gather_samples,
+    inner,
+    is_sharded,
+    rank,
+    whole,
+    world_size,
+)
+from nipq.errors import ConfigError, OrderError
+from nipq.functional.clipping import even_stride
+from nipq.nn.init import start_input_boundary_, start_weight_boundary_
+from nipq.nn.layers import float_weight
+from nipq.nn.quantizer import InputQuantizer
+from nipq.prepare.batches import in_step, inputs_of, to_device
+from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
+from nipq.prepare.trace import call_model
+
+#: Values kept of each input over all batches; the squared error of a boundary is known to a per cent from far fewer.
+SAMPLE_SIZE = 65_536
+
+
+@torch.no_grad()
+def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.Module:
+    """Start every boundary afresh: the inputs' grids and boundaries from data, the weights' from the weights.
+
+    Runs the float model (evaluation mode, phase ``"float"``) and keeps an evenly spaced sample of each input. Modes and
+    phase are restored. Boundaries are set for the bit-widths of the moment, so calibrate after ``set_bits_`` and after
+    loading a float checkpoint. A layer that these batches never reach is an error, not a silent default.
+
+    With several ranks each gives batches of its own and all end with the same grids and boundaries: those of the
+    samples of all of them. Where the ranks' batches are equal slices of larger ones, they are what one process takes
+    from these.
+
+    Args:
+        model: a prepared model.
+        loader: batches, see :func:`inputs_of`; only the first ``batches`` are read, on each rank. Of a sharded model
+            the rank with the fewest says how many.
+        batches: how many batches to read, at least 1.
+
+    Returns:
+        The same model.
+
+    Raises:
+        OrderError: if the model is not prepared, or a layer was not reached.
+        ConfigError: if the loader is empty or yields no tensors.
+        NonFiniteError: if an activation is not finite.
+        DistributedError: if ranks hold different models, or one of them failed.
+    """
+    rows = layer_table(model)
+    check_same_(model, "calibrate_")
+    samples: dict[InputQuantizer, list[Tensor]] = {quantizer: [] for quantizer in input_quantizers(rows)}
+    share = max(1, SAMPLE_SIZE // max(1, batches))
+    own, ranks = rank(), world_size()
+
+    def keep(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
+        assert isinstance(quantizer, InputQuantizer)
+        flat = args[0].detach().flatten()
+        stride = even_stride(flat.numel() * ranks, share)
+        start = -own * flat.numel() % stride  # as if the ranks' batches were one
+        samples[quantizer].append(flat[start::stride].clone())
+
+    device = next(model.parameters()).device
+    modes = {module: module.training for module in model.modules()}
+    phase = phase_of(model)
+    handles = [quantizer.register_forward_pre_hook(keep) for quantizer in samples]
+    try:
+        model.eval()
+        set_phase_(model, Phase.FLOAT)
+        if any(is_sharded(parameter) for parameter in model.parameters()):  # every forward needs all ranks
+            _read(model, (inputs for inputs, _ in in_step(islice(loader, batches), "calibrate_")), batches)
+        else:
+            with all_or_none("calibrate_"):
+                _read(inner(model), loader, batches)
+    finally:
+        for handle in handles:
+            handle.remove()
+        set_phase_(model, phase)
+        for module, training in modes.items():
+            module.training = training
+    for row, weight in weight_table(model):
+        start_weight_boundary_(weight, whole(float_weight(row.layer)))
+    for quantizer, kept in samples.items():
+        sample = gather_samples(torch.cat(kept) if kept else torch.empty(0, device=device), 2 * SAMPLE_SIZE)
+        if not sample.numel():
+            raise OrderError(
+                f"{quantizer.name}: expected the calibration batches to reach it, found that none did. "
+                "Give batches that use the whole model, or exclude the layer with Rule(name, quantize=False)."
+            )
+        start_input_boundary_(quantizer, sample)
+    # Every rank computed them from the same numbers; other hardware may still have rounded them differently.
+    broadcast_(quantizer.alpha_raw for row in rows for quantizer in (row.weight, row.input) if quantizer is not None)
+    for quantizer, grid in zip(samples, from_rank_zero(lambda: [found.grid for found in samples]), strict=True):
+        quantizer.grid = grid
+    return model
+
+
+def _read(model: nn.Module, loader: Iterable[Any], batches: int) -> None:
+    """Run the model on the first batches."""
+    device = next(model.parameters()).device
+    read = 0
+    for batch in loader:
+        call_model(model, to_device(inputs_of(batch), device))
+        read += 1
+        if read >= batches:
+            break
+    if read == 0:
+        raise ConfigError("calibrate_: expected at least one batch, found an empty loader. Give some training data.")

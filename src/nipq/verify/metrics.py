@@ -1,0 +1,332 @@
+"""What rungs E1 and E3 find layer by layer, and how much of it is too much.
+
+Rung E2: how far apart two models are, against how far one model is from itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.special import pdtrik
+from torch import Tensor
+
+from nipq.errors import ConfigError
+from nipq.verify.result import Rung
+
+#: Largest share of codes that may flip by one level between two layers: sums run in another order.
+FLIPS = 1e-4
+#: The same for each level of the grid: a float32 sum that is off by so much of the range flips that share of codes.
+FLIPS_PER_LEVEL = 4e-7
+#: Largest difference of a layer's output, relative to its largest value: some float32 roundings of a long sum.
+OUTPUT_TOLERANCE = 1e-5
+
+
+@dataclass
+class Evidence:
+    """What E1 and E3 found in one layer, summed over calls and batches.
+
+    Attributes:
+        calls_differ: the layers were called differently often, or on different shapes.
+        codes: codes looked at.
+        wrong: codes that differ on the same input.
+        flips: codes that differ on what arrived when the layers before got the trained inputs.
+        jump: largest such difference in levels.
+        error: largest difference of an output.
+        largest: largest magnitude of an output.
+        exact_codes: codes that differ between the deployed model and the trained one in phase ``"int"``.
+        levels: levels of the grid of its input.
+        inexact: whether the format itself may round a code of the same input to the other side.
+    """
+
+    calls_differ: bool = False
+    codes: int = 0
+    wrong: int = 0
+    flips: int = 0
+    jump: float = 0.0
+    error: float = 0.0
+    largest: float = 0.0
+    exact_codes: int = 0
+    levels: int = 0
+    inexact: bool = False
+
+    @property
+    def allowed(self) -> float:
+        """Share of codes that may flip."""
+        return max(FLIPS, FLIPS_PER_LEVEL * self.levels)
+
+    def add_codes(self, expected: Tensor, same_input: Tensor, arrived: Tensor) -> None:
+        """Add the codes of one call (E1).
+
+        Args:
+            expected: whole codes of the trained layer.
+            same_input: codes of the other one on the trained input.
+            arrived: its codes of what arrived when the layers before got the trained inputs.
+        """
+        distance = (arrived - expected).abs()
+        self.codes += expected.numel()
+        self.wrong += int((same_input != expected).sum())
+        self.flips += int((distance != 0).sum())
+        self.jump = _larger(self.jump, distance)
+        if self.inexact:
+            self.jump = _larger(self.jump, (same_input - expected).abs())
+
+    def add_output(self, expected: Tensor, found: Tensor) -> None:
+        """Add the output of one call (E1)."""
+        self.error = _larger(self.error, (found - expected).abs())
+        self.largest = _larger(self.largest, expected.abs())
+
+    def layer_fault(self) -> str | None:
+        """Why E1 fails here, or None."""
+        if self.calls_differ:
+            return "called differently often, or on other shapes, than in the trained model"
+        if self.wrong > (math.ceil(self.allowed * self.codes) if self.inexact else 0):
+            return f"{self.wrong:,} of {self.codes:,} codes differ on the same input"
+        if not self.jump <= 1:
+            return f"codes of what arrived differ by up to {self.jump:g} levels"
+        if self.flips > math.ceil(self.allowed * self.codes):
+            return f"{self.flips:,} of {self.codes:,} codes of what arrived flipped, more than {self.allowed:g} of them"
+        if not self.error <= OUTPUT_TOLERANCE * self.largest:
+            return f"the output differs by {self.error:.3g}, more than {OUTPUT_TOLERANCE:g} of its largest value"
+        return None
+
+    def exact_fault(self) -> str | None:
+        """Why E3 fails here, or None."""
+        if self.calls_differ:
+            return "called differently often, or on other shapes, than in the trained model"
+        return f"{self.exact_codes:,} codes differ from phase int" if self.exact_codes else None
+
+
+def flips_in(evidence: Mapping[str, Evidence]) -> int:
+    """Codes on the other side of a tie, in all layers.
+
+    Args:
+        evidence: by layer.
+    """
+    return sum(seen.flips for seen in evidence.values())
+
+
+def layer_rung(evidence: Mapping[str, Evidence]) -> Rung:
+    """Rung E1 from what was found.
+
+    Args:
+        evidence: by layer, in the order of execution.
+    """
+    faults = {name: fault for name, seen in evidence.items() if (fault := seen.layer_fault())}
+    numbers = {
+        "codes": sum(seen.codes for seen in evidence.values()),
+        "wrong": sum(seen.wrong for seen in evidence.values()),
+        "flips": flips_in(evidence),
+        "worst_output": max((seen.error / seen.largest for seen in evidence.values() if seen.largest), default=0.0),
+        "layers_at_fault": len(faults),
+    }
+    return Rung("E1 layers", "each layer on the trained inputs", not faults, numbers, _first(faults))
+
+
+def exact_rung(evidence: Mapping[str, Evidence], difference: float) -> Rung:
+    """Rung E3 from what was found.
+
+    Args:
+        evidence: by layer, in the order of execution.
+        difference: largest difference of an output.
+    """
+    faults = {name: fault for name, seen in evidence.items() if (fault := seen.exact_fault())}
+    numbers = {
+        "codes_apart": sum(seen.exact_codes for seen in evidence.values()),
+        "output_difference": difference,
+    }
+    first = _first(faults) or (None if difference == 0 else "the outputs differ though all codes agree")
+    return Rung("E3 exact", "bit for bit in whole numbers", first is None, numbers, first)
+
+
+def _first(faults: Mapping[str, str]) -> str | None:
+    return next((f"{name}: {fault}" for name, fault in faults.items()), None)
+
+
+def _larger(so_far: float, values: Tensor) -> float:
+    """The larger of a number and a tensor's maximum; NaN wins, so that no comparison with a limit passes."""
+    largest = float(values.max()) if values.numel() else 0.0
+    return largest if math.isnan(largest) or largest > so_far else so_far
+
+
+#: Times the trained model's own noise that the deployed model may be away from it.
+TIMES_OWN_NOISE = 3.0
+#: What a single flipped code was seen to move one sample's logits by, relative to the largest logit.
+ONE_FLIP = 0.03
+#: How often chance may fail a right model; counts are held against what it leaves, not against what is expected.
+FALSE_ALARMS = 0.02
+#: Flips that may happen to one model and not to the other: where one is expected, more come in 2 % of cases.
+CHANCE_FLIPS = 3
+#: Samples for each flip at least, however many rung E1 counted: more would hide a fault in what is said to be rounding.
+SAMPLES_A_FLIP = 20
+#: Float32 roundings of the logits themselves, relative to the largest one.
+ROUNDING = 1e-6
+#: Share of decisions that must be alike in the long run, unless the trained model's own are not.
+AGREEMENT = 0.995
+
+
+class Distance:
+    """Sums over batches of what lies between the logits of the trained and of the deployed model."""
+
+    def __init__(self) -> None:
+        self.samples = self.decisions = self.disagreements = self.noise_samples = 0
+        self.largest = self.exact = 0.0
+        self._apart: list[Tensor] = []
+        self._batch_noise: list[Tensor] = []
+        self._kernel_noise: list[Tensor] = []
+        self._own_decisions: list[Tensor] = []
+        self._hits: list[tuple[int, int, int]] = []
+
+    def add(self, trained: Tensor, deployed: Tensor, exact: Tensor, labels: Tensor | None) -> None:
+        """Add one batch.
+
+        Args:
+            trained: logits of the trained model in phase ``"round"``.
+            deployed: logits of the deployed model.
+            exact: logits of the trained model in phase ``"int"``.
+            labels: right answers, or None.
+        """
+        deployed, exact = deployed.to(trained.device), exact.to(trained.device)
+        self.samples += len(trained)
+        self.largest = _worse(self.largest, float(trained.abs().max()))
+        self.exact = _worse(self.exact, float((deployed - exact).abs().max()))
+        self._apart.append((deployed - trained).abs().flatten())
+        a, b = _decisions(trained), _decisions(deployed)
+        self.decisions += a.numel()
+        self.disagreements += int((a != b).sum())
+        if labels is not None and labels.shape == a.shape:
+            right = labels.to(a.device)
+            self._hits.append((int((a == right).sum()), int((b == right).sum()), right.numel()))
+
+    def add_kernel_noise(self, trained: Tensor, other: Tensor) -> None:
+        """Add what the trained model is away from itself on other kernels.
+
+        Args:
+            trained: logits of a batch.
+            other: logits of the same batch on other kernels.
+        """
+        self._own_decisions.append((_decisions(other) != _decisions(trained)).double().flatten())
+        self._kernel_noise.append((other - trained).abs().flatten())
+
+    def add_batch_noise(self, trained: Tensor, single: Tensor) -> None:
+        """Add what the trained model is away from itself in batches of one.
+
+        Args:
+            trained: logits of a batch.
+            single: logits of the same samples one by one.
+        """
+        self.noise_samples += len(trained)
+        self._own_decisions.append((_decisions(single) != _decisions(trained)).double().flatten())
+        self._batch_noise.append((single - trained).abs().flatten())
+
+    def scores(self) -> dict[str, float]:
+        """Top-1 accuracy of both in per cent; empty without labels."""
+        if not self._hits:
+            return {}
+        trained, deployed, count = (sum(column) for column in zip(*self._hits, strict=True))
+        return {"accuracy_trained": 100 * trained / count, "accuracy_deployed": 100 * deployed / count}
+
+    def rung(self, scores: Mapping[str, float], flips: int = 0) -> Rung:
+        """Whether the two are as close as the trained model is to itself.
+
+        Args:
+            scores: the task's score of both, to be shown with the rest.
+            flips: codes that rung E1 found on the other side of a tie, on the same samples. Each layer had the trained
+                inputs there, so no fault of a layer before is in them.
+        """
+        largest = self.largest or 1.0
+        apart = _mean(self._apart) / largest
+        noise = max(_mean(self._batch_noise), _mean(self._kernel_noise)) / largest
+        by_chance = max(CHANCE_FLIPS, min(most_by_chance(flips), self.samples // SAMPLES_A_FLIP))
+        limit = max(TIMES_OWN_NOISE * noise, by_chance * ONE_FLIP / self.samples, ROUNDING)
+        allowed = max(1 - AGREEMENT, TIMES_OWN_NOISE * _mean(self._own_decisions))
+        faults = []
+        if not apart <= limit:
+            faults.append(f"the logits are {apart:.3g} of the largest apart, more than {limit:.3g}")
+        most = most_by_chance(allowed * self.decisions)
+        if self.disagreements > most:
+            faults.append(
+                f"{self.disagreements:,} of {self.decisions:,} decisions differ, more than the {most:,} that chance "
+                f"makes of {allowed:.2%}"
+            )
+        numbers = {
+            "samples": self.samples,
+            "distance": apart,
+            "own_noise": noise,
+            "limit": limit,
+            "agreement": 1 - self.disagreements / self.decisions,
+        }
+        claim = "logits, against the trained model's own noise"
+        return Rung("E2 noise", claim, not faults, numbers | dict(scores), "; ".join(faults) or None)
+
+
+def most_by_chance(expected: float) -> int:
+    """The count that a Poisson count exceeds with a probability of at most ``FALSE_ALARMS``; at least 1.
+
+    Args:
+        expected: the count's mean.
+    """
+    return max(1, math.ceil(float(pdtrik(1 - FALSE_ALARMS, expected))))
+
+
+def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model returns)
+    """The first floating tensor that the model returns, in float32 at least.
+
+    Args:
+        output: a tensor, or a tuple, list or mapping of such.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    for tensor in _tensors(output):
+        if tensor.is_floating_point():
+            return tensor.float() if tensor.itemsize < 4 else tensor
+    raise ConfigError(
+        f"verify: expected a model that returns floating tensors, found {type(output).__name__}. "
+        "Wrap the model so that it returns its logits."
+    )
+
+
+def labels_of(batch: Any) -> Tensor | None:  # noqa: ANN401  (whatever a loader yields)
+    """Whole-number labels of a batch: second item of a tuple, or under a usual name of a mapping; None if none."""
+    found = None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        found = batch[1]
+    elif isinstance(batch, Mapping):
+        found = next((batch[key] for key in ("labels", "label", "target") if key in batch), None)
+    return found if isinstance(found, Tensor) and not found.is_floating_point() else None
+
+
+def samples_in(inputs: Any) -> int:  # noqa: ANN401  (a model's inputs in any form)
+    """Length of the first axis of the first tensor.
+
+    Args:
+        inputs: what a model is called with.
+    """
+    return len(next(tensor for tensor in _tensors(inputs) if tensor.ndim))
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from _tensors(list(value.values()))
+    elif isinstance(value, Iterable) and not isinstance(value, str):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _decisions(logits: Tensor) -> Tensor:
+    """Largest entry along the classes: the last axis of two or three, the second of images of logits."""
+    return logits.argmax(1 if logits.ndim > 3 else -1)
+
+
+def _mean(parts: list[Tensor]) -> float:
+    return float(torch.cat([part.double() for part in parts]).mean()) if parts else 0.0
+
+
+def _worse(a: float, b: float) -> float:
+    return b if not b <= a else a

@@ -1,0 +1,167 @@
+"""The start of learned bits: closed forms on quadratic losses, and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from nipq.budget.budget import AverageBits
+from nipq.budget.sensitivity import MARGIN, noise_losses, start_bits_
+from nipq.config import BitRange, Config
+from nipq.errors import BudgetError, ConfigError, NonFiniteError, OrderError
+from nipq.prepare.layer_table import layer_table, phase_of, quantizers, set_bits_
+from nipq.prepare.prepare import prepare_
+from nipq.qat.calibrate import calibrate_
+
+Loader = list[tuple[Tensor, Tensor]]
+
+
+def batches(count: int = 4, size: int = 32) -> Loader:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(size, 8, generator=generator), torch.randn(size, 4, generator=generator)) for _ in range(count)
+    ]
+
+
+def prepared(model: nn.Module, loader: Loader, **settings: object) -> nn.Module:
+    return calibrate_(prepare_(model, loader[0][0], Config(**{"input_bits": None, "init": "max", **settings})), loader)
+
+
+def squared(outputs: Tensor, _targets: Tensor) -> Tensor:
+    return outputs.square().sum(1).mean()
+
+
+def two_layers(scale: float = 1.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    with torch.no_grad():
+        model[3].weight.mul_(scale)
+    return model
+
+
+def test_the_loss_of_a_linear_layer_has_its_closed_form() -> None:
+    """E[L(W + eps D)] - L(W) = D^2 / 12 * outputs * E|x|^2 for L = |W x|^2, in range."""
+    loader = batches(64)
+    torch.manual_seed(0)
+    model = prepared(nn.Sequential(nn.Linear(8, 4, bias=False)), loader)
+    (row,) = layer_table(model)
+    found = noise_losses(model, [row.weight], loader, squared, batches=64)[row.weight.name]
+    power = torch.stack([x.square().sum(1).mean() for x, _ in loader]).mean()
+    step, n = float(row.weight.step().detach()), 2.0 ** (5 - 1) - 1  # bits start in the middle of 2 to 8
+    inside = (row.layer.parametrizations.weight.original.abs() < row.weight.alpha).double().mean()
+    # -dE/db / (2 ln 2), with D' = -D ln 2 2^(b-1) / n
+    expected = step**2 / 12 * 4 * float(power) * 2**4 / n * float(inside)
+    # eps^2 has mean 1/12 and relative deviation 0.9; 32 weights, 64 draws, weighted evenly but for |x_i|^2
+    assert found == pytest.approx(expected, rel=5 * 0.9 / (32 * 64) ** 0.5)
+
+
+def test_what_is_linear_in_the_noise_cancels() -> None:
+    loader = batches()
+
+    def tilted(outputs: Tensor, targets: Tensor) -> Tensor:
+        return squared(outputs, targets) + 100 * outputs.mean()
+
+    model = prepared(nn.Sequential(nn.Linear(8, 4)), loader)
+    (row,) = layer_table(model)
+    plain, slanted = (noise_losses(model, [row.weight], loader, loss, batches=4) for loss in (squared, tilted))
+    assert slanted[row.weight.name] == pytest.approx(plain[row.weight.name], rel=1e-3)
+
+
+class Branches(nn.Module):
+    """Two equal layers, of which one counts more."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.factor, self.loud, self.quiet = factor, nn.Linear(8, 4), nn.Linear(8, 4)
+        self.quiet.load_state_dict(self.loud.state_dict())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * self.loud(x) + self.quiet(x)
+
+
+def test_bits_go_where_noise_hurts_and_keep_the_budget() -> None:
+    loader = batches()
+    model = prepared(Branches(8.0), loader)
+    losses = start_bits_(model, loader, squared, AverageBits(weights=4))
+    assert set(losses) == {quantizer.name for quantizer in quantizers(model) if quantizer.role == "weight"}
+    # 64 times the loss, so three bits apart by 4^-b; 5.5 and 2.5 do not exist, and the sum is to be 8 at most
+    assert losses["loud.weight"] / losses["quiet.weight"] == pytest.approx(64, rel=0.5)
+    assert [round(float(row.weight.bits.detach())) for row in layer_table(model)] in ([5, 3], [6, 2])
+
+
+def test_a_start_stays_off_the_ends_of_the_range() -> None:
+    loader = batches()
+    model = prepared(two_layers(), loader)
+    start_bits_(model, loader, mse_loss, AverageBits(weights=2, activations=8))
+    for row in layer_table(model):
+        assert float(row.weight.bits.detach()) == pytest.approx(2 + MARGIN)
+        if row.input is not None:
+            assert float(row.input.bits.detach()) == pytest.approx(8 - MARGIN)
+
+
+def test_nothing_else_changes() -> None:
+    loader = batches()
+    model = prepared(two_layers(), loader, activation_bits=BitRange(fixed=6)).train()
+    model[2].eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes, phase = [module.training for module in model.modules()], phase_of(model)
+    random = torch.get_rng_state()
+    start_bits_(model, loader, mse_loss, AverageBits(weights=3, activations=6))
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all(name.endswith("bit_raw") for name in changed)
+    assert ([module.training for module in model.modules()], phase_of(model)) == (modes, phase)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+    model.train()(loader[0][0])  # quantizers do again what they did
+
+
+def test_equal_seeds_give_equal_starts() -> None:
+    loader = batches()
+    starts = []
+    for seed in (0, 0, 1):
+        model = prepared(two_layers(), loader)
+        starts.append(start_bits_(model, loader, mse_loss, AverageBits(weights=3, activations=3), seed=seed))
+    assert starts[0] == starts[1] != starts[2]
+
+
+def not_finite(outputs: Tensor, _targets: Tensor) -> Tensor:
+    return outputs.sum() * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("change", "loader", "loss", "weights", "error", "message"),
+    [
+        (None, batches(), mse_loss, 1, BudgetError, "1"),
+        (None, [], mse_loss, 4, ConfigError, "start_bits_: expected batches, found an empty loader"),
+        (None, [batches()[0][0]], mse_loss, 4, ConfigError, r"expected batches \(inputs, targets\), found one without"),
+        (None, batches(), not_finite, 4, NonFiniteError, r"0\.weight: expected finite gradients under noise"),
+        ("calibrated", batches(), mse_loss, 4, OrderError, r"0\.weight: expected a calibrated boundary, found none"),
+    ],
+)
+def test_bad_calls_say_what_to_do(
+    change: str | None,
+    loader: Loader,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    weights: float,
+    error: type[Exception],
+    message: str,
+) -> None:
+    model = prepared(two_layers(), batches())
+    if change:
+        layer_table(model)[0].weight.calibrated = False
+    with pytest.raises(error, match=message):
+        start_bits_(model, loader, loss, AverageBits(weights=weights, activations=4))
+    assert "forward" not in layer_table(model)[0].weight.__dict__
+
+
+def test_a_model_with_fixed_bits_has_nothing_to_start() -> None:
+    loader = batches()
+    model = prepared(two_layers(), loader)
+    set_bits_(model, 4)
+    assert start_bits_(model, loader, mse_loss, AverageBits(weights=4, activations=4)) == {}
