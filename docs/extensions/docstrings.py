@@ -1,8 +1,8 @@
 """Griffe extension: show the docstrings of nipq as Markdown.
 
-Roles with the full path of an object become links to its entry, other roles become code; a double colon before an example
-becomes a single one; ``Example:`` becomes the section that griffe knows; and constants are documented by the comment above
-them that starts with ``#:``.
+Roles with the full path of an object become links to its entry, other roles become code; a double colon before an
+example becomes a single one; ``Example:`` becomes the section that griffe knows; and constants are documented by the
+comment above them that starts with ``#:``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the page on transformers shows runs as it stands there."""
+"""The examples of the page on transformers run as they stand there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "transformers.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "guide" / "transformers.md").read_text(encoding="utf-8")
 
 
 def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,7 +17,7 @@ def test_the_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     names: dict[str, Any] = {}
     for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
-        exec(compile(block, "docs/transformers.md", "exec"), names)
+        exec(compile(block, "docs/guide/transformers.md", "exec"), names)
     said = capsys.readouterr().out
     assert "deployed model equals trained model" in said
     assert "attention_products" in said.replace("\n", "")
