@@ -164,7 +164,8 @@ def check_float32(model: nn.Module) -> None:
         if quantizer.alpha_raw.dtype in (torch.float16, torch.bfloat16):
             raise ConfigError(
                 f"{quantizer.name}: expected clipping ranges and bit-widths in float32, found "
-                f"{quantizer.alpha_raw.dtype}; half precision would swallow their steps. Train with autocast (mixed precision) instead."
+                f"{quantizer.alpha_raw.dtype}; half precision would swallow their steps. "
+                "Train with autocast (mixed precision) instead."
             )
 
 
