@@ -18,8 +18,8 @@ from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.optim import param_groups
 from nipq.qat.session import QATSession
-from nipq.train.config import DataConfig
 from nipq.train.batches import Sources, Split
+from nipq.train.config import DataConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 

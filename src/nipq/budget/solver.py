@@ -23,8 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from nipq.budget.budget import Limit
 from nipq.errors import BudgetError
@@ -84,6 +82,10 @@ def prices(limits: Sequence[Limit], at: NDArray[np.float64]) -> NDArray[np.float
 
 def _solve(choices: Choices, losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]) -> list[int]:
     """Nearly the best bit-widths, up to the solver's tolerances; the fewest bits if it finds none in time."""
+    # Here, as scipy would be a fifth of the time that ``import nipq`` takes.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
     first = np.concatenate([[0], np.cumsum([len(allowed) for allowed in choices])])
     pairs = _Pairs(choices, first, limits)
     variables = pairs.end
