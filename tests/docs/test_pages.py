@@ -168,7 +168,7 @@ def test_pending_names_are_still_missing() -> None:
 
 
 def test_the_reference_has_every_public_name() -> None:
-    shown = {path.rpartition(".")[2] for path in entries(DOCS / "reference" / "nipq.md")}
+    shown = {path.rpartition(".")[2] for path in entries(DOCS / "reference" / "nipq.md") if path not in PENDING}
     assert shown == set(nipq.__all__) - {"__version__"}
 
 
