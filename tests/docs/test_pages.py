@@ -75,6 +75,13 @@ def test_every_file_named_exists(page: Path) -> None:
     assert not [name for name in names if not any((place / name).exists() for place in places)]
 
 
+@pytest.mark.parametrize("folder", ["src", "experiments", "benchmarks", "configs", "examples", "tests"])
+def test_pages_that_the_code_names_exist(folder: str) -> None:
+    files = [path for end in ("py", "yaml", "md") for path in (ROOT / folder).rglob(f"*.{end}")]
+    named = {name for path in files for name in re.findall(r"docs/[\w/-]+\.md", text_of(path))}
+    assert not [name for name in sorted(named) if not (ROOT / name).exists()]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "reference"], ids=name_of)
 def test_every_name_of_the_library_exists(page: Path) -> None:
     """In running text and in tables: ``nipq.NAME`` and deeper."""
