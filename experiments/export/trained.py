@@ -20,6 +20,7 @@ from typing import Any
 
 import onnxruntime
 import torch
+from nipq.verify.program import ProgramModule
 from torch import Tensor, nn
 
 import nipq
@@ -35,7 +36,6 @@ from nipq.train.nested import count_of, pick
 from nipq.train.run_folder import RunFolder, installed_version
 from nipq.verify.metrics import logits_of
 from nipq.verify.onnx import OnnxModule
-from nipq.verify.program import ProgramModule
 from nipq.verify.reference import AT_ONCE, run_model
 
 COMMAND = "python -m experiments.export.trained"

@@ -15,9 +15,9 @@ from nipq.config import Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError
 from nipq.export.api import export
 from nipq.export.convert import convert
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import ExampleInputs
 from nipq.qat.calibrate import calibrate_
 from nipq.report.inspect import inspect
 

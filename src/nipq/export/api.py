@@ -15,7 +15,7 @@ from nipq.export.portable import portable_products
 from nipq.export.program import program_bytes
 from nipq.export.report import ExportedLayer, ExportedProduct, ExportReport
 from nipq.files import check_free, written_whole
-from nipq.prepare.trace import ExampleInputs
+from nipq.prepare.batches import ExampleInputs
 
 Format = Literal["onnx", "qonnx", "arrays", "program"]
 

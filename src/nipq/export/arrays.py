@@ -29,7 +29,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nipq.export.inputs import call_arguments
 from nipq.export.modules import (
     Deployed,
     DeployedLayer,
@@ -40,8 +39,9 @@ from nipq.export.modules import (
     full_name,
 )
 from nipq.export.portable import input_facts, plain_kind, portable_input
+from nipq.export.program import call_arguments
 from nipq.nn.kinds import kind_of, weight_channel_axis
-from nipq.prepare.trace import ExampleInputs
+from nipq.prepare.batches import ExampleInputs
 
 FORMAT, VERSION = "nipq-arrays", 1
 #: Name of the text file inside the archive that holds everything which is not an array.

@@ -23,8 +23,8 @@ from nipq.export.modules import Deployed, DeployedLayer, deployed_layers, replac
 from nipq.export.portable import PortableLayer, portable_layers
 from nipq.export.runtimes import CompiledModel, Kernel
 from nipq.nn.kinds import along_channels
+from nipq.prepare.batches import ExampleInputs, call_model
 from nipq.prepare.plan import inductor_reason
-from nipq.prepare.trace import ExampleInputs, call_model
 
 #: The compiler's counts of what it recognised.
 COUNTS = {nn.Conv2d: "qconv_weight_prepack_matcher_count", nn.Linear: "qlinear_weight_prepack_matcher_count"}

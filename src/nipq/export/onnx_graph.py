@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import require
-from nipq.export.inputs import exported_program
 from nipq.export.modules import Deployed, deployed_layers, deployed_products, full_name, replace_modules
 from nipq.export.portable import PortableLayer, PortableProduct, portable_layers, portable_products
-from nipq.prepare.trace import ExampleInputs
+from nipq.export.program import exported_program
+from nipq.prepare.batches import ExampleInputs
 
 _MARKS = "nipq"
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from nipq.errors import FileFormatError, require
-from nipq.prepare.layer_table import place_of
+from nipq.prepare.layer_table import operand_point
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -303,13 +303,10 @@ def quant_facts(file: OnnxFile, node: NodeProto, layer: str) -> dict[str, Any]:
     """Numbers of a QONNX ``Quant`` node."""
     scale, zero_point, bits = (file.values(name, layer) for name in node.input[1:4])
     attributes = {attribute.name: attribute for attribute in node.attribute}
-    signed = "signed" not in attributes or bool(attributes["signed"].i)
-    narrow = "narrow" in attributes and bool(attributes["narrow"].i)
     rounding = attributes["rounding_mode"].s.decode() if "rounding_mode" in attributes else "ROUND"
     if bits.numel() != 1 or zero_point.numel() != 1 or not 2 <= float(bits) <= 16:
         raise file.error(layer, "one bit-width from 2 to 16 and one zero point", f"{bits.tolist()}"[:40])
-    width = int(bits)
-    low, high = (-(2 ** (width - 1)) + narrow, 2 ** (width - 1) - 1) if signed else (0, 2**width - 1 - narrow)
+    low, high = quant_range(node, int(bits))
     return {
         "step of the input": scale.reshape(-1),
         "zero point": int(zero_point),
@@ -318,6 +315,13 @@ def quant_facts(file: OnnxFile, node: NodeProto, layer: str) -> dict[str, Any]:
         "bits of the Quant": float(bits),
         "rounding": rounding,
     }
+
+
+def quant_range(node: NodeProto, bits: int) -> tuple[int, int]:
+    """Lowest and highest stored code of a QONNX ``Quant`` node of so many bits."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    signed, narrow = bool(attributes.get("signed", 1)), bool(attributes.get("narrow", 0))
+    return (-(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1 - narrow)
 
 
 def _qcdq_facts(file: OnnxFile, nodes: list[NodeProto], layer: str) -> dict[str, Any]:
@@ -363,7 +367,7 @@ SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 
 
 @dataclass(frozen=True)
-class Cell:
+class MatchedLayer:
     """One call of a layer in a graph, or one operand of a call of a product.
 
     Attributes:
@@ -387,7 +391,7 @@ class Cell:
     facts: dict[str, Any]
 
 
-def cells(file: OnnxFile) -> list[Cell]:
+def matched_layers(file: OnnxFile) -> list[MatchedLayer]:
     """Every call of a layer.
 
     Args:
@@ -399,10 +403,10 @@ def cells(file: OnnxFile) -> list[Cell]:
     Raises:
         FileFormatError: if a layer is not found, with its full name.
     """
-    return [_cell(file, record) for record in file.records]
+    return [_matched(file, record) for record in file.records]
 
 
-def operands(file: OnnxFile) -> list[Cell]:
+def matched_operands(file: OnnxFile) -> list[MatchedLayer]:
     """Both operands of every call of a product inside attention.
 
     Args:
@@ -417,19 +421,19 @@ def operands(file: OnnxFile) -> list[Cell]:
     return [cell for record in file.products for cell in _product(file, record)]
 
 
-def _product(file: OnnxFile, record: ProductRecord) -> list[Cell]:
+def _product(file: OnnxFile, record: ProductRecord) -> list[MatchedLayer]:
     total = file.producers.get(record.output)
     if total is None or total.op_type != "MatMul" or len(total.input) != 2:
         found = "nothing" if total is None else f"a {total.op_type}"
         raise file.error(record.name, f"a product that makes {record.output!r}", found)
     parts = zip(("x", "y"), total.input, (record.x, record.y), strict=True)
     return [
-        _reading(file, place_of(record.name, part), data, None, total, record.output, {}, about.input_bits)
+        _reading(file, operand_point(record.name, part), data, None, total, record.output, {}, about.input_bits)
         for part, data, about in parts
     ]
 
 
-def _cell(file: OnnxFile, record: OnnxRecord) -> Cell:
+def _matched(file: OnnxFile, record: OnnxRecord) -> MatchedLayer:
     total, scales, biases = _sum_before(file, record)
     data, weight = _operands(file, total, record.name)
     facts = {"weight bits": record.weight_bits} | _weight_facts(file, weight, scales, record.name)
@@ -447,15 +451,17 @@ def _reading(
     output: str,
     facts: dict[str, Any],
     bits: int | None,
-) -> Cell:
+) -> MatchedLayer:
     """A cell with the quantizer before what its sum reads."""
     quantizer = quantizer_before(file, data, name)
     if quantizer is None:
         while data in file.producers and file.producers[data].op_type == "Pad":
             data = file.producers[data].input[0]
-        return Cell(name, (), None, stored, data, total, output, facts)
+        return MatchedLayer(name, (), None, stored, data, total, output, facts)
     facts |= quantizer.facts | {"input bits": bits}
-    return Cell(name, quantizer.nodes, quantizer.codes, stored, quantizer.nodes[0].input[0], total, output, facts)
+    return MatchedLayer(
+        name, quantizer.nodes, quantizer.codes, stored, quantizer.nodes[0].input[0], total, output, facts
+    )
 
 
 def _sum_before(file: OnnxFile, record: OnnxRecord) -> tuple[NodeProto, list[str], list[str]]:

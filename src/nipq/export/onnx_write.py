@@ -47,7 +47,7 @@ from nipq.export.portable import (
 from nipq.export.report import ExportedLayer
 from nipq.nn.attention import refuse_dropout
 from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table, weight_channel_axis
-from nipq.prepare.trace import ExampleInputs
+from nipq.prepare.batches import ExampleInputs
 
 
 class OnnxInput(LayerForm):

@@ -280,7 +280,7 @@ def _by_name(row: LayerRow, bits: int) -> dict[str, int]:
 OPERANDS = ("x", "y")
 
 
-def place_of(product: str, operand: str) -> str:
+def operand_point(product: str, operand: str) -> str:
     """What an operand is called in evidence and in messages.
 
     Args:
@@ -288,7 +288,7 @@ def place_of(product: str, operand: str) -> str:
         operand: one of :data:`OPERANDS`.
 
     Example:
-        >>> place_of("layer.attention_products.mix", "y")
+        >>> operand_point("layer.attention_products.mix", "y")
         'layer.attention_products.mix: y'
     """
     return f"{product}: {operand}"
@@ -308,10 +308,12 @@ def quantizers_at(name: str, row: LayerRow) -> dict[str, InputQuantizer]:
         return {}
     if not isinstance(row.weight, InputQuantizer):
         return {name: row.input}
-    return {place_of(name, operand): found for operand, found in zip(OPERANDS, (row.input, row.weight), strict=True)}
+    return {
+        operand_point(name, operand): found for operand, found in zip(OPERANDS, (row.input, row.weight), strict=True)
+    }
 
 
-def places(rows: Mapping[str, LayerRow]) -> list[str]:
+def quantization_points(rows: Mapping[str, LayerRow]) -> list[str]:
     """All that evidence is kept of, in the order of execution; a product follows its operands.
 
     Args:

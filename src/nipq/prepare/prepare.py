@@ -24,9 +24,10 @@ from nipq.nn.layers import (
     weight_quantizer,
 )
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
-from nipq.prepare.trace import PRODUCT_OPERANDS, ExampleInputs
+from nipq.prepare.trace import PRODUCT_OPERANDS
 from nipq.prepare.validate import checked_trace
 
 #: Grids before calibration, which replaces all but the ones that a rule asks for.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, weight_uses
 from nipq.nn.layers import LayerSpec
 from nipq.nn.relu import cap_of, reads_in_sequence
+from nipq.prepare.batches import ExampleInputs, call_model, tensors_in
 
 _ALIASES = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul"}
 _ALIASES |= {"truediv": "div", "itruediv": "div", "rtruediv": "div", "rmatmul": "matmul"}
@@ -163,10 +164,6 @@ class AttentionCalls:
         return Attention(name, self.place, scores, mix, frozenset(self.within))
 
 
-#: What a model is called with: one tensor, several positional ones, or keywords.
-ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
-
-
 @dataclass(frozen=True)
 class Trace:
     """What one forward did.
@@ -195,27 +192,6 @@ class Trace:
         for attention in reversed(self.attention if products else ()):
             found[attention.place : attention.place] = [attention.scores, attention.mix]
         return found
-
-
-def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:  # noqa: ANN401  (whatever the model returns)
-    """Call a model with example inputs in any of the accepted forms."""
-    if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*example_inputs)
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in mappings, tuples and lists, however deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
 
 
 @dataclass

@@ -17,8 +17,9 @@ from nipq.errors import Finding, NotQuantizableError
 from nipq.nn.attention import FUNCTION
 from nipq.nn.kinds import is_plain, is_supported, is_table, output_channel_axis
 from nipq.nn.layers import is_prepared
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups, target_notes
-from nipq.prepare.trace import ExampleInputs, Trace, trace
+from nipq.prepare.trace import Trace, trace
 
 _REMEDY = (
     'Choose an implementation that calls it (transformers: attn_implementation="sdpa"; timm: '

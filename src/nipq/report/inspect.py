@@ -26,9 +26,9 @@ from nipq.export.modules import deployed_layers
 from nipq.export.onnx_write import onnx_bytes, qonnx_bytes
 from nipq.nn.layers import LayerSpec
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import ExampleInputs
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
 from nipq.report.summary import plain_text
