@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nipq.config import Config, Rule
 from nipq.errors import OrderError
-from nipq.export import arrays as reference
+from nipq.export import arrays_reference as reference
 from nipq.export.api import export
 from nipq.export.convert import convert
 from nipq.export.modules import DeployedOperand, deployed_products

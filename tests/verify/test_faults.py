@@ -203,7 +203,7 @@ def test_a_file_whose_numbers_differ_is_found(trained: Any, tmp_path: Path) -> N
     assert "saved against in the file" in str(result.first_difference)
 
 
-def test_a_file_that_cannot_be_read_fails_the_first_rung(trained: Any, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_fails_the_first_check(trained: Any, tmp_path: Path) -> None:
     model, data = trained
     path = tmp_path / "model"
     path.write_text("no model")

@@ -28,7 +28,7 @@ Make = Callable[..., tuple[nn.Module, list[Any]]]
 Exported = dict[str, Path]
 
 
-def test_every_format_passes_its_rungs(trained: Any, exported: Exported) -> None:
+def test_every_format_passes_its_checks(trained: Any, exported: Exported) -> None:
     model, data = trained
     result = verify(model, *exported.values(), loader=data)
     assert result, str(result)

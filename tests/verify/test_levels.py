@@ -40,7 +40,7 @@ def numbers(result: VerifyResult, name: str) -> dict[str, Any]:
     ],
     ids=["default", "channel", "weights only", "partly float"],
 )
-def test_what_convert_makes_passes_every_rung(made: Make, config: Config, tmp_path: Path) -> None:
+def test_what_convert_makes_passes_every_check(made: Make, config: Config, tmp_path: Path) -> None:
     model, data = made(config)
     deployed = convert(model)
     path = save(deployed, tmp_path / "model")

@@ -70,7 +70,7 @@ def test_every_format_is_proven(model: nn.Module, files: Exported) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_wide_operands_are_proven(tmp_path: Path, bits: int) -> None:
-    """At 16 bits float32 has no digit to spare: more codes of what arrives may flip, as the ladder says."""
+    """At 16 bits float32 has no digit to spare: more codes of what arrives may flip, as E1 allows."""
     model = attention(bits)
     deployed = convert(model)
     export(deployed, tmp_path / "model.onnx", X)

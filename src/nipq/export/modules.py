@@ -1,6 +1,7 @@
-"""A layer after training is over: whole weight codes, a step for its input, one multiply and one add.
+"""Modules of a deployed model: layers and products inside attention on whole codes, for inference.
 
-Attention's products after training is over: a step for each operand, whole codes, one multiply.
+A deployed layer holds whole weight codes and a step for its input; after the integer sums come one multiply and one
+add. A deployed product holds a step for each operand; one multiply comes after its sums.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
-from nipq.nn.attention import refuse_dropout
-from nipq.nn.integer import integer_forward, needs_float64, whole_product
+from nipq.nn.integer import integer_forward, needs_float64, refuse_dropout, whole_product
 from nipq.nn.kinds import along_channels, channel_dim, close_shortcuts_, is_plain, is_table, weight_channel_axis
 
 
 class _Deployed(nn.Module, ABC):
-    """What both kinds of deployed layer hold.
+    """Base of both kinds of deployed layer.
 
     Args:
         layer: an empty shell of the trained layer, see ``nipq.nn.layers.plain_shell``.
@@ -53,7 +53,7 @@ class _Deployed(nn.Module, ABC):
     @property
     @abstractmethod
     def weight_scale(self) -> Tensor:
-        """What a code of the weight stands for, one element or one for each channel."""
+        """Step of the weight, units of the weight, one element or one for each channel."""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (as torch's own)
         """Settings of the trained layer, such as ``in_features``, for models that look at them."""
@@ -133,7 +133,7 @@ class DeployedLayer(_Deployed):
         """The layer's output, float32.
 
         Args:
-            *args: the input and what else the trained layer takes.
+            *args: the trained layer's arguments, the input first.
             **kwargs: the same by name.
         """
         args, kwargs, x = take_input(args, kwargs)
@@ -191,10 +191,12 @@ class DeployedWeightOnlyLayer(_Deployed):
         """The layer's output.
 
         Args:
-            *args: the input and what else the trained layer takes.
+            *args: the trained layer's arguments, the input first.
             **kwargs: the same by name.
         """
-        if is_table(self.layer) and is_plain(self.layer):  # look the codes up: a table is larger than what is read
+        if is_table(self.layer) and is_plain(
+            self.layer
+        ):  # look the codes up: a table is larger than the rows that are read
             rows, steps = (
                 torch.func.functional_call(self.layer, {"weight": part}, args, kwargs)
                 for part in (self.weight_codes, self.scale.reshape(-1, 1).expand(len(self.weight_codes), 1))
@@ -215,6 +217,73 @@ class DeployedWeightOnlyLayer(_Deployed):
     def extra_repr(self) -> str:
         """Bit-width."""
         return f"weight_bits={self.weight_bits}, input float"
+
+
+class DeployedOperand(nn.Module):
+    """Quantizer of one operand of a product: step, bit-width and range of its whole codes.
+
+    Args:
+        step: units of the operand, one element, float32.
+        bits: bit-width.
+        grid: kind of grid.
+        zero_point: levels below zero.
+        code_range: lowest and highest code, counted from the zero point.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self, step: Tensor, *, bits: int, grid: GridKind, zero_point: int, code_range: tuple[int, int]
+    ) -> None:
+        super().__init__()
+        self.register_buffer("step", step.detach().reshape(1))
+        self.bits, self.grid, self.zero_point = bits, grid, zero_point
+        self.code_low, self.code_high = code_range
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Whole codes relative to the zero point, held as floats; shape of ``x``."""
+        return integer_codes(x, self.step, self.code_low, self.code_high)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As :meth:`codes`."""
+        return self.codes(x)
+
+    def extra_repr(self) -> str:
+        """Bit-width and grid."""
+        return f"bits={self.bits}, grid={self.grid}"
+
+
+class DeployedProduct(nn.Module):
+    """A product inside attention: ``round(codes(x) @ codes(y)) * (step of x * step of y)``.
+
+    Args:
+        name: full name, for messages.
+        x: the first operand.
+        y: the second operand.
+    """
+
+    def __init__(self, name: str, x: DeployedOperand, y: DeployedOperand) -> None:
+        super().__init__()
+        self.name, self.x, self.y = name, x, y
+
+    def operands(self) -> dict[str, DeployedOperand]:
+        """Both operands by name."""
+        return {"x": self.x, "y": self.y}
+
+    def forward(self, x: Tensor, y: Tensor, drop: float = 0.0) -> Tensor:
+        """The product, float32.
+
+        Args:
+            x: shape (..., n, k).
+            y: shape (..., k, m).
+            drop: must be 0.
+
+        Returns:
+            Shape (..., n, m).
+        """
+        refuse_dropout(self.name, drop)
+        ranges = (self.x.code_low, self.x.code_high, self.y.code_low, self.y.code_high)
+        return whole_product(self.x(x), self.y(y), self.x.step * self.y.step, *ranges)
 
 
 #: The two kinds of layer in a deployed model.
@@ -241,12 +310,24 @@ def deployed_layers(model: nn.Module) -> dict[str, Deployed]:
     """Deployed layers by full name, each once.
 
     Args:
-        model: what ``convert`` or ``load`` returned.
+        model: a deployed model.
 
     Returns:
         Name -> layer, in the order of the model.
     """
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Deployed)}
+
+
+def deployed_products(model: nn.Module) -> dict[str, DeployedProduct]:
+    """Deployed products inside attention by full name.
+
+    Args:
+        model: a deployed model.
+
+    Returns:
+        Name -> product, in the order of the model.
+    """
+    return {name: module for name, module in model.named_modules() if isinstance(module, DeployedProduct)}
 
 
 def full_name(name: str, part: str) -> str:
@@ -290,94 +371,3 @@ def deploy_state(model: nn.Module) -> dict[str, Tensor]:
             seen.add(id(value))
             found[key] = value.detach() if isinstance(value, Tensor) else value
     return found
-
-
-class DeployedOperand(nn.Module):
-    """How one operand becomes whole codes.
-
-    Args:
-        step: units of the operand, one element, float32.
-        bits: bit-width.
-        grid: kind of grid.
-        zero_point: levels below zero.
-        code_range: lowest and highest code, counted from the zero point.
-    """
-
-    step: Tensor
-
-    def __init__(
-        self, step: Tensor, *, bits: int, grid: GridKind, zero_point: int, code_range: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        self.register_buffer("step", step.detach().reshape(1))
-        self.bits, self.grid, self.zero_point = bits, grid, zero_point
-        self.code_low, self.code_high = code_range
-
-    def codes(self, x: Tensor) -> Tensor:
-        """Whole codes relative to the zero point, held as floats; shape of ``x``."""
-        return integer_codes(x, self.step, self.code_low, self.code_high)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """As :meth:`codes`."""
-        return self.codes(x)
-
-    def extra_repr(self) -> str:
-        """Bit-width and grid."""
-        return f"bits={self.bits}, grid={self.grid}"
-
-
-class DeployedProduct(nn.Module):
-    """``round(codes(x) @ codes(y)) * (step of x * step of y)``.
-
-    Args:
-        name: full name, for messages.
-        x: the first operand.
-        y: the second operand.
-    """
-
-    def __init__(self, name: str, x: DeployedOperand, y: DeployedOperand) -> None:
-        super().__init__()
-        self.name, self.x, self.y = name, x, y
-
-    def operands(self) -> dict[str, DeployedOperand]:
-        """Both operands by name."""
-        return {"x": self.x, "y": self.y}
-
-    def forward(self, x: Tensor, y: Tensor, drop: float = 0.0) -> Tensor:
-        """The product, float32.
-
-        Args:
-            x: shape (..., n, k).
-            y: shape (..., k, m).
-            drop: must be 0.
-
-        Returns:
-            Shape (..., n, m).
-        """
-        refuse_dropout(self.name, drop)
-        ranges = (self.x.code_low, self.x.code_high, self.y.code_low, self.y.code_high)
-        return whole_product(self.x(x), self.y(y), self.x.step * self.y.step, *ranges)
-
-
-def product_record(product: DeployedProduct) -> dict[str, dict[str, Any]]:
-    """What the packed file's metadata say of a product; its steps are among the tensors.
-
-    Args:
-        product: a deployed product.
-    """
-    return {
-        name: {"bits": operand.bits, "grid": operand.grid, "zero_point": operand.zero_point}
-        for name, operand in product.operands().items()
-    }
-
-
-def deployed_products(model: nn.Module) -> dict[str, DeployedProduct]:
-    """Deployed products by full name.
-
-    Args:
-        model: what ``convert`` or ``load`` returned.
-
-    Returns:
-        Name -> product, in the order of the model.
-    """
-    return {name: module for name, module in model.named_modules() if isinstance(module, DeployedProduct)}

@@ -1,15 +1,11 @@
-"""An ONNX file as data: read without running anything, and refused if it could do more than compute.
+"""Read an ONNX file as data, and match its nodes with layers and quantizers, without running anything.
 
 Nothing outside the file is opened: tensors that say they lie elsewhere are refused before a runtime sees them. So are
 loops, branches and operators from other domains, so that running a file takes as long as its layers do.
 
-The quantizer before a tensor of an ONNX graph, be it a layer's input or an operand, and what numbers it holds.
-
-Which nodes of an ONNX graph are which layer, and what numbers they hold.
-
 A layer is found from the name of its output backwards: the sum it makes, the stored weight and the quantizer before
 it; so are both operands of a product inside attention. A Clip that is missing is therefore missing here, too, and a
-weight is the one that the sum really reads, whatever the file says of itself.
+weight is the one that the sum really reads, whatever the metadata claim.
 """
 
 from __future__ import annotations
@@ -40,7 +36,7 @@ DOMAINS = ("", "ai.onnx", QONNX_DOMAIN)
 
 
 class OnnxRecord(BaseModel):
-    """What the metadata say of one call of a layer, as far as it is believed: where to look, and what is claimed."""
+    """Metadata of one call of a layer: the tensor to start from, and claimed bit-widths."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -51,7 +47,7 @@ class OnnxRecord(BaseModel):
 
 
 class OperandRecord(BaseModel):
-    """What they claim of an operand of a product."""
+    """Metadata of an operand of a product."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -59,7 +55,7 @@ class OperandRecord(BaseModel):
 
 
 class ProductRecord(BaseModel):
-    """What they say of one call of a product inside attention."""
+    """Metadata of one call of a product inside attention."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -80,7 +76,7 @@ class _About(BaseModel):
 
 @dataclass
 class OnnxFile:
-    """A file that was read.
+    """A file that was read, with its graph indexed by names.
 
     Attributes:
         path: where from.
@@ -141,7 +137,7 @@ def read_onnx(path: Path) -> OnnxFile:
     """Parse and check a file; no runtime is involved.
 
     Args:
-        path: what ``nipq.export`` wrote.
+        path: a file that ``nipq.export`` wrote.
 
     Returns:
         The file.
@@ -191,7 +187,7 @@ def _about(path: Path, model: ModelProto) -> _About:
 
 
 def _check_harmless(path: Path, model: ModelProto) -> None:
-    """Refuse what reaches out of the file, and what can run for ever."""
+    """Refuse graphs that reach out of the file or can run for ever."""
     for node in model.graph.node:
         if node.domain not in DOMAINS:
             raise FileFormatError(f"{path}: expected operators of ONNX alone, found {node.domain}.{node.op_type}.")
@@ -232,12 +228,12 @@ FAR = 64
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What makes a tensor one on levels.
+    """The nodes that put a tensor on levels, and their numbers.
 
     Attributes:
         nodes: from the float tensor to the one on levels, in order.
         codes: tensor that holds the whole codes; None in QONNX, which has none.
-        facts: numbers by name, as in :func:`nipq.verify.onnx.input_facts`.
+        facts: numbers by name, as ``nipq.verify`` expects them.
     """
 
     nodes: tuple[NodeProto, ...]
@@ -275,7 +271,7 @@ def quantizer_before(file: OnnxFile, tensor: str, layer: str) -> Quantizer | Non
 
 
 def behind_moves(file: OnnxFile, name: str, layer: str) -> NodeProto | None:
-    """The node that dequantizes or quantizes what a tensor is made of by moving it only; None if there is none."""
+    """The DequantizeLinear or Quant behind a tensor, past nodes that only move numbers; None if there is none."""
     waiting, seen = [name], 0
     while waiting:
         seen += 1
@@ -294,7 +290,7 @@ def behind_moves(file: OnnxFile, name: str, layer: str) -> NodeProto | None:
 
 
 def _limits_codes(file: OnnxFile, quantize: NodeProto) -> bool:
-    """Whether a Clip of floats before this node is its own: so it is with 16 bits; other Clips are activations."""
+    """Whether a Clip of floats before this node limits its codes, as with 16 bits; other Clips are activations."""
     zero_point = file.initialisers.get(quantize.input[2]) if len(quantize.input) > 2 else None
     return zero_point is not None and zero_point.data_type in (4, 5)
 
@@ -371,14 +367,14 @@ class MatchedLayer:
     """One call of a layer in a graph, or one operand of a call of a product.
 
     Attributes:
-        name: full name of the layer, or the operand's place.
+        name: full name of the layer, or the operand's quantization point.
         quantizer: nodes from the float input to the quantized one, in order; empty when the input stays float.
         codes: tensor that holds the whole codes; None when the input stays float, or in QONNX, which has none.
         stored: stored tensor of the weight's codes; None for an operand of a product.
         source: tensor that goes into the quantizer, or into the sum if there is none.
         total: node that sums, or looks up.
         output: tensor that leaves the layer or the product.
-        facts: numbers by name, as in :func:`nipq.verify.onnx.expected_facts`.
+        facts: numbers by name, as ``nipq.verify`` expects them.
     """
 
     name: str
@@ -392,13 +388,13 @@ class MatchedLayer:
 
 
 def matched_layers(file: OnnxFile) -> list[MatchedLayer]:
-    """Every call of a layer.
+    """Match every call of a layer with its nodes.
 
     Args:
         file: a file that was read.
 
     Returns:
-        Cells in the order of the graph.
+        Layers in the order of the graph.
 
     Raises:
         FileFormatError: if a layer is not found, with its full name.
@@ -407,18 +403,18 @@ def matched_layers(file: OnnxFile) -> list[MatchedLayer]:
 
 
 def matched_operands(file: OnnxFile) -> list[MatchedLayer]:
-    """Both operands of every call of a product inside attention.
+    """Match both operands of every call of a product inside attention with their nodes.
 
     Args:
         file: a file that was read.
 
     Returns:
-        Two cells for each call, in the order of the graph.
+        Two for each call, in the order of the graph.
 
     Raises:
         FileFormatError: if a product is not found, with its full name.
     """
-    return [cell for record in file.products for cell in _product(file, record)]
+    return [operand for record in file.products for operand in _product(file, record)]
 
 
 def _product(file: OnnxFile, record: ProductRecord) -> list[MatchedLayer]:
@@ -435,7 +431,7 @@ def _product(file: OnnxFile, record: ProductRecord) -> list[MatchedLayer]:
 
 def _matched(file: OnnxFile, record: OnnxRecord) -> MatchedLayer:
     total, scales, biases = _sum_before(file, record)
-    data, weight = _operands(file, total, record.name)
+    data, weight = _sum_inputs(file, total, record.name)
     facts = {"weight bits": record.weight_bits} | _weight_facts(file, weight, scales, record.name)
     parts = [file.values(name, record.name).reshape(-1) for name in [*total.input[2:3], *biases] if name]
     facts["bias"] = sum(parts[1:], parts[0]) if parts else None
@@ -452,7 +448,7 @@ def _reading(
     facts: dict[str, Any],
     bits: int | None,
 ) -> MatchedLayer:
-    """A cell with the quantizer before what its sum reads."""
+    """A layer or operand with the quantizer before its input."""
     quantizer = quantizer_before(file, data, name)
     if quantizer is None:
         while data in file.producers and file.producers[data].op_type == "Pad":
@@ -500,8 +496,8 @@ def _stored_behind(file: OnnxFile, name: str) -> str | None:
     return name if name in file.initialisers else None
 
 
-def _operands(file: OnnxFile, total: NodeProto, layer: str) -> tuple[str, NodeProto]:
-    """The tensor that is summed over, and the node that makes the weight from what is stored."""
+def _sum_inputs(file: OnnxFile, total: NodeProto, layer: str) -> tuple[str, NodeProto]:
+    """The tensor that is summed over, and the node that dequantizes the stored weight."""
     places = {"MatMul": ((0, 1), (1, 0)), "Gather": ((1, 0),)}.get(total.op_type, ((0, 1),))
     for data, weight in places:
         node = behind_moves(file, total.input[weight], layer)

@@ -21,22 +21,22 @@ from nipq.prepare.batches import ExampleInputs
 SUMS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 #: Kind of node that chains of small linear layers become.
 FUSED = "Subgraph"
-#: Types of what an integer kernel reads.
+#: Input types of integer kernels.
 INTEGERS = frozenset({"u8", "i8"})
 #: Without it a CPU that knows bfloat16 computes every float part in it, which moves codes.
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class OpenVinoModel(CompiledModel):
-    """An ONNX file in the hands of OpenVINO, compiled once for each shape of its inputs.
+    """An ONNX file compiled by OpenVINO, once for each shape of its inputs.
 
     Args:
         path: the file, for messages.
         graph: the file's contents.
         settings: of the runtime.
         found: its layers.
-        example_inputs: what it is called with; compiled for their shapes now.
-        warnings: what differs from the deployed model.
+        example_inputs: its inputs; compiled for their shapes now.
+        warnings: differences from the deployed model.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class OpenVinoModel(CompiledModel):
         if shapes not in self.programs:
             try:
                 model = self.core.read_model(self.graph)
-                # With an open batch size OpenVINO 2026.4 overwrites what a residual sum has yet to read.
+                # With an open batch size OpenVINO 2026.4 overwrites tensors that a residual sum has yet to read.
                 model.reshape({key: list(value.shape) for key, value in given.items()})
                 self.programs[shapes] = self.core.compile_model(model, "CPU", self.settings)
             except Exception as error:  # the runtime raises plain RuntimeErrors
@@ -103,8 +103,8 @@ def openvino_model(
     Float parts are computed in float32. Which layers run in integers is read off the runtime's own execution graph.
 
     Args:
-        path: what ``nipq.export(deployed, "model.onnx", ...)`` wrote.
-        example_inputs: what it is called with; compiled for this batch size now, for others when they come.
+        path: a file that ``nipq.export(deployed, "model.onnx", ...)`` wrote.
+        example_inputs: its inputs; compiled for this batch size now, for others when they come.
         threads: threads of one inference; as many as the machine has cores if not given.
         strict: refuse a model with a layer of at most 8 bits that the runtime computes in floats. Layers that read the
             same tensor as another layer are excused, as OpenVINO computes those in floats; ``warnings`` names them.
@@ -137,7 +137,7 @@ def _mark(number: int) -> str:
 
 def _kernels(compiled: Any, found: Sequence[MatchedLayer]) -> list[Kernel]:  # noqa: ANN401
     """One kernel for each call of a layer."""
-    # What is fused may be called after the node or after the tensor that leaves the layer.
+    # A fused kernel may be named after the node or after the tensor that leaves the layer.
     marks = {_mark(number): number for number in range(len(found))}
     marks |= {layer.output: number for number, layer in enumerate(found)}
     # Where a layer's last factor was moved behind a residual sum its kernel has a name of the runtime's own.
@@ -169,7 +169,7 @@ def _kernels(compiled: Any, found: Sequence[MatchedLayer]) -> list[Kernel]:  # n
 
 
 def _warnings(file: OnnxFile, found: Sequence[MatchedLayer]) -> list[str]:
-    """What OpenVINO does otherwise."""
+    """Differences of OpenVINO's results from the deployed model."""
     warnings = []
     claimed = [record.input_bits for record in file.records]
     readers = Counter(layer.source for layer in found)

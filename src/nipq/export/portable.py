@@ -1,4 +1,4 @@
-"""A deployed layer in the numbers that other tools read: positive scales, one for weights and one for the input.
+"""Portable numbers of deployed layers: positive scales, one for the weight and one for the input, as other tools read.
 
 The deployed layer multiplies its whole sums by one ``scale``, which a batch norm may have made negative. Exchange
 formats give the input and the weight a scale of their own, both positive, and multiply before they sum::
@@ -9,14 +9,14 @@ formats give the input and the weight a scale of their own, both positive, and m
 
 A channel whose factor is 0, as its gamma is, gets codes 0 and scale 1: it computes the same, and nobody divides by 0.
 Every number is a function of the deployed layer, so a file can be compared with the model to the bit. The product of
-both scales is the trained one up to its last binary digit; nothing is recomputed from boundaries.
+both scales is the trained one up to its last binary digit; nothing is recomputed from clipping ranges.
 
-An operand of a product inside attention is what a layer's input is, and is written by the same code.
+An operand of a product inside attention is treated as a layer's input is, by the same code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from nipq.nn.kinds import along_channels, is_plain, kind_of
 
 @dataclass(frozen=True)
 class PortableInput:
-    """How a computed tensor becomes codes: a layer's input, or an operand of a product inside attention.
+    """Quantization of a computed tensor: a layer's input, or an operand of a product inside attention.
 
     Attributes:
         scale: the trained step, float32, no dimensions.
@@ -77,7 +77,7 @@ class PortableLayer:
         weight_scale: float32, above zero, no dimensions or one per output channel.
         bias: float32, one per output channel, or None.
         weight_bits: bit-width.
-        input: what becomes of the input; None when it stays float.
+        input: quantization of the input; None when it stays float.
     """
 
     weight: Tensor
@@ -121,7 +121,7 @@ def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
     """The numbers of every deployed layer by full name; equal weights of tied layers are one tensor.
 
     Args:
-        deployed: what ``nipq.convert`` or ``nipq.load`` returned.
+        deployed: a model from ``nipq.convert`` or ``nipq.load``.
 
     Returns:
         Name -> numbers, in the order of the model.
@@ -131,11 +131,11 @@ def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
     for name, layer in deployed_layers(deployed).items():
         numbers = portable(layer, name)
         known = weights.setdefault(layer.weight_codes.data_ptr(), [])
-        twin = next((weight for weight in known if torch.equal(weight, numbers.weight)), None)
-        if twin is None:
+        same = next((weight for weight in known if torch.equal(weight, numbers.weight)), None)
+        if same is None:
             known.append(numbers.weight)
         else:
-            numbers = PortableLayer(twin, numbers.weight_scale, numbers.bias, numbers.weight_bits, numbers.input)
+            numbers = replace(numbers, weight=same)
         found[name] = numbers
     return found
 
@@ -144,7 +144,7 @@ def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
     """The numbers of every product inside attention by full name.
 
     Args:
-        deployed: what ``nipq.convert`` or ``nipq.load`` returned.
+        deployed: a model from ``nipq.convert`` or ``nipq.load``.
 
     Returns:
         Name -> operands, in the order of the model; empty unless ``attention_bits`` was set.
@@ -156,7 +156,7 @@ def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
 
 
 def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
-    """How the input of a layer, or an operand, becomes codes.
+    """Quantization of the input of a layer, or of an operand.
 
     Args:
         given: the deployed layer or operand.
@@ -175,7 +175,7 @@ def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
 
 
 def input_facts(given: PortableInput | None) -> dict[str, Any]:
-    """What files say in words of an input; codes count from the value 0.
+    """Facts of an input as files name them; codes count from the value 0.
 
     Args:
         given: the input, None when it stays float.

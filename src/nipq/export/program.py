@@ -22,11 +22,11 @@ from nipq.prepare.batches import ExampleInputs
 def program_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[bytes, bool]:
     """The program as ``torch.export.save`` writes it; ``torch.export.load(path).module()`` runs it.
 
-    It computes what the deployed model computes, to the bit, and holds weights as int8 or int16.
+    It computes the deployed model's outputs to the bit, and holds weights as int8 or int16.
 
     Args:
         deployed: a deployed model.
-        example_inputs: what it is called with.
+        example_inputs: its inputs.
 
     Returns:
         The file, and whether it takes batches of any size.
@@ -55,14 +55,14 @@ def exported_program(model: nn.Module, example_inputs: ExampleInputs) -> torch.e
 
     Raises:
         ConfigError: if torch cannot trace the model.
-        NipqError: what the model's own layers raise.
+        NipqError: if the model's own layers raise it.
     """
     args, kwargs = call_arguments(example_inputs)
-    samples = _batch((args, kwargs))
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    samples = len(leaves[0]) if leaves else None
     if samples == 1:  # torch.export takes a size of 1 for a constant
         args, kwargs = tree_map(_doubled, (args, kwargs))
         samples = 2
-
     shapes = torch.export.ShapesCollection()  # type: ignore[no-untyped-call]  # torch gives it no types
     for leaf in tree_leaves((args, kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == samples:
@@ -106,10 +106,6 @@ def open_batch(program: torch.export.ExportedProgram) -> bool:
     given = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
     # A size that the model turned out to fix is still a symbol, but one that prints as a number.
     return any(not str(size).isdigit() for value in given if isinstance(value, Tensor) for size in value.shape)
-
-
-def _batch(values: object) -> int | None:
-    return next((len(leaf) for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and leaf.ndim > 0), None)
 
 
 def _doubled(value: object) -> object:

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nipq.errors import FileFormatError
-from nipq.export import arrays as numpy_reference
+from nipq.export import arrays_reference as numpy_reference
 from nipq.export.arrays import FACTS, PRODUCT, arrays_bytes
 from nipq.export.modules import DeployedLayer, deployed_layers, deployed_products
 from nipq.export.program import program_bytes
