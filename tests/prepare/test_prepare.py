@@ -270,6 +270,6 @@ def test_an_uncalibrated_forward_says_which_input(small_net: Build, x: Tensor) -
         prepared(x)
 
 
-def test_float_pieces_are_listed_by_name(small_net: Build, x: Tensor) -> None:
+def test_unquantized_ops_are_listed_by_name(small_net: Build, x: Tensor) -> None:
     listed = [finding.reason.split(":")[0] for finding in validate(small_net(), x)]
     assert listed == ["hardswish", "mean", "sigmoid", "mul", "add", "adaptive_avg_pool2d"]

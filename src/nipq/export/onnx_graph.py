@@ -120,7 +120,7 @@ def onnx_graph(
 
 @contextmanager
 def _unseen(graph: Any, names: set[str]) -> Iterator[None]:  # noqa: ANN401  (the package that knows is optional)
-    """Hide values from the exporter's optimizer, which merges equal tensors: sizes of files must not depend on values."""
+    """Hide values from the exporter's optimizer: it merges equal tensors, and file sizes must not depend on those."""
     values = [value for name, value in graph.initializers.items() if name in names]
     tensors = [value.const_value for value in values]
     for value in values:

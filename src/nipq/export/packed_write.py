@@ -8,8 +8,8 @@ number in it were as long as it can be. So::
     bytes on disk = fixed_bytes + sum of bits * ceil(N / 8) over the weights
 
 holds for every assignment of bits: a budget promises the bytes on disk exactly. Equal models make equal files. The
-JSON holds the SHA-256 of the whole file (with zeros in its own place), so that no changed byte goes unnoticed. Nothing in
-a file is executed when it is read.
+JSON holds the SHA-256 of the whole file (with zeros in its own place), so that no changed byte goes unnoticed. Nothing
+in a file is executed when it is read.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The typed rows that loss, snap, report and file size all read: one row per prepared layer.
+"""Table of a prepared model's layers with their quantizers, and settings of these: phase, bit-widths, noise.
 
-Set every quantizer's phase, or some quantizers' bit-widths, by hand.
-
-Where codes are looked at: the input of each layer, and both operands of each product inside attention.
+Losses, budgets, freezing, reports and file sizes all read the rows of this table.
 """
 
 from __future__ import annotations
@@ -132,7 +130,7 @@ LayerBits = int | Mapping[str, int]
 
 
 def set_phase_(model: nn.Module, phase: Phase | str) -> None:
-    """Choose what every quantizer does; see the table in :mod:`nipq.nn.quantizer`.
+    """Set the phase of every quantizer: float, noise, rounding or integers; see :mod:`nipq.nn.quantizer`.
 
     In phase ``"int"`` every layer convolves whole codes and then applies one multiply and one add, with the batch norm
     after it folded in: the arithmetic of the deployed model, to the bit. Layers whose input stays float evaluate as in
@@ -148,7 +146,7 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
 
     Example:
         >>> import torch
-        >>> from nipq.prepare import prepare_
+        >>> from nipq.prepare.prepare import prepare_
         >>> model = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
         >>> set_phase_(model, "float")
         >>> phase_of(model)
@@ -223,7 +221,7 @@ def temper_(model: nn.Module, share: float) -> None:
 
 
 def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
-    """Fix bit-widths by hand; fixed ones are no longer learned and the snap leaves them alone.
+    """Fix bit-widths by hand; fixed ones are no longer learned, and freezing leaves them alone.
 
     Args:
         model: a prepared model.
@@ -271,17 +269,17 @@ def _set_row(row: LayerRow, choice: LayerBits) -> None:
 
 
 def _by_name(row: LayerRow, bits: int) -> dict[str, int]:
-    """What a bare number sets."""
+    """Bit-widths that a bare number sets, by name."""
     weights = {} if row.spec.is_table else {"weights": bits}
     return weights if row.input is None or row.spec.is_input else weights | {"activations": bits}
 
 
-#: Operands of a product, as a deployed one calls them.
+#: Names of a product's operands in deployed models.
 OPERANDS = ("x", "y")
 
 
 def operand_point(product: str, operand: str) -> str:
-    """What an operand is called in evidence and in messages.
+    """Name of an operand's quantization point, for comparisons and messages.
 
     Args:
         product: full name of the product.
@@ -295,14 +293,14 @@ def operand_point(product: str, operand: str) -> str:
 
 
 def quantizers_at(name: str, row: LayerRow) -> dict[str, InputQuantizer]:
-    """Quantizers of what a trained layer or product reads.
+    """Quantizers of the inputs of a trained layer or product, by quantization point.
 
     Args:
         name: its full name.
         row: its row.
 
     Returns:
-        Place -> quantizer; empty when the input stays float.
+        Quantization point -> quantizer; empty when the input stays float.
     """
     if row.input is None:
         return {}
@@ -314,9 +312,11 @@ def quantizers_at(name: str, row: LayerRow) -> dict[str, InputQuantizer]:
 
 
 def quantization_points(rows: Mapping[str, LayerRow]) -> list[str]:
-    """All that evidence is kept of, in the order of execution; a product follows its operands.
+    """Names of all inputs, layers and products that are compared, in the order of execution.
+
+    The input of a layer has the layer's name; a product follows its operands.
 
     Args:
         rows: layers and products of the trained model by name.
     """
-    return list(dict.fromkeys(place for name, row in rows.items() for place in (*quantizers_at(name, row), name)))
+    return list(dict.fromkeys(point for name, row in rows.items() for point in (*quantizers_at(name, row), name)))

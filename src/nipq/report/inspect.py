@@ -74,8 +74,8 @@ def _deployed(model: nn.Module) -> nn.Module:
     for quantizer in quantizers(model):
         if not quantizer.calibrated:
             raise OrderError(
-                f"{quantizer.name}: expected a calibrated clipping range, found none. Call nipq.calibrate_(model, loader): "
-                "it chooses the grids, on which the size of an ONNX file depends."
+                f"{quantizer.name}: expected a calibrated clipping range, found none. "
+                "Call nipq.calibrate_(model, loader): it chooses the grids, on which the size of an ONNX file depends."
             )
     return deploy_copy(model)
 
