@@ -25,7 +25,7 @@ from nipq.export.api import export
 from nipq.export.convert import convert
 from nipq.export.packed_read import load
 from nipq.export.packed_write import file_bytes, save
-from nipq.prepare.layer_table import set_bits_, set_phase_, temper_
+from nipq.prepare.layer_table import set_bits_, set_noise_mix_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.batchnorm import reestimate_bn_
@@ -71,7 +71,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "Search",
     "Course",
     "WeightAverage",
-    "temper_",
+    "set_noise_mix_",
     "Oscillations",
     "allocate_",
     # Finishing

@@ -190,7 +190,7 @@ def phase_of(model: nn.Module) -> Phase:
     return next((row.input.phase for row in rows if row.input is not None), rows[0].weight.phase)
 
 
-def temper_(model: nn.Module, share: float) -> None:
+def set_noise_mix_(model: nn.Module, share: float) -> None:
     """Set the share of the true rounding error in the noise: 0 is the noise proxy, 1 the true quantizer.
 
     eps_t = (1 - share) eps + share e in every quantizer, for methods with noise. Raised from 0 to 1 in the course of
@@ -207,7 +207,9 @@ def temper_(model: nn.Module, share: float) -> None:
         OrderError: if the model is not prepared.
     """
     if not 0 <= share <= 1:
-        raise ConfigError(f"temper_: expected a share from 0 to 1, found {share}. Give the share of the true error.")
+        raise ConfigError(
+            f"set_noise_mix_: expected a share from 0 to 1, found {share}. Give the share of the true error."
+        )
     for quantizer in quantizers(model):
         if share == 0:  # the kernels know the noise proxy alone
             quantizer.error_share = None
