@@ -63,7 +63,7 @@ class FittedTable:
             block = [shown[0], rest.pop(0)]
             while rest and self._width([*block, rest[0]]) <= options.max_width:
                 block.append(rest.pop(0))
-            yield self._table(block)
+            yield self._table(block, options.max_width)
         if gone := [column.heading for i, column in enumerate(self.columns) if i not in shown]:
             yield Text(f"Not shown at this width: {', '.join(gone)}; to_dict() has everything.")
 
@@ -75,8 +75,8 @@ class FittedTable:
         cells = [self.columns[index].heading, *(row[index] for row in self.rows)]
         return max(cell_len(line) for cell in cells for line in cell.split("\n"))
 
-    def _table(self, shown: Sequence[int]) -> Table:
-        table = Table()
+    def _table(self, shown: Sequence[int], width: int) -> Table:
+        table, fits = Table(), self._width(shown) <= width
         for index in shown:
             column = self.columns[index]
             is_text = column.least is not None
@@ -85,7 +85,7 @@ class FittedTable:
                 justify="left" if is_text else "right",
                 overflow="fold",
                 no_wrap=not is_text,
-                min_width=min(self._longest(index), column.least or WIDTH),
+                min_width=min(self._longest(index), column.least or WIDTH) if fits or not is_text else None,
             )
         for row in self.rows:
             table.add_row(*(Text(row[index]) for index in shown))
