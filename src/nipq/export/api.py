@@ -13,7 +13,7 @@ from torch import nn
 
 from nipq.errors import ConfigError
 from nipq.export.arrays import arrays_bytes
-from nipq.export.modules import deployed_layers, deployed_products
+from nipq.export.modules import check_deployed, deployed_layers, deployed_products
 from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
 from nipq.export.program import program_bytes
 from nipq.files import check_free, written_whole
@@ -69,11 +69,7 @@ def export(
             f"export: expected pack=True with the format 'onnx' only, found {chosen!r}. "
             "Leave it out; nipq.save writes the smallest file."
         )
-    if not deployed_layers(deployed):
-        raise ConfigError(
-            f"export: expected a deployed model, found a {type(deployed).__name__} without a deployed layer. "
-            "Call nipq.convert(model) first."
-        )
+    check_deployed(deployed, "export")
     check_free(path, overwrite=overwrite, command="export")
     opset: int | None = None
     layers, products = deployed_layers(deployed), deployed_products(deployed)

@@ -18,8 +18,8 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch.nn.functional import conv2d, linear
 
-from nipq.errors import ConfigError, require
-from nipq.export.modules import Deployed, DeployedLayer, deployed_layers, replace_modules
+from nipq.errors import require
+from nipq.export.modules import Deployed, DeployedLayer, check_deployed, deployed_layers, replace_modules
 from nipq.export.portable import PortableLayer, portable_layers
 from nipq.export.runtimes import CompiledModel, Kernel
 from nipq.nn.kinds import along_channels
@@ -134,11 +134,7 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
             "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer",  # the passes, registered by the import alone
         ):
             require(module, extra="inductor", purpose="integer kernels from PyTorch's compiler")
-    if not deployed_layers(deployed):
-        raise ConfigError(
-            f"inductor_model: expected a deployed model, found a {type(deployed).__name__} without deployed layers. "
-            "Call nipq.convert(model) first."
-        )
+    check_deployed(deployed, "inductor_model")
     clone = copy.deepcopy(deployed).cpu().eval()
     numbers = portable_layers(clone)
     reasons = {name: _reason(layer) for name, layer in deployed_layers(clone).items()}

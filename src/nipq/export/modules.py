@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nipq.errors import ConfigError
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
 from nipq.nn.integer import integer_forward, needs_float64, refuse_dropout, whole_product
@@ -316,6 +317,23 @@ def deployed_layers(model: nn.Module) -> dict[str, Deployed]:
         Name -> layer, in the order of the model.
     """
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Deployed)}
+
+
+def check_deployed(model: nn.Module, command: str) -> None:
+    """Refuse a model without deployed layers.
+
+    Args:
+        model: any model.
+        command: the command that needs a deployed one, for the message.
+
+    Raises:
+        ConfigError: if there is no deployed layer.
+    """
+    if not deployed_layers(model):
+        raise ConfigError(
+            f"{command}: expected a deployed model, found a {type(model).__name__} without deployed layers. "
+            "Call nipq.convert(model) first."
+        )
 
 
 def deployed_products(model: nn.Module) -> dict[str, DeployedProduct]:

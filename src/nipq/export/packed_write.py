@@ -32,6 +32,7 @@ from nipq.export.modules import (
     Deployed,
     DeployedLayer,
     DeployedProduct,
+    check_deployed,
     deploy_state,
     deployed_layers,
     deployed_products,
@@ -234,11 +235,7 @@ def _owners(deployed: nn.Module) -> dict[str, Deployed]:
 
 def _other_tensors(deployed: nn.Module) -> dict[str, Tensor]:
     """Everything in the file but the bit-planes."""
-    if not deployed_layers(deployed):
-        raise ConfigError(
-            f"{type(deployed).__name__}: expected a deployed model, found no deployed layer. "
-            "Call nipq.convert(model) first."
-        )
+    check_deployed(deployed, "save")
     state = deploy_state(deployed)
     for key, value in state.items():
         found = getattr(value, "dtype", type(value).__name__)  # a module's extra state may be anything

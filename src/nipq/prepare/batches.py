@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:  # noqa:
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     return model(*example_inputs)
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Put models in evaluation mode; every module has its own mode back when the context ends."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for model in models:
+            model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def tensors_in(value: object) -> Iterator[Tensor]:

@@ -23,7 +23,7 @@ from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, weight_uses
 from nipq.nn.layers import LayerSpec
 from nipq.nn.relu import cap_of, reads_in_sequence
-from nipq.prepare.batches import ExampleInputs, call_model, tensors_in
+from nipq.prepare.batches import ExampleInputs, call_model, evaluating, tensors_in
 
 #: Names of torch's operators -> the plain ones.
 _ALIASES = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul"}
@@ -154,14 +154,12 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
             "Pass a batch such as torch.zeros(1, 3, 224, 224)."
         )
     watcher = _Watcher(model, example_inputs)
-    modes = {module: module.training for module in model.modules()}
     handles = []
     for module in model.modules():
         handles.append(module.register_forward_pre_hook(watcher.enter, with_kwargs=True))
         handles.append(module.register_forward_hook(watcher.leave, with_kwargs=True))
     try:
-        model.eval()
-        with torch.no_grad(), watcher:
+        with evaluating(model), torch.no_grad(), watcher:
             output = call_model(model, example_inputs)
     except Exception as error:
         where = watcher.names[watcher.stack[-1]] if watcher.stack else ""
@@ -173,8 +171,6 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes.items():
-            module.training = training
     for tensor in tensors_in(output):
         watcher.readers.setdefault(id(tensor), set()).add("")  # the caller of the model
     multiplying = {id(layer.weight): name for layer, name in watcher.multiplying()}

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,24 @@ from torch import nn
 from nipq.config import Phase
 from nipq.errors import ConfigError, FileFormatError, OrderError
 from nipq.export.convert import convert
-from nipq.export.modules import deployed_layers
-from nipq.export.packed_read import load
-from nipq.export.runtimes import CompiledModel
-from nipq.prepare.batches import ExampleInputs, inputs_of
+from nipq.prepare.batches import ExampleInputs, evaluating, inputs_of
 from nipq.prepare.layer_table import layer_table, phase_of, quantization_points, quantizers, set_phase_
-from nipq.prepare.prepare import restore_
 from nipq.verify.archives import ArraysCandidate, ProgramCandidate
 from nipq.verify.candidate import Candidate, UnreadableCandidate
 from nipq.verify.onnx import OnnxCandidate
 from nipq.verify.reference import reference_runs
 from nipq.verify.result import VerifyResult
-from nipq.verify.torch_module import CompiledCandidate, DeployedCandidate
+from nipq.verify.torch_module import module_candidate, packed_candidate
 
 #: Artifacts that can be compared with the trained model: modules, and files by path.
 Artifact = nn.Module | str | Path
 
-#: Endings of the names of files that can be compared.
-ENDINGS = (".nipq.safetensors", ".onnx", ".npz", ".pt2")
+#: Candidates of exported files, by the end of the file's name.
+EXPORTED: dict[str, Callable[[Path, nn.Module, Iterable[str], ExampleInputs], Candidate]] = {
+    ".onnx": OnnxCandidate,
+    ".npz": ArraysCandidate,
+    ".pt2": ProgramCandidate,
+}
 
 #: Score of a model on the task: ``metric(model, loader)``.
 Metric = Callable[[nn.Module, Iterable[Any]], float]
@@ -90,7 +89,9 @@ def verify(
     _check_arguments(model, given, file)
     names = {module: name for name, module in model.named_modules()}
     rows = {names[row.layer]: row for row in layer_table(model)}
-    with _evaluating(model, [artifact for artifact in given if isinstance(artifact, nn.Module)]):
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model, *(artifact for artifact in given if isinstance(artifact, nn.Module))))
+        stack.callback(set_phase_, model, phase_of(model))
         example = _first_inputs(batches)
         packed = None if file is None else Path(file)
         points = quantization_points(rows)
@@ -116,33 +117,20 @@ def _candidate(
     artifact: Artifact, model: nn.Module, layers: Iterable[str], example: ExampleInputs, file: Path | None
 ) -> Candidate:
     """The candidate for an artifact; one that fails E0 if its file cannot be read."""
-    if not isinstance(artifact, nn.Module):
-        return _file_candidate(Path(artifact), model, layers, example)
-    if isinstance(artifact, CompiledModel):
-        return CompiledCandidate(artifact, layers)
-    if not deployed_layers(artifact):
-        raise ConfigError(
-            f"verify: expected a deployed {type(model).__name__}, found a {type(artifact).__name__} without deployed "
-            "layers. Give what nipq.convert or nipq.load returned."
-        )
-    return DeployedCandidate("deployed model", artifact, layers, model, file)
-
-
-def _file_candidate(path: Path, model: nn.Module, layers: Iterable[str], example: ExampleInputs) -> Candidate:
+    if isinstance(artifact, nn.Module):
+        return module_candidate(artifact, layers, model, file)
+    path = Path(artifact)
     try:
         if path.name.endswith(".safetensors"):
-            loaded = load(path, restore_(copy.deepcopy(model)))
-            return DeployedCandidate(path.name, loaded, layers, model, path, is_file=True)
-        if path.name.endswith(".onnx"):
-            return OnnxCandidate(path, convert(model).cpu(), layers, example)
-        if path.name.endswith(".npz"):
-            return ArraysCandidate(path, convert(model).cpu(), layers, example)
-        if path.name.endswith(".pt2"):
-            return ProgramCandidate(path, convert(model).cpu(), layers, example)
+            return packed_candidate(path, layers, model)
+        kind = next((kind for ending, kind in EXPORTED.items() if path.name.endswith(ending)), None)
+        if kind is not None:
+            return kind(path, convert(model).cpu(), layers, example)
     except FileFormatError as error:
         return UnreadableCandidate(path.name, str(error))
     raise ConfigError(
-        f"verify: expected a file ending in {', '.join(ENDINGS)}; found {path.name}. Rename it, or give another one."
+        f"verify: expected a file ending in .nipq.safetensors, {', '.join(EXPORTED)}; found {path.name}. "
+        "Rename it, or give another one."
     )
 
 
@@ -183,21 +171,6 @@ def _first_inputs(loader: Iterable[Any]) -> ExampleInputs:
     for batch in loader:
         return inputs_of(batch)
     raise ConfigError("verify: expected at least one batch, found an empty loader. Give some real data.")
-
-
-@contextmanager
-def _evaluating(model: nn.Module, others: Sequence[nn.Module]) -> Iterator[None]:
-    """All of them in evaluation mode; modes and phase are restored."""
-    modes = {module: module.training for part in (model, *others) for module in part.modules()}
-    phase = phase_of(model)
-    try:
-        for part in (model, *others):
-            part.eval()
-        yield
-    finally:
-        set_phase_(model, phase)
-        for module, training in modes.items():
-            module.training = training
 
 
 def _scores(

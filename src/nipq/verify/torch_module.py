@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nipq.errors import FileFormatError
+from nipq.errors import ConfigError, FileFormatError
 from nipq.export.modules import (
     Deployed,
     DeployedLayer,
@@ -139,6 +139,43 @@ class CompiledCandidate(Candidate):
             scores: score of both models on the task.
         """
         return [self.output.check(scores)]
+
+
+def module_candidate(artifact: nn.Module, layers: Iterable[str], model: nn.Module, file: Path | None) -> Candidate:
+    """The candidate for a module.
+
+    Args:
+        artifact: a deployed or compiled model.
+        layers: quantization points, layers and products of the trained model.
+        model: the trained model.
+        file: the packed file of the module, if it is to be checked with it.
+
+    Raises:
+        ConfigError: if the module holds no deployed layer.
+    """
+    if isinstance(artifact, CompiledModel):
+        return CompiledCandidate(artifact, layers)
+    if not deployed_layers(artifact):
+        raise ConfigError(
+            f"verify: expected a deployed {type(model).__name__}, found a {type(artifact).__name__} without deployed "
+            "layers. Give what nipq.convert or nipq.load returned."
+        )
+    return DeployedCandidate("deployed model", artifact, layers, model, file)
+
+
+def packed_candidate(path: Path, layers: Iterable[str], model: nn.Module) -> Candidate:
+    """The candidate for a packed file.
+
+    Args:
+        path: the file.
+        layers: quantization points, layers and products of the trained model.
+        model: the trained model.
+
+    Raises:
+        FileFormatError: if the file cannot be loaded.
+    """
+    loaded = load(path, restore_(copy.deepcopy(model)))
+    return DeployedCandidate(path.name, loaded, layers, model, path, is_file=True)
 
 
 def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
