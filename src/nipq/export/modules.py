@@ -292,15 +292,7 @@ Deployed = DeployedLayer | DeployedWeightOnlyLayer
 
 
 def take_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """The other arguments of a layer's call, and its input: the first argument, or the first tensor given by name.
-
-    Args:
-        args: positional arguments of the call.
-        kwargs: named ones.
-
-    Returns:
-        Both without the input, and the input.
-    """
+    """Split a call's arguments into the others and the input: the first argument, or the first tensor given by name."""
     if args:
         return args[1:], kwargs, args[0]
     name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
@@ -308,23 +300,12 @@ def take_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
 
 
 def deployed_layers(model: nn.Module) -> dict[str, Deployed]:
-    """Deployed layers by full name, each once.
-
-    Args:
-        model: a deployed model.
-
-    Returns:
-        Name -> layer, in the order of the model.
-    """
+    """Deployed layers of a model by full name, each once, in the order of the model."""
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Deployed)}
 
 
 def check_deployed(model: nn.Module, command: str) -> None:
-    """Refuse a model without deployed layers.
-
-    Args:
-        model: any model.
-        command: the command that needs a deployed one, for the message.
+    """Refuse a model without deployed layers, in the name of the command that needs one.
 
     Raises:
         ConfigError: if there is no deployed layer.
@@ -337,14 +318,7 @@ def check_deployed(model: nn.Module, command: str) -> None:
 
 
 def deployed_products(model: nn.Module) -> dict[str, DeployedProduct]:
-    """Deployed products inside attention by full name.
-
-    Args:
-        model: a deployed model.
-
-    Returns:
-        Name -> product, in the order of the model.
-    """
+    """Deployed products inside attention by full name, in the order of the model."""
     return {name: module for name, module in model.named_modules() if isinstance(module, DeployedProduct)}
 
 
@@ -354,11 +328,7 @@ def full_name(name: str, part: str) -> str:
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put new modules wherever the old ones stand, under every name.
-
-    Args:
-        model: changed in place.
-        replacements: old module -> new module.
+    """Put new modules wherever the old ones stand, under every name, in place.
 
     Returns:
         The model, or its replacement when it is itself replaced.
@@ -375,12 +345,6 @@ def deploy_state(model: nn.Module) -> dict[str, Tensor]:
     """State of a deployed model without the layers' whole codes: scales, offsets, steps, and what stays float.
 
     A tensor with two names, be it a tied parameter or a module that stands in two places, is there once.
-
-    Args:
-        model: a deployed model.
-
-    Returns:
-        Tensor by name.
     """
     seen = {id(layer.weight_codes) for layer in deployed_layers(model).values()}
     found: dict[str, Tensor] = {}

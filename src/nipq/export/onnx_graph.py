@@ -223,16 +223,7 @@ def operator(
 
 
 def mark(x: Tensor, layer: str, role: str) -> Tensor:
-    """Mark a tensor of the graph with its layer and its role there.
-
-    Args:
-        x: the tensor.
-        layer: full name of the layer.
-        role: its role, such as ``"codes"``.
-
-    Returns:
-        The tensor.
-    """
+    """Mark a tensor of the graph with the full name of its layer and its role there, such as ``"codes"``."""
     return operator(f"{_MARKS}::Mark", (x,), x.dtype, x.shape, {"layer": layer, "role": role})
 
 
@@ -254,11 +245,7 @@ class OnnxInput(LayerForm):
 
     @abstractmethod
     def register_input(self, given: PortableInput) -> None:
-        """Register the buffers that the format stores, after a layer's own ones: the first of equal tensors names them.
-
-        Args:
-            given: its numbers.
-        """
+        """Register the buffers that the format stores, after the layer's own: the first of equal tensors names them."""
 
     @abstractmethod
     def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
@@ -396,11 +383,7 @@ class QcdqInput(OnnxInput):
     high: Tensor
 
     def register_input(self, given: PortableInput) -> None:
-        """Scale and zero point; limits where the container is wider than the range.
-
-        Args:
-            given: its numbers.
-        """
+        """Scale and zero point; limits where the container is wider than the range."""
         self.register_buffer("input_scale", given.scale)
         self.register_buffer("input_zero_point", torch.tensor(given.zero_point, dtype=given.dtype))
         if given.fills_container:
@@ -467,11 +450,7 @@ class QonnxInput(OnnxInput):
     input_bits: Tensor
 
     def register_input(self, given: PortableInput) -> None:
-        """Scale, zero point and bit-width, all as floats.
-
-        Args:
-            given: its numbers.
-        """
+        """Scale, zero point and bit-width, all as floats."""
         self.register_buffer("input_scale", given.scale)
         self.register_buffer("input_zero_point", torch.tensor(float(given.zero_point)))
         self.register_buffer("input_bits", torch.tensor(float(given.bits)))

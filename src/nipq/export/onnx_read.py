@@ -111,17 +111,10 @@ class OnnxFile:
         return FileFormatError(f"{self.path}: {name}: expected {expected}, found {found}. Export the model again.")
 
     def values(self, name: str, layer: str) -> Tensor:
-        """A stored tensor; whole numbers come as int32 at least, floats as they are.
-
-        Args:
-            name: of the initialiser.
-            layer: full name of the layer, for messages.
-
-        Returns:
-            The tensor.
+        """A stored tensor of a layer by its name; whole numbers come as int32 at least, floats as they are.
 
         Raises:
-            FileFormatError: if it is not stored, or damaged.
+            FileFormatError: if it is not stored, or damaged; names the layer.
         """
         if name not in self.initialisers:
             raise self.error(layer, f"the stored tensor {name!r}", "none")
@@ -242,18 +235,10 @@ class Quantizer:
 
 
 def quantizer_before(file: OnnxFile, tensor: str, layer: str) -> Quantizer | None:
-    """The quantizer of a tensor.
-
-    Args:
-        file: a file that was read.
-        tensor: the tensor on levels, or one that is made of it by moving it only.
-        layer: full name of the layer or operand, for messages.
-
-    Returns:
-        The quantizer; None if there is none.
+    """The quantizer of a tensor, or of the tensor that it is moved from; None if there is none.
 
     Raises:
-        FileFormatError: if it is none that a file can have.
+        FileFormatError: if it is none that a file can have; names the layer or operand.
     """
     end = behind_moves(file, tensor, layer)
     if end is None:
@@ -388,13 +373,7 @@ class MatchedLayer:
 
 
 def matched_layers(file: OnnxFile) -> list[MatchedLayer]:
-    """Match every call of a layer with its nodes.
-
-    Args:
-        file: a file that was read.
-
-    Returns:
-        Layers in the order of the graph.
+    """Match every call of a layer with its nodes, in the order of the graph.
 
     Raises:
         FileFormatError: if a layer is not found, with its full name.
@@ -403,13 +382,7 @@ def matched_layers(file: OnnxFile) -> list[MatchedLayer]:
 
 
 def matched_operands(file: OnnxFile) -> list[MatchedLayer]:
-    """Match both operands of every call of a product inside attention with their nodes.
-
-    Args:
-        file: a file that was read.
-
-    Returns:
-        Two for each call, in the order of the graph.
+    """Match both operands of every call of a product inside attention with their nodes, in the order of the graph.
 
     Raises:
         FileFormatError: if a product is not found, with its full name.

@@ -74,19 +74,7 @@ def onnx_bytes(
 def qonnx_bytes(
     deployed: nn.Module, example_inputs: ExampleInputs
 ) -> tuple[bytes, int, dict[str, str], tuple[str, ...]]:
-    """The QONNX file, whose ``Quant`` nodes hold bit-widths as data.
-
-    Args:
-        deployed: a deployed model.
-        example_inputs: its inputs.
-
-    Returns:
-        As :func:`onnx_bytes`.
-
-    Raises:
-        ConfigError: if torch cannot export the model.
-        MissingDependencyError: if the packages that write ONNX are not installed.
-    """
+    """The QONNX file, whose ``Quant`` nodes hold bit-widths as data; results and errors as of :func:`onnx_bytes`."""
     layers = deployed_layers(deployed)
     model, bindings = onnx_graph(deployed, example_inputs, QONNX, OPSET_QONNX)
     data = _written(model, bindings, layers, portable_products(deployed), "qonnx", OPSET_QONNX)

@@ -230,7 +230,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         if "forward" in vars(module):
             raise ConfigError(
                 f"{name}: expected a module with the forward of its class, found one that was replaced. "
-                "Take off what wraps it, load, and wrap it again."
+                "Remove its wrapper, load, and wrap it again."
             )
         install(module, products.to(next(model.parameters()).device))
     deployed.eval().requires_grad_(False)

@@ -149,28 +149,13 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def seal(data: bytes) -> bytes:
-    """Put the checksum in the place that :func:`contents` left for it.
-
-    Args:
-        data: a file whose checksum is :data:`NO_CHECKSUM`.
-
-    Returns:
-        The file with its checksum.
-    """
+    """Put the checksum in the place of :data:`NO_CHECKSUM`, which :func:`contents` left for it."""
     place = data.index(NO_CHECKSUM.encode())
     return data[:place] + checksum(data, place).encode() + data[place + len(NO_CHECKSUM) :]
 
 
 def checksum(data: bytes, place: int) -> str:
-    """SHA-256 of a file as if its own checksum were zeros.
-
-    Args:
-        data: the whole file.
-        place: where in it the checksum stands.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256, in hexadecimal, of a file as if the checksum that stands at this place were zeros."""
     view, digest = memoryview(data), hashlib.sha256()
     for part in (view[:place], NO_CHECKSUM.encode(), view[place + len(NO_CHECKSUM) :]):
         digest.update(part)
@@ -180,12 +165,7 @@ def checksum(data: bytes, place: int) -> str:
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """Length of the JSON header that safetensors writes, before it is padded to a multiple of 8.
 
-    Args:
-        tensors: tensors by name; only their types and shapes matter.
-        metadata: text by name.
-
-    Returns:
-        Bytes.
+    Of the tensors only names, types and shapes matter.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0

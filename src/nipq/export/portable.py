@@ -88,14 +88,7 @@ class PortableLayer:
 
 
 def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
-    """The numbers of a deployed layer.
-
-    Args:
-        layer: a deployed layer.
-        name: its full name, for messages.
-
-    Returns:
-        The numbers; tensors are on the CPU.
+    """The portable numbers of a deployed layer, on the CPU; the name is for messages.
 
     Raises:
         NonFiniteError: if a weight scale leaves the range of float32.
@@ -118,14 +111,7 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
 
 
 def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
-    """The numbers of every deployed layer by full name; equal weights of tied layers are one tensor.
-
-    Args:
-        deployed: a model from ``nipq.convert`` or ``nipq.load``.
-
-    Returns:
-        Name -> numbers, in the order of the model.
-    """
+    """The portable numbers of every deployed layer by full name; equal weights of tied layers are one tensor."""
     found: dict[str, PortableLayer] = {}
     weights: dict[int, list[Tensor]] = {}
     for name, layer in deployed_layers(deployed).items():
@@ -141,14 +127,7 @@ def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
 
 
 def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
-    """The numbers of every product inside attention by full name.
-
-    Args:
-        deployed: a model from ``nipq.convert`` or ``nipq.load``.
-
-    Returns:
-        Name -> operands, in the order of the model; empty unless ``attention_bits`` was set.
-    """
+    """The portable operands of every product inside attention by full name; empty unless ``attention_bits`` was set."""
     return {
         name: {part: portable_input(operand) for part, operand in product.operands().items()}
         for name, product in deployed_products(deployed).items()
@@ -156,14 +135,7 @@ def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
 
 
 def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
-    """Quantization of the input of a layer, or of an operand.
-
-    Args:
-        given: the deployed layer or operand.
-
-    Returns:
-        The numbers; the scale is on the CPU.
-    """
+    """Quantization of the input of a layer, or of an operand; the scale is on the CPU."""
     step, bits = (given.input_step, given.input_bits) if isinstance(given, DeployedLayer) else (given.step, given.bits)
     narrow, z = bits <= 8, given.zero_point
     if given.grid == "signed":
@@ -175,14 +147,7 @@ def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
 
 
 def input_facts(given: PortableInput | None) -> dict[str, Any]:
-    """Facts of an input as files name them; codes count from the value 0.
-
-    Args:
-        given: the input, None when it stays float.
-
-    Returns:
-        Plain numbers and strings by name; all None of an input that stays float.
-    """
+    """Facts of an input as files name them, all None if it stays float; codes count from the value 0."""
     names = ("input_bits", "grid", "zero_point", "code_low", "code_high")
     if given is None:
         return dict.fromkeys(names)

@@ -78,21 +78,13 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
 
 
 def weight_table(model: nn.Module) -> list[tuple[LayerRow, WeightQuantizer]]:
-    """Rows whose weight is stored, with its quantizer: all but the products inside attention.
-
-    Args:
-        model: as for :func:`layer_table`.
-    """
+    """Rows of :func:`layer_table` whose weight is stored, with its quantizer: all but products inside attention."""
     rows = layer_table(model)
     return [(row, row.weight) for row in rows if isinstance(row.weight, WeightQuantizer)]
 
 
 def input_quantizers(rows: Sequence[LayerRow]) -> list[InputQuantizer]:
-    """Quantizers of computed tensors: of each layer's input, and of keys and values.
-
-    Args:
-        rows: of :func:`layer_table`.
-    """
+    """Quantizers of computed tensors, of layers' inputs and of keys and values, from rows of :func:`layer_table`."""
     operands = [quantizer for row in rows for quantizer in (row.input, row.weight)]
     return [quantizer for quantizer in operands if isinstance(quantizer, InputQuantizer)]
 
@@ -106,13 +98,7 @@ def _present_name(spec: LayerSpec, name: str) -> str:
 
 
 def quantizers(model: nn.Module) -> list[TensorQuantizer]:
-    """Every quantizer of a prepared model once: of each layer the weight's, then the input's.
-
-    Args:
-        model: a prepared model.
-
-    Returns:
-        Quantizers without repetition (tied weights share one).
+    """Every quantizer of a prepared model once (tied weights share one): of each layer the weight's, then the input's.
 
     Raises:
         OrderError: if the model holds no prepared layer.
@@ -175,12 +161,6 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
 
 def phase_of(model: nn.Module) -> Phase:
     """The phase that :func:`set_phase_` chose last.
-
-    Args:
-        model: a prepared model.
-
-    Returns:
-        The phase of the quantizers.
 
     Raises:
         OrderError: if the model is not prepared.
@@ -281,11 +261,7 @@ OPERANDS = ("x", "y")
 
 
 def operand_point(product: str, operand: str) -> str:
-    """Name of an operand's quantization point, for comparisons and messages.
-
-    Args:
-        product: full name of the product.
-        operand: one of :data:`OPERANDS`.
+    """Name of a product's operand, one of :data:`OPERANDS`, as a quantization point in comparisons and messages.
 
     Example:
         >>> operand_point("layer.attention_products.mix", "y")
@@ -295,15 +271,7 @@ def operand_point(product: str, operand: str) -> str:
 
 
 def quantizers_at(name: str, row: LayerRow) -> dict[str, InputQuantizer]:
-    """Quantizers of the inputs of a trained layer or product, by quantization point.
-
-    Args:
-        name: its full name.
-        row: its row.
-
-    Returns:
-        Quantization point -> quantizer; empty when the input stays float.
-    """
+    """Quantizers of the inputs of a trained layer or product, by quantization point; empty when the input is float."""
     if row.input is None:
         return {}
     if not isinstance(row.weight, InputQuantizer):
@@ -317,8 +285,5 @@ def quantization_points(rows: Mapping[str, LayerRow]) -> list[str]:
     """Names of all inputs, layers and products that are compared, in the order of execution.
 
     The input of a layer has the layer's name; a product follows its operands.
-
-    Args:
-        rows: layers and products of the trained model by name.
     """
     return list(dict.fromkeys(point for name, row in rows.items() for point in (*quantizers_at(name, row), name)))

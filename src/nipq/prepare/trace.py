@@ -244,13 +244,7 @@ class _AttentionCalls:
     outputs: int = 0
 
     def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], within: Iterable[str]) -> None:
-        """Count one call.
-
-        Args:
-            args: positional arguments of the function.
-            kwargs: named ones.
-            within: names of the modules whose forward runs around it.
-        """
+        """Count one call of the function, inside the forwards of the named modules."""
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
         query, key, value = (given[name] for name in ("query", "key", "value"))
         assert isinstance(query, Tensor)
@@ -266,12 +260,7 @@ class _AttentionCalls:
         self.outputs += math.prod(query.shape[:-1]) * value.shape[-1]
 
     def found(self, name: str, batch: int) -> Attention:
-        """The facts of both products.
-
-        Args:
-            name: full name of the module.
-            batch: samples in the batch.
-        """
+        """The facts of both products for the module of that name, per sample of a batch."""
         inside = ".".join(filter(None, (name, PRODUCTS)))
         common: dict[str, Any] = {"weight_count": 0, "calls": self.calls, "batchnorm": None, "is_input": False}
         counts = ("macs", "activation_count", "other_count", "output_count")

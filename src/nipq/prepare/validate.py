@@ -56,14 +56,6 @@ def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
 def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Config) -> Trace:
     """Trace a model that can be prepared.
 
-    Args:
-        model: a float model.
-        example_inputs: its inputs.
-        config: settings, for the layers that rules exclude.
-
-    Returns:
-        The trace.
-
     Raises:
         NotQuantizableError: with every refusal, each by its module's name.
         ConfigError: if a rule matches no layer.

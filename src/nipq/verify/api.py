@@ -50,17 +50,15 @@ def verify(
     Each artifact is checked at up to four levels:
 
     ==  ==========================================================================================================
-    E0  static: integers, scales, zero points, limits and what stays float are bit-equal; so is the file read back,
-        and its size is the promised one
-    E1  layers: on the same input the same codes, and an output within 1e-5 of its largest value; what the trained
-        outputs become on the way to the next layer has the same codes there, but for 1e-4 of them (one at least, more
-        above 8 bits) that may flip by one level, as float sums run in another order; a product inside attention is a
-        layer with two inputs
-    E2  noise: the mean distance of the logits is at most 3 times the trained model's distance to itself when the batch
-        size or the kernels change, or what flipped codes make, 3 % of the largest logit each: as many as E1 counted and
-        chance adds, three at least, one in twenty samples at most;
-        top-1 disagrees at a rate of at most 0.5 %, or 3 times the trained model's with itself, and what chance adds to
-        the count in 98 % of cases
+    E0  static: integers, scales, zero points, limits and float parts are bit-equal; so is the file read back, and it
+        has the promised size
+    E1  layers: every layer gets the trained model's input. Its codes are the same, and its output is within 1e-5 of its
+        largest value. Of the codes at the next quantizer, 1e-4 (one at least, more above 8 bits) may flip by one level,
+        as float sums run in another order. A product inside attention is a layer with two inputs
+    E2  noise: the mean distance of the logits is at most 3 times the trained model's distance from itself when the batch
+        size or the kernels change, or the effect of flipped codes at 3 % of the largest logit each: as many as E1
+        counted and chance adds, three at least, one in twenty samples at most. Top-1 decisions differ at a rate of at
+        most 0.5 %, or 3 times the trained model's from its own, plus the count that chance adds in 98 % of cases
     E3  exact: equal to the trained model in phase ``"int"``, codes and outputs, without any tolerance
     ==  ==========================================================================================================
 

@@ -55,14 +55,7 @@ NUMBERS = frozenset({".data/serialization_id"})
 
 
 def members(data: bytes, path: Path) -> dict[str, bytes]:
-    """Contents of an archive.
-
-    Args:
-        data: the archive.
-        path: its file, for messages.
-
-    Returns:
-        Contents by name.
+    """Contents of an archive by name; the path is for messages.
 
     Raises:
         FileFormatError: if it is damaged, compressed, or claims to hold more than it is long.
@@ -89,14 +82,7 @@ def members(data: bytes, path: Path) -> dict[str, bytes]:
 
 
 def read(path: Path, promised: int) -> bytes:
-    """Read a file that is not far longer than it should be.
-
-    Args:
-        path: the file.
-        promised: bytes that it should have.
-
-    Returns:
-        Its bytes.
+    """Read a file that is not far longer than the bytes promised.
 
     Raises:
         FileFormatError: if it is missing or too long.
@@ -178,16 +164,12 @@ class ArraysCandidate(Candidate):
         return f"{key}: {int((a != b).sum()):,} of {a.size:,} differ (trained against in the file)"
 
     def compare(self, reference: ReferenceRun) -> None:
-        """Compute each layer and product on a few trained inputs, once.
-
-        Args:
-            reference: the trained model on one piece of data.
-        """
+        """Compute each layer and product on a few trained inputs, once."""
         if self.computed:
             return
         exact = self._exact_outputs(reference)
         for name, facts in self.facts[0].items():
-            # Facts that differ may be made to hang: what is not sound is not run.
+            # Facts that differ may be made to hang: unsound layers are not run.
             same = name in self.facts[1] and facts == self.facts[1][name]
             parts = {part: self.found.get(f"{key}.npy", b"") for part, key in facts["arrays"].items()}
             ours = {part: self.promised[f"{key}.npy"] for part, key in facts["arrays"].items()}
@@ -231,11 +213,7 @@ class ArraysCandidate(Candidate):
         return kept
 
     def checks(self, scores: Mapping[str, float]) -> list[Check]:
-        """E1 and E3.
-
-        Args:
-            scores: unused, as there is no network.
-        """
+        """E1 and E3; there are no scores without a network."""
         del scores
         first = next((f"{name}: the output differs by {far:.3g}" for name, far in self.computed.items() if far), None)
         worst = max(self.computed.values(), default=0.0)
@@ -312,11 +290,7 @@ class ProgramCandidate(Candidate):
         return Check("E0 static", "every number and every node of the program", first is None, numbers, first)
 
     def checks(self, scores: Mapping[str, float]) -> list[Check]:
-        """E2 and E3, if the program is the one that was run.
-
-        Args:
-            scores: score of both models on the task.
-        """
+        """E2 and E3, if the program is the one that was run."""
         if self.differences:
             return []
         return [self.output.check(scores), exact_check({}, self.output.exact)]
@@ -406,7 +380,7 @@ class ProgramModule(nn.Module):
     """A program that is called like the model it was made of, and put into modes, which torch's programs refuse.
 
     Args:
-        program: what ``torch.export.load`` returned.
+        program: a program from ``torch.export.load``.
     """
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
@@ -423,10 +397,6 @@ class ProgramModule(nn.Module):
         return self.program(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
-        """Note the mode; the program was traced in evaluation mode and stays so.
-
-        Args:
-            mode: whether training is asked for.
-        """
+        """Note the mode; the program was traced in evaluation mode and stays so."""
         self.training = mode
         return self

@@ -79,18 +79,10 @@ class UnreadableCandidate(Candidate):
         return Check("E0 static", "the file can be read", False, {}, self.reason)
 
     def compare(self, reference: ReferenceRun) -> None:
-        """Do nothing.
-
-        Args:
-            reference: unused.
-        """
+        """Do nothing."""
 
     def checks(self, scores: Mapping[str, float]) -> list[Check]:
-        """No checks.
-
-        Args:
-            scores: unused.
-        """
+        """No checks."""
         del scores
         return []
 

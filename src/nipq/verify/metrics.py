@@ -121,11 +121,7 @@ def flips_in(layers: Mapping[str, LayerComparison]) -> int:
 
 
 def layer_check(layers: Mapping[str, LayerComparison]) -> Check:
-    """Level E1: each layer on the trained inputs.
-
-    Args:
-        layers: comparisons by layer, in the order of execution.
-    """
+    """Level E1: each layer on the trained inputs; layers in the order of execution."""
     faults = {name: fault for name, layer in layers.items() if (fault := layer.layer_fault())}
     numbers = {
         "codes": sum(layer.codes for layer in layers.values()),
@@ -138,12 +134,7 @@ def layer_check(layers: Mapping[str, LayerComparison]) -> Check:
 
 
 def exact_check(layers: Mapping[str, LayerComparison], difference: float) -> Check:
-    """Level E3: codes and outputs equal to the trained model in phase ``"int"``.
-
-    Args:
-        layers: comparisons by layer, in the order of execution.
-        difference: largest difference of an output of the model.
-    """
+    """Level E3: codes equal to the trained model's in phase ``"int"``, and outputs without a difference."""
     faults = {name: fault for name, layer in layers.items() if (fault := layer.exact_fault())}
     apart = sum(layer.exact_codes for layer in layers.values())
     first = _first(faults) or (None if difference == 0 else "the outputs differ though all codes agree")
@@ -189,22 +180,12 @@ class OutputComparison:
             self._hits.append((int((a == right).sum()), int((b == right).sum()), right.numel()))
 
     def add_kernel_noise(self, trained: Tensor, other: Tensor) -> None:
-        """Add the difference of the trained model to itself on other kernels.
-
-        Args:
-            trained: logits of a batch.
-            other: logits of the same batch on other kernels.
-        """
+        """Add the difference of a batch's logits to those of the same trained model on other kernels."""
         self._own_decisions.append((_decisions(other) != _decisions(trained)).double().flatten())
         self._kernel_noise.append((other - trained).abs().flatten())
 
     def add_batch_noise(self, trained: Tensor, single: Tensor) -> None:
-        """Add the difference of the trained model to itself in batches of one.
-
-        Args:
-            trained: logits of a batch.
-            single: logits of the same samples one by one.
-        """
+        """Add the difference of a batch's logits to those of the same samples one by one."""
         self._own_decisions.append((_decisions(single) != _decisions(trained)).double().flatten())
         self._batch_noise.append((single - trained).abs().flatten())
 
@@ -250,11 +231,7 @@ class OutputComparison:
 
 
 def most_by_chance(expected: float) -> int:
-    """The count that a Poisson count exceeds with a probability of at most ``FALSE_ALARMS``; at least 1.
-
-    Args:
-        expected: the count's mean.
-    """
+    """The count that a Poisson count of this mean exceeds with a probability of ``FALSE_ALARMS``; at least 1."""
     return max(1, math.ceil(float(pdtrik(1 - FALSE_ALARMS, expected))))
 
 

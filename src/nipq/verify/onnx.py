@@ -133,11 +133,7 @@ class OnnxCandidate(Candidate):
         return Check("E0 static", claim, not found, counted, found[0] if found else None)
 
     def compare(self, reference: ReferenceRun) -> None:
-        """Run the file on one piece of data and add the differences found, until it fails to run.
-
-        Args:
-            reference: the trained model on the same data.
-        """
+        """Run the file on one piece of data and add the differences found, until it fails to run."""
         if self.failure is None:
             try:
                 super().compare(reference)
@@ -145,11 +141,7 @@ class OnnxCandidate(Candidate):
                 self.failure, self.module = str(error), None
 
     def logits(self, reference: ReferenceRun) -> Tensor:
-        """Logits, with the layers compared for E1 on the way.
-
-        Args:
-            reference: the trained model on the same data.
-        """
+        """Logits, with the layers compared for E1 on the way."""
         self._compare_layers(reference)
         return super().logits(reference)
 
@@ -191,11 +183,7 @@ class OnnxCandidate(Candidate):
             layer.add_codes(codes[call].cpu(), same, arrived)
 
     def checks(self, scores: Mapping[str, float]) -> list[Check]:
-        """E1 and E2: a file of float operators is not bit-equal to integer sums.
-
-        Args:
-            scores: score of both models on the task.
-        """
+        """E1 and E2: a file of float operators is not bit-equal to integer sums."""
         if self.failure is not None:
             return [Check("E1 layers", "the file runs on the data", False, {}, self.failure)]
         return [layer_check(self.layers), self.output.check(scores, flips_in(self.layers))]
@@ -276,13 +264,7 @@ def _differences(matched: Sequence[MatchedLayer], expected: Mapping[str, Mapping
 
 
 def _expected_facts(layer: Deployed, numbers: PortableLayer, form: str) -> dict[str, Any]:
-    """Facts of a layer that a file of the given form must hold.
-
-    Args:
-        layer: deployed from the trained model.
-        numbers: the same in the form that files hold.
-        form: ``"qcdq"`` or ``"qonnx"``.
-    """
+    """Facts of a layer that a file of the given form, ``"qcdq"`` or ``"qonnx"``, must hold."""
     facts: dict[str, Any] = {
         "weight bits": numbers.weight_bits,
         "weight codes": numbers.weight,

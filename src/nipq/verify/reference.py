@@ -111,12 +111,7 @@ def reference_runs(model: nn.Module, rows: dict[str, LayerRow], loader: Iterable
 
 
 def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:  # noqa: ANN401  (whatever the model returns)
-    """Call a model on inputs moved to its device; a model without tensors is on the CPU.
-
-    Args:
-        model: any model.
-        inputs: its inputs.
-    """
+    """Call a model on inputs moved to its device; a model without tensors is on the CPU."""
     tensor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
     return call_model(model, to_device(inputs, tensor.device))
 
@@ -182,14 +177,7 @@ class _InDouble(TorchFunctionMode):
 
 @contextmanager
 def _recording(rows: Mapping[str, LayerRow]) -> Iterator[Calls]:
-    """Keep inputs and outputs of the layers and products of a trained model while the context lasts.
-
-    Args:
-        rows: layers and products by name.
-
-    Yields:
-        The calls, filled as the model runs.
-    """
+    """Keep inputs and outputs of the layers and products of a trained model while the context lasts."""
     calls = Calls()
     with ExitStack() as stack:
         for name, row in rows.items():
@@ -221,14 +209,7 @@ def _keep_output(kept: list[Tensor]) -> Callable[..., None]:
 
 @contextmanager
 def _recording_integers(rows: Mapping[str, LayerRow]) -> Iterator[dict[str, list[Tensor]]]:
-    """Keep the input quantizers' results, whole codes in phase ``"int"``, while the context lasts.
-
-    Args:
-        rows: layers and products by name.
-
-    Yields:
-        Codes by quantization point, call by call.
-    """
+    """Keep input quantizers' results by quantization point, whole codes in phase ``"int"``, while the context lasts."""
     codes: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         for point, quantizer in _quantizers(rows).items():
@@ -322,14 +303,7 @@ def run_teacher_forced(
 
 @contextmanager
 def recording_codes(deployed: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
-    """Keep the whole codes that go into each deployed layer and product while the context lasts.
-
-    Args:
-        deployed: the deployed model.
-
-    Yields:
-        Codes by quantization point, call by call.
-    """
+    """Keep the whole codes that go into deployed layers and products while the context lasts, by quantization point."""
     codes: dict[str, list[Tensor]] = {}
 
     def keep(reads: Reads) -> Callable[..., None]:

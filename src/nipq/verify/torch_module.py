@@ -1,4 +1,4 @@
-"""Deployed modules as candidates: what ``nipq.convert`` makes and ``nipq.load`` reads, and what runtimes compile.
+"""Deployed modules, from ``nipq.convert`` or ``nipq.load``, and compiled models of runtimes as candidates.
 
 A deployed module is checked at every level, down to the last bit. A compiled model is checked for its kernels (E0) and
 on the task (E2).
@@ -89,11 +89,7 @@ class DeployedCandidate(Candidate):
         return Check("E0 static", claim, not found, numbers, found[0] if found else None)
 
     def logits(self, reference: ReferenceRun) -> Tensor:
-        """Logits, with the layers compared for E1 and E3 on the way.
-
-        Args:
-            reference: the trained model on the same data.
-        """
+        """Logits, with the layers compared for E1 and E3 on the way."""
         run_teacher_forced(self.deployed, reference.calls, self.layers, partial(run_model, inputs=reference.inputs))
         with recording_codes(self.deployed) as codes:
             found = logits_of(run_model(self.deployed, reference.inputs))
@@ -101,11 +97,7 @@ class DeployedCandidate(Candidate):
         return found
 
     def checks(self, scores: Mapping[str, float]) -> list[Check]:
-        """E1, E2 and E3.
-
-        Args:
-            scores: score of both models on the task.
-        """
+        """E1, E2 and E3."""
         return [
             layer_check(self.layers),
             self.output.check(scores, flips_in(self.layers)),
@@ -133,22 +125,12 @@ class CompiledCandidate(Candidate):
         return Check("E0 static", "integer kernels", first is None, numbers, first)
 
     def checks(self, scores: Mapping[str, float]) -> list[Check]:
-        """E2.
-
-        Args:
-            scores: score of both models on the task.
-        """
+        """E2."""
         return [self.output.check(scores)]
 
 
 def module_candidate(artifact: nn.Module, layers: Iterable[str], model: nn.Module, file: Path | None) -> Candidate:
-    """The candidate for a module.
-
-    Args:
-        artifact: a deployed or compiled model.
-        layers: quantization points, layers and products of the trained model.
-        model: the trained model.
-        file: the packed file of the module, if it is to be checked with it.
+    """The candidate for a deployed or compiled model, and for the packed file that is to be checked with it.
 
     Raises:
         ConfigError: if the module holds no deployed layer.
@@ -166,11 +148,6 @@ def module_candidate(artifact: nn.Module, layers: Iterable[str], model: nn.Modul
 def packed_candidate(path: Path, layers: Iterable[str], model: nn.Module) -> Candidate:
     """The candidate for a packed file.
 
-    Args:
-        path: the file.
-        layers: quantization points, layers and products of the trained model.
-        model: the trained model.
-
     Raises:
         FileFormatError: if the file cannot be loaded.
     """
@@ -180,10 +157,6 @@ def packed_candidate(path: Path, layers: Iterable[str], model: nn.Module) -> Can
 
 def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
     """Compare every number of the deployed model with the trained one, bit for bit (E0).
-
-    Args:
-        model: prepared and trained, bits frozen.
-        deployed: made from it.
 
     Yields:
         One sentence per difference, in the order of execution, with the layer's full name.
@@ -212,10 +185,6 @@ def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
 
 def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
     """Compare every number of a model read from its file with the model that was saved, bit for bit (E0).
-
-    Args:
-        deployed: the model that was saved.
-        loaded: the model read from the file.
 
     Yields:
         One sentence per difference, with the layer's full name.
