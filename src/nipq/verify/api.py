@@ -55,8 +55,8 @@ def verify(
     E1  layers: every layer gets the trained model's input. Its codes are the same, and its output is within 1e-5 of its
         largest value. Of the codes at the next quantizer, 1e-4 (one at least, more above 8 bits) may flip by one level,
         as float sums run in another order. A product inside attention is a layer with two inputs
-    E2  noise: the mean distance of the logits is at most 3 times the trained model's distance from itself when the batch
-        size or the kernels change, or the effect of flipped codes at 3 % of the largest logit each: as many as E1
+    E2  noise: the mean distance of the logits is at most 3 times the trained model's distance from itself when batch
+        size or kernels change, or the effect of flipped codes at 3 % of the largest logit each: as many as E1
         counted and chance adds, three at least, one in twenty samples at most. Top-1 decisions differ at a rate of at
         most 0.5 %, or 3 times the trained model's from its own, plus the count that chance adds in 98 % of cases
     E3  exact: equal to the trained model in phase ``"int"``, codes and outputs, without any tolerance

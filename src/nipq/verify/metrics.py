@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.special import pdtrik
 from torch import Tensor
 
 from nipq.errors import ConfigError
@@ -232,7 +231,13 @@ class OutputComparison:
 
 def most_by_chance(expected: float) -> int:
     """The count that a Poisson count of this mean exceeds with a probability of ``FALSE_ALARMS``; at least 1."""
-    return max(1, math.ceil(float(pdtrik(1 - FALSE_ALARMS, expected))))
+    mean = torch.tensor(expected, dtype=torch.float64)
+    low, high = 0, int(expected + 10 * math.sqrt(expected)) + 10
+    while high - low > 1:
+        middle = (low + high) // 2
+        within = torch.special.gammaincc(torch.tensor(middle + 1, dtype=torch.float64), mean)  # P(count <= middle)
+        low, high = (low, middle) if within >= 1 - FALSE_ALARMS else (middle, high)
+    return high
 
 
 def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model returns)
