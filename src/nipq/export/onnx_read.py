@@ -33,6 +33,16 @@ LONGEST = 2**31
 #: The domain of QONNX's operators, and ONNX's own.
 QONNX_DOMAIN = "qonnx.custom_op.general"
 DOMAINS = ("", "ai.onnx", QONNX_DOMAIN)
+#: Operators that only move numbers.
+MOVES = frozenset(
+    {"Pad", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Concat", "Slice", "Cast", "Identity", "Expand"}
+)
+#: Smallest and largest code of the containers, by ONNX's number of the type: (u)int8, (u)int16.
+CONTAINERS = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767)}
+#: Nodes to look at before giving up.
+FAR = 64
+#: Operators that read a layer's weight: sums of products and, of a table, its rows.
+SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 
 
 class OnnxRecord(BaseModel):
@@ -209,16 +219,6 @@ def _check_inside(path: Path, tensor: TensorProto) -> None:
         )
 
 
-#: Operators that only move numbers.
-MOVES = frozenset(
-    {"Pad", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Concat", "Slice", "Cast", "Identity", "Expand"}
-)
-#: Smallest and largest code of the containers, by ONNX's number of the type: (u)int8, (u)int16.
-CONTAINERS = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767)}
-#: Nodes to look at before giving up.
-FAR = 64
-
-
 @dataclass(frozen=True)
 class Quantizer:
     """The nodes that put a tensor on levels, and their numbers.
@@ -341,10 +341,6 @@ def _limits(
             code = float(torch.round(bound / scale).nan_to_num(posinf=2**31, neginf=-(2**31)).flatten()[0])
             exact = torch.equal((torch.tensor(code) * scale).flatten(), bound.flatten())
             yield zero_point + (int(code) if exact else float(bound.double() / scale.double()))
-
-
-#: Operators that read a layer's weight: sums of products and, of a table, its rows.
-SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ from nipq.nn.layers import (
 )
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 
+#: Bit-widths of a layer: one number for weight and input, or each by its name.
+LayerBits = int | Mapping[str, int]
+#: Names of a product's operands in deployed models.
+OPERANDS = ("x", "y")
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -109,10 +114,6 @@ def quantizers(model: nn.Module) -> list[TensorQuantizer]:
         if row.input is not None:
             found[row.input] = None
     return list(found)
-
-
-#: Bit-widths of a layer: one number for weight and input, or each by its name.
-LayerBits = int | Mapping[str, int]
 
 
 def set_phase_(model: nn.Module, phase: Phase | str) -> None:
@@ -254,10 +255,6 @@ def _by_name(row: LayerRow, bits: int) -> dict[str, int]:
     """Bit-widths that a bare number sets, by name."""
     weights = {} if row.spec.is_table else {"weights": bits}
     return weights if row.input is None or row.spec.is_input else weights | {"activations": bits}
-
-
-#: Names of a product's operands in deployed models.
-OPERANDS = ("x", "y")
 
 
 def operand_point(product: str, operand: str) -> str:
