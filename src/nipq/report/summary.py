@@ -160,7 +160,7 @@ def summary(model: nn.Module) -> Summary:
 
     Example:
         >>> import torch
-        >>> from nipq.prepare import prepare_
+        >>> from nipq.prepare.prepare import prepare_
         >>> found = summary(prepare_(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4)))
         >>> found.weight_bits, found.bops
         (5.0, 320)
