@@ -157,7 +157,7 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
 
 
 def _reason(layer: Deployed) -> str | None:
-    """Why a layer stays as it is; None if it need not."""
+    """The reason for which a layer stays as it is, or None."""
     if not isinstance(layer, DeployedLayer):
         return "its input stays float"
     if max(layer.weight_bits, layer.input_bits) > 8:

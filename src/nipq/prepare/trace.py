@@ -54,6 +54,8 @@ _OPERATIONS = {
 }
 #: Operation -> why it stays float.
 REASONS = {name: reason for reason, names in _OPERATIONS.items() for name in names.split()}
+#: Names of both operands, by the kind of product.
+PRODUCT_OPERANDS = {"QueryKey": ("query", "key"), "ProbabilityValue": ("probability", "value")}
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,6 @@ class UnquantizedOp:
     operation: str
     reason: str
     count: int = 1
-
-
-def operation_of(func: Callable[..., Any]) -> str:
-    """Plain name of a torch function: ``add`` for ``Tensor.__iadd__`` and ``Tensor.add_`` alike."""
-    name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1].strip("_")
-    return _ALIASES.get(name, name)
-
-
-#: Names of both operands, by the kind of product.
-PRODUCT_OPERANDS = {"QueryKey": ("query", "key"), "ProbabilityValue": ("probability", "value")}
 
 
 @dataclass(frozen=True)
@@ -210,6 +202,12 @@ def _spec(
     )
 
 
+def _operation_of(func: Callable[..., Any]) -> str:
+    """Plain name of a torch function: ``add`` for ``Tensor.__iadd__`` and ``Tensor.add_`` alike."""
+    name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1].strip("_")
+    return _ALIASES.get(name, name)
+
+
 @dataclass
 class _LayerCalls:
     """Running sums over the calls of one layer."""
@@ -316,7 +314,7 @@ class _Watcher(TorchFunctionMode):
         self.keep.append((operands, results))
         for tensor in operands:
             self.readers.setdefault(id(tensor), set()).add(where)
-        operation = operation_of(func)
+        operation = _operation_of(func)
         # Ops inside a layer are part of it, except attention, which its quantizers would not see.
         if inner is not None and is_supported(inner) and operation != FUNCTION:
             return self._made(results, None, result)

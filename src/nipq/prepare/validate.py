@@ -25,9 +25,15 @@ _REMEDY = (
 )
 #: Products of two activations.
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-# Wrappers that change how parameters are found; by name, so that none has to be imported.
-_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
-_WRAPPERS |= {"ScriptModule"}
+#: Wrappers that change how parameters are found; by name, so that none has to be imported.
+_WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "OptimizedModule",
+    "ScriptModule",
+}
 
 
 def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Finding]:

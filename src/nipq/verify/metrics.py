@@ -93,7 +93,7 @@ class LayerComparison:
         self.largest = _larger(self.largest, expected.abs())
 
     def layer_fault(self) -> str | None:
-        """Why E1 fails here, or None."""
+        """The reason for which E1 fails here, or None."""
         if self.calls_differ:
             return _CALLS_DIFFER
         most = math.ceil(self.allowed * self.codes)
@@ -108,7 +108,7 @@ class LayerComparison:
         return None
 
     def exact_fault(self) -> str | None:
-        """Why E3 fails here, or None."""
+        """The reason for which E3 fails here, or None."""
         if self.calls_differ:
             return _CALLS_DIFFER
         return f"{self.exact_codes:,} codes differ from phase int" if self.exact_codes else None
