@@ -17,11 +17,10 @@ from nipq.config import Config, Rule
 from nipq.errors import OrderError
 from nipq.export.api import export
 from nipq.export.convert import convert
-from nipq.export.onnx_write import KEY
+from nipq.export.onnx_write import KEY, promised_bytes
 from nipq.prepare.layer_table import quantizers, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
-from nipq.report.inspect import promised_bytes
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")

@@ -1,7 +1,4 @@
-"""``nipq.inspect``: a float model's layers, what stays float and why, and the budgets within reach, before preparation.
-
-The sizes of ONNX files are promised before training, too: :func:`promised_bytes`.
-"""
+"""``nipq.inspect``: a float model's layers, what stays float and why, and the budgets within reach, before preparation."""
 
 from __future__ import annotations
 
@@ -10,25 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import nn
 
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import AverageBits, BitOps, ModelSize, exact_range, stored_rows
 from nipq.config import BitRange, Config
-from nipq.errors import Finding, OrderError
-from nipq.export.convert import deploy_copy
-from nipq.export.modules import deployed_layers
-from nipq.export.onnx_write import onnx_bytes, qonnx_bytes
+from nipq.errors import Finding
+from nipq.export.onnx_write import promised_bytes
 from nipq.nn.layers import LayerSpec
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.batches import ExampleInputs
-from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
+from nipq.prepare.layer_table import LayerRow, layer_table
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
@@ -319,64 +313,3 @@ def _choices(choices: tuple[int, ...]) -> str:
         return "float"
     whole = BitRange(allowed=choices)
     return f"{whole.min}..{whole.max}" if whole.allowed is None and len(choices) > 1 else ",".join(map(str, choices))
-
-
-@torch.no_grad()
-def promised_bytes(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    *,
-    pack: bool = False,
-    format: Literal["onnx", "qonnx"] = "onnx",
-) -> int:
-    """Bytes of the ONNX file that ``nipq.export`` will write of this model at its present bit-widths.
-
-    They follow from the graph, the bit-widths and the kinds of grid, and not from a number that training moves, so the
-    promise of an untrained model holds for the trained one. To try bit-widths: ``nipq.set_bits_`` on a copy. The one
-    exception: float tensors outside of the quantized layers that turn out equal, number by number, are stored once, and
-    the file is smaller by the other.
-
-    Args:
-        model: a prepared and calibrated model (bits still learned count as evaluation rounds them), or a deployed one.
-        example_inputs: as for ``nipq.export``.
-        pack: as for ``nipq.export``.
-        format: ``"onnx"`` or ``"qonnx"``.
-
-    Returns:
-        Bytes on disk.
-
-    Raises:
-        OrderError: if the model is neither prepared nor deployed, or not calibrated.
-        ConfigError: if the model cannot be traced.
-        MissingDependencyError: if the packages that write ONNX are not installed.
-    """
-    deployed = copy.deepcopy(model) if deployed_layers(model) else _deployed(model)
-    _unlike(deployed)
-    if format == "qonnx":
-        return len(qonnx_bytes(deployed, example_inputs)[0])
-    return len(onnx_bytes(deployed, example_inputs, pack=pack)[0])
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    for quantizer in quantizers(model):
-        if not quantizer.calibrated:
-            raise OrderError(
-                f"{quantizer.name}: expected a calibrated clipping range, found none. "
-                "Call nipq.calibrate_(model, loader): it chooses the grids, on which the size of an ONNX file depends."
-            )
-    return deploy_copy(model)
-
-
-def _unlike(model: nn.Module) -> None:
-    """Make float parameters and running statistics unequal, as training leaves them and fresh ones are not."""
-    layers = set(deployed_layers(model).values())
-    draws = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if module in layers:
-            continue
-        found: list[Tensor | None] = list(module._parameters.values())
-        if isinstance(module, _NormBase):
-            found += [module.running_mean, module.running_var]
-        for tensor in found:
-            if tensor is not None and tensor.is_floating_point():
-                tensor.copy_(torch.rand(tensor.shape, generator=draws) + 0.5)
