@@ -1,4 +1,4 @@
-"""``nipq.inspect``: a float model's layers, what stays float and why, and the budgets within reach, before preparation."""
+"""``nipq.inspect``: layers of a float model, parts that stay float, and budgets within reach, before preparation."""
 
 from __future__ import annotations
 
