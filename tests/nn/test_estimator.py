@@ -13,7 +13,7 @@ from nipq.errors import ConfigError, OrderError
 from nipq.export.convert import convert
 from nipq.functional.baselines import sawb_boundary
 from nipq.nn.layers import OffsetInputQuantizer
-from nipq.prepare.layer_table import layer_table, quantizers, set_phase_, temper_
+from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups
@@ -156,11 +156,11 @@ def test_an_offset_starts_at_the_lowest_value_and_travels_in_the_state(x: Tensor
 
 def test_a_share_of_one_is_the_true_quantizer(x: Tensor) -> None:
     model = prepared(x, "nipq").train()
-    temper_(model, 1.0)
+    set_noise_mix_(model, 1.0)
     tempered = model(x)
     set_phase_(model, "round")
     assert torch.allclose(tempered, model(x), atol=1e-5)
-    temper_(model, 0.0)
+    set_noise_mix_(model, 0.0)
     set_phase_(model, "noise")
     assert not torch.allclose(model(x), model(x))
     assert not any("error_share" in name for name in model.state_dict())
@@ -169,4 +169,4 @@ def test_a_share_of_one_is_the_true_quantizer(x: Tensor) -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float, x: Tensor) -> None:
     with pytest.raises(ConfigError, match="expected a share from 0 to 1"):
-        temper_(prepared(x, "nipq"), share)
+        set_noise_mix_(prepared(x, "nipq"), share)

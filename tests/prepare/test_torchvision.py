@@ -114,7 +114,7 @@ def assert_close_layer_by_layer(
 
 
 def listed(name: str) -> set[tuple[str, str]]:
-    return {(piece.name, piece.operation) for piece in trace(build(name), images(1)).float_pieces}
+    return {(piece.name, piece.operation) for piece in trace(build(name), images(1)).unquantized_ops}
 
 
 def test_residual_adds_and_pools_are_named() -> None:

@@ -16,9 +16,8 @@ from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
 from nipq.functional.packing import FEWEST_BITS
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.batches import call_model, inputs_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
-from nipq.prepare.trace import call_model
 
 Boundaries = Literal["kept", "refit"]
 

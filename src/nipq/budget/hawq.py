@@ -34,9 +34,8 @@ from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
 from nipq.functional.uniform import quantize
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import to_device
+from nipq.prepare.batches import ExampleInputs, call_model, to_device
 from nipq.prepare.layer_table import layer_table
-from nipq.prepare.trace import ExampleInputs, call_model
 
 
 @dataclass(frozen=True)

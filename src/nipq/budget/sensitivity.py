@@ -43,9 +43,8 @@ from nipq.functional.bitwidth import raw_from_bits
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.batches import call_model, inputs_of, to_device
 from nipq.prepare.layer_table import layer_table, quantizers
-from nipq.prepare.trace import call_model
 
 #: Distance from the ends of the range at which a start is kept, in bits: nearer, the sigmoid hardly moves.
 MARGIN = 0.25

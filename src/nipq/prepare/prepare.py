@@ -1,4 +1,4 @@
-"""Attach quantizers to a model that somebody else wrote, and take them off again."""
+"""Attach quantizers to the layers of a model in place (``prepare_``), and take them off again (``restore_``)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from nipq.nn.layers import (
     weight_quantizer,
 )
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
-from nipq.prepare.trace import PRODUCT_OPERANDS, ExampleInputs
+from nipq.prepare.trace import PRODUCT_OPERANDS
 from nipq.prepare.validate import checked_trace
 
 #: Grids before calibration, which replaces all but the ones that a rule asks for.
@@ -37,13 +38,14 @@ _FIRST_GRIDS: dict[GridChoice, Grid] = {
     "shifted": Grid("shifted", SHIFTS["hardswish"]),
 }
 
-#: From so many fixed bits on, the boundary of the model's own input stays as calibration set it.
+#: From so many fixed bits on, the clipping range of the model's own input stays as calibration set it.
 FIXED_BOUNDARY_BITS = 8
 
 
 def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> nn.Module:
-    """Give every convolution and linear layer bit-widths and boundaries to learn, every embedding those of its table.
+    """Attach fake quantizers with learned bit-widths and clipping ranges to a model's layers, for QAT.
 
+    Every convolution and linear layer gets one for its weight and one for its input, every embedding one for its table.
     The model is changed in place and keeps its classes and its forward; float checkpoints still load strictly. Every
     parameter exists when this returns, so build the optimizer afterwards, from ``nipq.param_groups``. If anything is
     refused, the model is left as it was.
@@ -54,7 +56,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
         config: settings; the default learns 2 to 8 bits everywhere and keeps the model's input at 8 bits.
 
     Returns:
-        The same model, in phase ``"noise"``; boundaries of inputs still need ``calibrate_``.
+        The same model, in phase ``"noise"``; clipping ranges of inputs still need ``calibrate_``.
 
     Raises:
         OrderError: if the model is prepared already.

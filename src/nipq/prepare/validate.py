@@ -1,7 +1,4 @@
-"""Attention that is to be quantized and cannot be, by the module's name, with what to choose instead.
-
-What ``prepare_`` would refuse, leave float, or do in a way worth knowing, said beforehand and by name.
-"""
+"""Check a float model before it is prepared: refusals, parts that stay float, and notes, each by the module's name."""
 
 from __future__ import annotations
 
@@ -17,65 +14,30 @@ from nipq.errors import Finding, NotQuantizableError
 from nipq.nn.attention import FUNCTION
 from nipq.nn.kinds import is_plain, is_supported, is_table, output_channel_axis
 from nipq.nn.layers import is_prepared
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups, target_notes
-from nipq.prepare.trace import ExampleInputs, Trace, trace
+from nipq.prepare.trace import Trace, trace
 
+#: Remedy where attention has a form that cannot be quantized.
 _REMEDY = (
     'Choose an implementation that calls it (transformers: attn_implementation="sdpa"; timm: '
     "timm.layers.set_fused_attn before the model is built), or leave attention_bits out."
 )
+#: Products of two activations.
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-
-
-def attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Finding]:
-    """Refusals where ``attention_bits`` asks for what no product of this library stands for.
-
-    Attention is known by what it does: a call of torch's function, of its fused form with projections, or a softmax
-    between two products of activations.
-
-    Args:
-        model: the float model.
-        traced: one forward of it.
-        planned: names of the modules whose attention is to be quantized.
-    """
-    pieces: dict[str, dict[str, int]] = {}
-    for piece in traced.float_pieces:
-        pieces.setdefault(piece.name, {})[piece.operation] = piece.count
-    found = bool(traced.attention)
-    softmaxes = [name for name, counts in pieces.items() if "softmax" in counts]
-    for name, counts in pieces.items():
-        fused = "multi_head_attention_forward" in counts
-        between = any(other == name or other.startswith(f"{name}.") for other in softmaxes)  # it may be a module
-        if fused or (between and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
-            found, how = (
-                True,
-                "torch's fused projections and attention" if fused else "products and a softmax of its own",
-            )
-            yield Finding(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
-    for attention in traced.attention:
-        if "forward" in vars(model.get_submodule(attention.name)):
-            remedy = "Take off what wraps it before preparing."
-            yield Finding(attention.name, "error", "the forward of this very module was replaced", remedy)
-        if attention.name in planned and is_supported(model.get_submodule(attention.name)):
-            remedy = f"Call {FUNCTION} from a module around it, or leave attention_bits out."
-            yield Finding(attention.name, "error", "a layer with a weight computes attention by itself", remedy)
-        for outer in sorted(attention.within & planned if attention.name not in planned else ()):
-            where = outer or f"the model ({type(model).__name__})"
-            remedy = (
-                "Let the rules quantize both or neither: the products of the outer one would stand in its place too."
-            )
-            yield Finding(attention.name, "error", f"it stays float and runs inside the attention of {where}", remedy)
-    if not found:
-        yield Finding("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)
-
-
-# Wrappers that change how parameters are found; by name, so that none has to be imported.
-_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
-_WRAPPERS |= {"ScriptModule"}
+#: Wrappers that change how parameters are found; by name, so that none has to be imported.
+_WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "OptimizedModule",
+    "ScriptModule",
+}
 
 
 def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Finding]:
-    """Everything that ``prepare_`` would refuse, leave float, or do in a way worth knowing; changes nothing.
+    """List everything that ``prepare_`` would refuse, leave float, or do in a way worth knowing; changes nothing.
 
     Args:
         model: a float model.
@@ -99,14 +61,6 @@ def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
 
 def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Config) -> Trace:
     """Trace a model that can be prepared.
-
-    Args:
-        model: a float model.
-        example_inputs: what it is called with.
-        config: settings, for the layers that rules exclude.
-
-    Returns:
-        The trace.
 
     Raises:
         NotQuantizableError: with every refusal, each by its module's name.
@@ -159,14 +113,14 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
         elif plans[spec.name][1].activation_bits is None and not spec.is_table:
             yield Finding(f"{spec.name}.input", "float", "the settings leave this input float")
     replaced = {attention.name for attention in traced.attention if attention.scores.name in plans}
-    for piece in traced.float_pieces:
-        if piece.operation == FUNCTION and piece.name in replaced:
-            yield Finding(piece.name, "float", "softmax: it stays float between the two products of attention")
+    for op in traced.unquantized_ops:
+        if op.operation == FUNCTION and op.name in replaced:
+            yield Finding(op.name, "float", "softmax: it stays float between the two products of attention")
             continue
-        times = f" ({piece.count} times)" if piece.count > 1 else ""
-        yield Finding(piece.name, "float", f"{piece.operation}{times}: {piece.reason}")
+        times = f" ({op.count} times)" if op.count > 1 else ""
+        yield Finding(op.name, "float", f"{op.operation}{times}: {op.reason}")
     if config.attention_bits is not None:
-        yield from attention_findings(model, traced, replaced)
+        yield from _attention_findings(model, traced, replaced)
     for spec, _ in plans.values():
         if spec.calls > 1 and not spec.is_product:
             once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
@@ -197,7 +151,7 @@ def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Fi
         yield Finding(
             name,
             "error",
-            "boundaries per channel of a grouped transposed convolution do not lie along one axis",
+            "clipping ranges per channel of a grouped transposed convolution do not lie along one axis",
             f"Use Rule({name!r}, granularity='tensor').",
         )
     if is_table(layer):
@@ -231,3 +185,45 @@ def _tied(model: nn.Module, planned: set[str]) -> Iterator[Finding]:
             yield Finding(
                 quantized[0], "note", f"it shares its weight with {', '.join(others)}, which reads it as float"
             )
+
+
+def _attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Finding]:
+    """Refusals of attention that ``attention_bits`` asks for and that has a form which cannot be quantized.
+
+    Attention is known by what it does: a call of torch's function, of its fused form with projections, or a softmax
+    between two products of activations.
+
+    Args:
+        model: the float model.
+        traced: one forward of it.
+        planned: names of the modules whose attention is to be quantized.
+    """
+    ops: dict[str, dict[str, int]] = {}
+    for op in traced.unquantized_ops:
+        ops.setdefault(op.name, {})[op.operation] = op.count
+    found = bool(traced.attention)
+    softmaxes = [name for name, counts in ops.items() if "softmax" in counts]
+    for name, counts in ops.items():
+        fused = "multi_head_attention_forward" in counts
+        between = any(other == name or other.startswith(f"{name}.") for other in softmaxes)  # it may be a module
+        if fused or (between and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
+            found, how = (
+                True,
+                "torch's fused projections and attention" if fused else "products and a softmax of its own",
+            )
+            yield Finding(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
+    for attention in traced.attention:
+        if "forward" in vars(model.get_submodule(attention.name)):
+            remedy = "Remove its wrapper before preparing."
+            yield Finding(attention.name, "error", "the forward of this very module was replaced", remedy)
+        if attention.name in planned and is_supported(model.get_submodule(attention.name)):
+            remedy = f"Call {FUNCTION} from a module around it, or leave attention_bits out."
+            yield Finding(attention.name, "error", "a layer with a weight computes attention by itself", remedy)
+        for outer in sorted(attention.within & planned if attention.name not in planned else ()):
+            where = outer or f"the model ({type(model).__name__})"
+            remedy = (
+                "Let the rules quantize both or neither: the products of the outer one would stand in its place too."
+            )
+            yield Finding(attention.name, "error", f"it stays float and runs inside the attention of {where}", remedy)
+    if not found:
+        yield Finding("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)

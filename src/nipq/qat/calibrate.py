@@ -27,9 +27,8 @@ from nipq.functional.clipping import SAMPLE_SIZE, even_stride
 from nipq.nn.init import start_input_boundary_, start_weight_boundary_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import in_step, inputs_of, to_device
+from nipq.prepare.batches import call_model, in_step, inputs_of, to_device
 from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
-from nipq.prepare.trace import call_model
 
 
 @torch.no_grad()
