@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from nipq.config import BitRange, Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
-from nipq.nn.estimator import Estimator
+from nipq.nn.estimators import NoiseProxy
 from nipq.prepare.layer_table import layer_table, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
@@ -220,7 +220,7 @@ def test_rules_reach_the_quantizers(small_net: Build, x: Tensor) -> None:
 def test_settings_of_the_proxy_reach_every_quantizer(small_net: Build, x: Tensor) -> None:
     settings = {"noise": "empirical", "stochastic_bits": False, "clip_after_noise": True, "boundary_correction": True}
     for quantizer in quantizers(prepare_(small_net(), x, Config(**settings, init="max"))):
-        assert quantizer.estimator == Estimator(**settings)
+        assert quantizer.estimator == NoiseProxy(**settings)
         assert quantizer.init == "max"
 
 

@@ -91,6 +91,24 @@ def raw_from_alpha(alpha: Tensor) -> Tensor:
     return alpha + torch.log(-torch.expm1(-alpha))
 
 
+def spread_along(per_channel: Tensor, axis: int, ndim: int) -> Tensor:
+    """Numbers of channels in a shape that broadcasts with a tensor.
+
+    Args:
+        per_channel: shape (1,) or (C,).
+        axis: axis of the tensor along which the channels run.
+        ndim: number of axes of the tensor.
+
+    Returns:
+        Shape (1,), or one with C along the axis and 1 elsewhere.
+    """
+    if per_channel.numel() == 1:
+        return per_channel
+    shape = [1] * ndim
+    shape[axis] = -1
+    return per_channel.reshape(shape)
+
+
 @torch.no_grad()
 def max_boundary(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
     """Smallest boundary that truncates nothing.

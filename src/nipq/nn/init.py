@@ -31,8 +31,7 @@ def start_weight_boundary_(quantizer: WeightQuantizer, weight: Tensor) -> None:
     if quantizer.init == "release":
         _set_raw_(quantizer, float(weight.max()))
         return
-    axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
-    quantizer.set_alpha_(_boundary(quantizer, weight, SIGNED, axis))
+    quantizer.set_alpha_(_boundary(quantizer, weight, SIGNED, quantizer.range_axis))
 
 
 def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:

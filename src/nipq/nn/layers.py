@@ -54,12 +54,6 @@ class OffsetInputQuantizer(InputQuantizer):
         with torch.no_grad():
             self.offset.fill_(-grid.shift)
 
-    def _round(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        return super()._round(x, self.offset if offset is None else offset)
-
-    def _learn(self, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
-        return super()._learn(x, key, self.offset if offset is None else offset)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:

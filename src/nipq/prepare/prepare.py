@@ -10,7 +10,7 @@ from nipq.config import BitRange, Config, GridChoice, Phase
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
-from nipq.nn.estimator import Estimator
+from nipq.nn.estimators import Estimator, estimator_of
 from nipq.nn.init import SHIFTS, start_weight_boundary_
 from nipq.nn.kinds import close_shortcuts_, output_channel_axis
 from nipq.nn.layers import (
@@ -133,7 +133,7 @@ def _share_bits(model: nn.Module, groups: list[tuple[str, ...]]) -> None:
 
 
 def _estimator(config: Config) -> Estimator:
-    return Estimator(**{field.name: getattr(config, field.name) for field in fields(Estimator)})
+    return estimator_of(config.method, **{field.name: getattr(config, field.name) for field in fields(Estimator)})
 
 
 def _weight_quantizers(
@@ -200,5 +200,5 @@ def _operand(name: str, bits: BitRange, grid: GridChoice, config: Config, *, lea
     kind = OffsetInputQuantizer if estimator.learns_offset else InputQuantizer
     return kind(
         name, bits, grid=_FIRST_GRIDS[grid], grid_choice=grid, estimator=estimator, init=config.init,
-        learns_boundary=learns,
+        learns_range=learns,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from nipq.config import Config, Method
 from nipq.errors import ConfigError, OrderError
 from nipq.export.convert import convert
 from nipq.functional.baselines import sawb_boundary
+from nipq.nn.estimators import ESTIMATORS
 from nipq.nn.layers import OffsetInputQuantizer
 from nipq.prepare.layer_table import layer_table, quantizers, set_phase_, temper_
 from nipq.prepare.prepare import prepare_
@@ -20,6 +21,11 @@ from nipq.qat.optim import param_groups
 
 METHODS = get_args(Method)
 NOISY = ("nipq", "diffq")
+
+
+def test_every_method_of_the_config_has_an_estimator() -> None:
+    assert set(ESTIMATORS) == set(METHODS)
+    assert all(estimator.method == method for method, estimator in ESTIMATORS.items())
 
 
 @pytest.fixture
