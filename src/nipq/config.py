@@ -256,7 +256,7 @@ class Config(Settings):
         weight_bits: bit-widths of weights.
         activation_bits: bit-widths of layer inputs.
         input_bits: fixed bit-width of the model's own input (an image has 8); ``None`` leaves it float.
-        learn_input_boundary: whether gradients move the boundary of the model's own input after calibration; ``None``
+        learn_input_range: whether gradients move the boundary of the model's own input after calibration; ``None``
             where its bit-width is learned or below 8. For it the first layer has to compute the gradient of the data,
             in a ResNet-18 a tenth of a training step, and 8 bits leave a boundary little to gain.
         embedding_bits: bit-widths of embedding tables, whose weight alone is quantized; ``None`` leaves them float. A
@@ -298,7 +298,7 @@ class Config(Settings):
     weight_bits: BitRange = BitRange()
     activation_bits: BitRange = BitRange()
     input_bits: Bits | None = 8
-    learn_input_boundary: bool | None = None
+    learn_input_range: bool | None = None
     embedding_bits: BitRange | None = BitRange(fixed=8)
     attention_bits: BitRange | None = None
     shared_bits: tuple[str, ...] = ()

@@ -81,7 +81,7 @@ def test_phase_float_is_the_float_model_bit_for_bit(small_net: Build, x: Tensor)
 
 @pytest.mark.parametrize("noise", ["uniform", "empirical"])
 def test_every_quantizer_parameter_gets_a_gradient_in_one_noise_step(small_net: Build, x: Tensor, noise: str) -> None:
-    prepared = calibrate_(prepare_(small_net(), x, Config(noise=noise, learn_input_boundary=True)), [x]).train()
+    prepared = calibrate_(prepare_(small_net(), x, Config(noise=noise, learn_input_range=True)), [x]).train()
     functional.cross_entropy(prepared(x), torch.arange(4)).backward()
     learned = [(q.name, name, p) for q in quantizers(prepared) for name, p in q.named_parameters()]
     assert len(learned) == 2 * (2 * len(LAYERS)) - 1  # the model's input has no learned bit-width
@@ -95,9 +95,9 @@ def test_every_quantizer_parameter_gets_a_gradient_in_one_noise_step(small_net: 
     ("settings", "learned"),
     [
         ({}, False),
-        ({"learn_input_boundary": True}, True),
+        ({"learn_input_range": True}, True),
         ({"input_bits": 4}, True),
-        ({"input_bits": 4, "learn_input_boundary": False}, False),
+        ({"input_bits": 4, "learn_input_range": False}, False),
         ({"rules": [Rule("stem", activation_bits=(4, 10))]}, True),
         ({"input_bits": 16}, False),
     ],

@@ -180,7 +180,7 @@ def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config:
     bits, learns = plan.activation_bits, True
     if spec.is_input:
         few = bits.fixed is None or bits.fixed < FIXED_BOUNDARY_BITS
-        learns = few if config.learn_input_boundary is None else config.learn_input_boundary
+        learns = few if config.learn_input_range is None else config.learn_input_range
     return _operand(f"{spec.name}.input", bits, plan.grid, config, learns=learns).to(layer.weight.device)
 
 
