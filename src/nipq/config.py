@@ -276,7 +276,7 @@ class Config(Settings):
             paper: ``"gaussian"`` (DiffQ's default) and ``"stochastic"`` (randomised rounding).
         stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
         clip_after_noise: keep noisy values inside the range (not in the paper).
-        boundary_correction: add the T4b term, which makes the boundary's gradient that of the actual quantization
+        range_correction: add the T4b term, which makes the boundary's gradient that of the actual quantization
             error (not in the paper).
         init: first boundary: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"lsq"`` LSQ's start,
             ``"release"`` the constants of the published code.
@@ -307,7 +307,7 @@ class Config(Settings):
     noise: NoiseKind = "uniform"
     stochastic_bits: bool = True
     clip_after_noise: bool = False
-    boundary_correction: bool = False
+    range_correction: bool = False
     init: Init = "mse"
     quantize_inputs: bool = True
     target: Target | None = None

@@ -142,7 +142,7 @@ def test_t4b_the_gap_between_lsq_and_the_true_derivative(grid: Grid, alpha: floa
     """Reference: the identity holds to 4 decimals, and the signs agree in every cell."""
     true = slope_of_true_error(NORMAL, alpha, bits, grid)
     estimate = lsq(NORMAL, alpha, bits, grid).alpha.item()
-    gap = theory.boundary_correction(NORMAL, alpha, bits, grid).item()
+    gap = theory.range_correction(NORMAL, alpha, bits, grid).item()
     assert true - estimate == pytest.approx(gap, abs=5e-5)
     assert true * estimate > 0
     if grid == SIGNED and bits > 2:

@@ -218,7 +218,7 @@ def test_rules_reach_the_quantizers(small_net: Build, x: Tensor) -> None:
 
 
 def test_settings_of_the_proxy_reach_every_quantizer(small_net: Build, x: Tensor) -> None:
-    settings = {"noise": "empirical", "stochastic_bits": False, "clip_after_noise": True, "boundary_correction": True}
+    settings = {"noise": "empirical", "stochastic_bits": False, "clip_after_noise": True, "range_correction": True}
     for quantizer in quantizers(prepare_(small_net(), x, Config(**settings, init="max"))):
         assert quantizer.estimator == NoiseProxy(**settings)
         assert quantizer.init == "max"

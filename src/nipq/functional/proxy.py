@@ -48,7 +48,7 @@ def noise_proxy(
     grid: Grid,
     *,
     clip_after_noise: bool = False,
-    correct_boundary: bool = False,
+    correct_range: bool = False,
 ) -> Tensor:
     r"""The proxy of the quantizer: noise of one step inside the range, the nearer end of the range outside.
 
@@ -86,7 +86,7 @@ def noise_proxy(
         noise: units of the step, in [-1/2, 1/2], shape of x; gets no gradient.
         grid: which levels.
         clip_after_noise: keep the result inside the range. It biases the mean near the ends.
-        correct_boundary: add the boundary correction to the gradient of alpha; the value stays the same.
+        correct_range: add the boundary correction to the gradient of alpha; the value stays the same.
 
     Returns:
         The proxy, shape and type of x.
@@ -105,7 +105,7 @@ def noise_proxy(
     out: Tensor = _NoiseInside.apply(x, step, lower, upper, noise)
     if clip_after_noise:  # truncate once more: what noise carried over an end now belongs to that end
         out = _NoiseInside.apply(out, step, lower, upper, torch.zeros_like(noise))
-    if correct_boundary:
+    if correct_range:
         out = out + _correction(x, alpha, bits, noise, grid) * (alpha - alpha.detach())
     return out.to(x.dtype)
 

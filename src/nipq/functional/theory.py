@@ -145,7 +145,7 @@ __all__ = [
     "UNIFORM_VARIANCE",
     "Gradient",
     "Tails",
-    "boundary_correction",
+    "range_correction",
     "error_power",
     "laplace_tails",
     "least_error_boundary",
@@ -308,7 +308,7 @@ def true_error(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gri
     return ((error * step) ** 2).mean()
 
 
-def boundary_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tensor:
+def range_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tensor:
     """What LSQ's gradient lacks to be the derivative of the true error in alpha.
 
     2 E[(Q(x) - x) x; in range] / alpha. A level moves with alpha as Q / alpha, where straight-through gradients have
@@ -327,7 +327,7 @@ def boundary_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, 
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> boundary_correction(torch.tensor([1.25, 9.0]), 3.0, 3, SIGNED)
+        >>> range_correction(torch.tensor([1.25, 9.0]), 3.0, 3, SIGNED)
         tensor(-0.1042, dtype=torch.float64)
     """
     inside, error, step, wide = _errors(x, alpha, bits, grid)

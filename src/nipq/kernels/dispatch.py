@@ -267,7 +267,7 @@ def plain_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings)
         noise = tempered(noise, true_error(seen, *fixed), tensors.error_share)
     out = proxy.noise_proxy(
         wide, alpha, bits, noise, settings.grid,
-        clip_after_noise=settings.clip_after_noise, correct_boundary=settings.range_correction,
+        clip_after_noise=settings.clip_after_noise, correct_range=settings.range_correction,
     )  # fmt: skip
     return out.to(x.dtype)
 

@@ -44,7 +44,7 @@ class Estimator:
         noise: distribution of the pseudo-quantization noise of ``nipq`` and ``diffq``.
         stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
         clip_after_noise: keep the noise proxy inside the range (not in the paper).
-        boundary_correction: add the T4b term to the gradient of the clipping range (not in the paper).
+        range_correction: add the T4b term to the gradient of the clipping range (not in the paper).
     """
 
     #: Name of the method in ``nipq.Config``.
@@ -55,7 +55,7 @@ class Estimator:
     noise: NoiseKind = "uniform"
     stochastic_bits: bool = True
     clip_after_noise: bool = False
-    boundary_correction: bool = False
+    range_correction: bool = False
 
     def learns_range(self, role: Role) -> bool:  # noqa: ARG002 -- for subclasses
         """Whether the clipping range of a weight, or of an input, is a parameter that an optimizer moves."""
@@ -130,7 +130,7 @@ class NoiseProxy(Estimator):
     estimator. See ``nipq.functional.proxy.noise_proxy`` for the gradients.
 
     Paper: NIPQ (arXiv 2206.00820), sections 5 and 6.3. Not in it, and off unless asked for: ``clip_after_noise``,
-    ``boundary_correction``, noise of other methods, and a share of the true error.
+    ``range_correction``, noise of other methods, and a share of the true error.
     """
 
     method: ClassVar[Method] = "nipq"
@@ -152,7 +152,7 @@ class NoiseProxy(Estimator):
         bit_range = quantizer.bit_range
         return ProxySettings(
             quantizer.grid, bit_range.low, bit_range.high, bit_range.choices, self.stochastic_bits,
-            quantizer.channel_axis, quantizer.cap, self.noise, self.clip_after_noise, self.boundary_correction,
+            quantizer.channel_axis, quantizer.cap, self.noise, self.clip_after_noise, self.range_correction,
         )  # fmt: skip
 
 
@@ -307,6 +307,6 @@ def estimator_of(method: Method, **switches: Any) -> Estimator:  # noqa: ANN401 
 
     Example:
         >>> estimator_of("lsq+", stochastic_bits=False)
-        LSQPlus(noise='uniform', stochastic_bits=False, clip_after_noise=False, boundary_correction=False)
+        LSQPlus(noise='uniform', stochastic_bits=False, clip_after_noise=False, range_correction=False)
     """
     return ESTIMATORS[method](**switches)
