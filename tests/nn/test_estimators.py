@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nipq.config import Config, Method
 from nipq.errors import ConfigError, OrderError
 from nipq.export.convert import convert
-from nipq.functional.baselines import sawb_boundary
+from nipq.functional.baselines import sawb_range
 from nipq.nn.estimators import ESTIMATORS
 from nipq.nn.layers import OffsetInputQuantizer
 from nipq.prepare.layer_table import layer_table, quantizers, set_phase_, temper_
@@ -113,7 +113,7 @@ def test_weights_of_diffq_and_pact_follow_the_tensor(x: Tensor) -> None:
         with torch.no_grad():
             weight.mul_(3)
         model.eval()(x)
-        expected = weight.abs().max() if method == "diffq" else sawb_boundary(weight.detach(), 3)
+        expected = weight.abs().max() if method == "diffq" else sawb_range(weight.detach(), 3)
         assert torch.allclose(row.weight.alpha, expected)
 
 

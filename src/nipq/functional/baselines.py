@@ -30,7 +30,7 @@ LEAST_SLOPE = 0.01
 #: Momentum of the running largest magnitude of an input.
 RUNNING_MAX_MOMENTUM = 0.1
 
-#: Coefficients of ``sawb_boundary`` by bit-width: least squares of the best boundary of six distributions.
+#: Coefficients of ``sawb_range`` by bit-width: least squares of the best boundary of six distributions.
 SAWB = {2: (2.542, 1.623), 3: (6.952, 6.316), 4: (11.798, 11.830), 5: (16.653, 17.481), 6: (21.147, 22.756)}
 
 
@@ -97,7 +97,7 @@ def lsq_quantize(
     return quantizer(x, scaled, bits, grid)
 
 
-def lsq_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
+def lsq_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
     """LSQ's first boundary: n steps of 2 E|x| / sqrt(n).
 
     Paper: LSQ (arXiv 1902.08153), section 2.1.
@@ -113,7 +113,7 @@ def lsq_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: i
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> lsq_boundary(torch.tensor([-1.0, 1.0]), 2, SIGNED)
+        >>> lsq_range(torch.tensor([-1.0, 1.0]), 2, SIGNED)
         tensor([2.])
     """
     rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
@@ -185,7 +185,7 @@ def pact_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> Tensor:
     return out
 
 
-def sawb_boundary(x: Tensor, bits: int, *, channel_axis: int | None = None) -> Tensor:
+def sawb_range(x: Tensor, bits: int, *, channel_axis: int | None = None) -> Tensor:
     """Boundary of a weight from its two first moments, as PACT's authors choose it.
 
     alpha = c1 sqrt(E w^2) - c2 E|w|, at most max |w|, with c1 and c2 by bit-width. The coefficients are fitted, as in
@@ -239,7 +239,7 @@ def untruncated_proxy(x: Tensor, alpha: Tensor, bits: Tensor, noise: Tensor, gri
     return x + noise * step_size(alpha.detach(), bits, grid)
 
 
-def running_boundary(alpha: Tensor, x: Tensor, grid: Grid) -> Tensor:
+def running_range(alpha: Tensor, x: Tensor, grid: Grid) -> Tensor:
     """DiffQ for inputs: the running mean of the largest magnitudes, alpha + momentum (max - alpha).
 
     Args:

@@ -110,7 +110,7 @@ def spread_along(per_channel: Tensor, axis: int, ndim: int) -> Tensor:
 
 
 @torch.no_grad()
-def max_boundary(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
+def max_range(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
     """Smallest boundary that truncates nothing.
 
     alpha = max |x| when signed, max x when unsigned, max x + shift when shifted.
@@ -132,14 +132,14 @@ def max_boundary(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> T
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> max_boundary(torch.tensor([-3.0, 1.0]), SIGNED)
+        >>> max_range(torch.tensor([-3.0, 1.0]), SIGNED)
         tensor([3.])
     """
     return _or_one(_extents(x, grid, channel_axis).amax(dim=1))
 
 
 @torch.no_grad()
-def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
+def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
     """Boundary at which the proxy's squared error on x is least, for uniform noise.
 
     The root of alpha P(in range) / (12 n^2) = E[(|x| - alpha)+], |x| standing for x when unsigned and for x + shift
@@ -164,7 +164,7 @@ def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, chann
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> noise_optimal_boundary(torch.linspace(-1, 1, 101), torch.tensor([4.0]), SIGNED)
+        >>> noise_optimal_range(torch.linspace(-1, 1, 101), torch.tensor([4.0]), SIGNED)
         tensor([0.9543])
     """
     points = _extents(x, grid, channel_axis).sort(dim=1).values

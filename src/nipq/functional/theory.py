@@ -148,7 +148,7 @@ __all__ = [
     "range_correction",
     "error_power",
     "laplace_tails",
-    "least_error_boundary",
+    "least_error_range",
     "normal_tails",
     "proxy_error",
     "proxy_gradient",
@@ -334,7 +334,7 @@ def range_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, gri
     return 2 * (inside * error * step * wide).mean() / float64(alpha)
 
 
-def least_error_boundary(
+def least_error_range(
     tails_at: Callable[[Tensor, Grid], Tails],
     bits: Tensor | float,
     grid: Grid,
@@ -357,7 +357,7 @@ def least_error_boundary(
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> least_error_boundary(normal_tails, 4, SIGNED)
+        >>> least_error_range(normal_tails, 4, SIGNED)
         tensor(2.4868, dtype=torch.float64)
     """
     bits = float64(bits)

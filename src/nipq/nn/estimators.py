@@ -20,12 +20,12 @@ from nipq.functional.baselines import (
     lsq_quantize,
     pact_quantize,
     quantize_with_offset,
-    running_boundary,
-    sawb_boundary,
+    running_range,
+    sawb_range,
     untruncated_proxy,
 )
 from nipq.functional.bitwidth import stochastic_round_bits
-from nipq.functional.clipping import max_boundary
+from nipq.functional.clipping import max_range
 from nipq.functional.counter_rng import unit_draw
 from nipq.functional.noise import draw_noise, tempered, true_error
 from nipq.functional.uniform import widened
@@ -199,7 +199,7 @@ class PACT(Estimator):
     """PACT with SAWB: an input's range learns from the values that it truncates, a weight's follows its two moments.
 
     d Q / d alpha = 1 where x >= alpha, else 0 (``pact_quantize``); for weights alpha = c1 sqrt(E w^2) - c2 E|w|
-    (``sawb_boundary``). Bit-widths get no gradient and have to be fixed.
+    (``sawb_range``). Bit-widths get no gradient and have to be fixed.
 
     Paper: PACT (arXiv 1805.06085), Eq. 3; SAWB (arXiv 1807.06964), section 3. Different here: inputs on a signed grid
     are truncated at both ends, and SAWB's coefficients are fitted for grids with a level at zero.
@@ -219,7 +219,7 @@ class PACT(Estimator):
         """SAWB, for weights."""
         if quantizer.role != "weight":
             return None
-        return sawb_boundary(x, quantizer.bits_rounded, channel_axis=quantizer.range_axis)
+        return sawb_range(x, quantizer.bits_rounded, channel_axis=quantizer.range_axis)
 
     def training_bits(self, quantizer: QuantizerParameters, key: Tensor) -> Tensor:  # noqa: ARG002 -- nothing is drawn
         """The fixed bit-width.
@@ -262,8 +262,8 @@ class DiffQ(Estimator):
     def follow(self, quantizer: QuantizerParameters, x: Tensor) -> Tensor | None:
         """Largest magnitude of a weight; of an input its running mean, in training only."""
         if quantizer.role == "weight":
-            return max_boundary(x, quantizer.grid, channel_axis=quantizer.range_axis)
-        return running_boundary(quantizer.alpha.detach(), x, quantizer.grid) if quantizer.training else None
+            return max_range(x, quantizer.grid, channel_axis=quantizer.range_axis)
+        return running_range(quantizer.alpha.detach(), x, quantizer.grid) if quantizer.training else None
 
     def training_bits(self, quantizer: QuantizerParameters, key: Tensor) -> Tensor:  # noqa: ARG002 -- nothing is drawn
         """The bit-width itself, not a whole number near it."""

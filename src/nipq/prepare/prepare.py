@@ -11,7 +11,7 @@ from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
 from nipq.nn.estimators import Estimator, estimator_of
-from nipq.nn.init import SHIFTS, start_weight_boundary_
+from nipq.nn.init import SHIFTS, start_weight_range_
 from nipq.nn.kinds import close_shortcuts_, output_channel_axis
 from nipq.nn.layers import (
     LayerQuantization,
@@ -169,7 +169,7 @@ def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config
         estimator=_estimator(config),
         init=config.init,
     ).to(weight.device)
-    start_weight_boundary_(quantizer, weight)
+    start_weight_range_(quantizer, weight)
     return quantizer
 
 
