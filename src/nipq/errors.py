@@ -78,7 +78,7 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnostic:
     """One thing that ``prepare_`` would refuse, leave float, or do in a way worth knowing.
 
     Attributes:

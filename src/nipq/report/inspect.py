@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import AverageBits, BitOps, ModelSize, exact_range, stored_rows
 from nipq.config import BitRange, Config
-from nipq.errors import Finding, OrderError
+from nipq.errors import Diagnostic, OrderError
 from nipq.export.convert import deploy_copy
 from nipq.export.modules import deployed_layers
 from nipq.export.onnx_write import onnx_bytes, qonnx_bytes
@@ -155,7 +155,7 @@ class Inspection:
     """
 
     layers: tuple[LayerFacts, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
     ranges: tuple[BudgetRange, ...]
     policy: str
     weights: int
