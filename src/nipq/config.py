@@ -222,7 +222,7 @@ class Rule(Settings):
         pattern: shell pattern on the layer's full name, such as ``"layer1.*.conv?"``; ``*`` crosses dots.
         weight_bits: bit-widths of the weight.
         activation_bits: bit-widths of the layer's input (the model's own input included, if the layer reads it).
-        granularity: boundaries of the weight, one per ``"tensor"`` or one per output ``"channel"``.
+        granularity: clipping ranges of the weight, one per ``"tensor"`` or one per output ``"channel"``.
         grid: levels of the layer's input; ``"auto"`` lets calibration choose.
         quantize: ``False`` leaves the whole layer float.
         quantize_input: ``False`` leaves the layer's input float.
@@ -256,9 +256,9 @@ class Config(Settings):
         weight_bits: bit-widths of weights.
         activation_bits: bit-widths of layer inputs.
         input_bits: fixed bit-width of the model's own input (an image has 8); ``None`` leaves it float.
-        learn_input_range: whether gradients move the boundary of the model's own input after calibration; ``None``
-            where its bit-width is learned or below 8. For it the first layer has to compute the gradient of the data,
-            in a ResNet-18 a tenth of a training step, and 8 bits leave a boundary little to gain.
+        learn_input_range: whether gradients move the clipping range of the model's own input after calibration;
+            ``None`` where its bit-width is learned or below 8. For it the first layer has to compute the gradient of
+            the data, in a ResNet-18 a tenth of a training step, and 8 bits leave a clipping range little to gain.
         embedding_bits: bit-widths of embedding tables, whose weight alone is quantized; ``None`` leaves them float. A
             table that a layer multiplies with, too (tied embeddings), has that layer's settings instead.
         attention_bits: bit-widths of query, key, probability and value in modules that call torch's function
@@ -266,19 +266,19 @@ class Config(Settings):
             ``"*.attention_products.*"``; their ``activation_bits`` are those of both operands.
         shared_bits: patterns of layer names, such as ``("*.query", "*.key", "*.value")``: of the layers that match one,
             those that read the same tensor share one bit-width for their weights and one for their inputs.
-        granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``. Tables
-            have one, unless a rule gives each row its own by ``"channel"``.
-        method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
-            ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through, fixed range); see
-            ``nipq.functional.baselines``.
+        granularity: clipping ranges of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``.
+            Tables have one, unless a rule gives each row its own by ``"channel"``.
+        method: fake quantization in training: ``"nipq"`` the noise proxy, or a baseline on the same quantizer:
+            ``"lsq"``, ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through estimator, fixed range); see
+            ``nipq.nn.estimators``.
         noise: ``"uniform"`` (fast; about equal accuracy) or ``"empirical"``, drawn from the tensor's own rounding
             errors (what the theory is about; ``"histogram"`` by the published sampler); paper section 6.3. Not in the
             paper: ``"gaussian"`` (DiffQ's default) and ``"stochastic"`` (randomised rounding).
         stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
         clip_after_noise: keep noisy values inside the range (not in the paper).
-        range_correction: add the T4b term, which makes the boundary's gradient that of the actual quantization
+        range_correction: add the T4b term, which makes the clipping range's gradient that of the actual quantization
             error (not in the paper).
-        init: first boundary: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"lsq"`` LSQ's start,
+        init: first clipping range: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"lsq"`` LSQ's start,
             ``"release"`` the constants of the published code.
         quantize_inputs: ``False`` quantizes weights only.
         target: the runtime that is to compute the deployed model, ``"onnxruntime"``, ``"openvino"`` or ``"inductor"``:

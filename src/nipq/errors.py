@@ -35,7 +35,7 @@ class BudgetError(NipqError):
 
 
 class NonFiniteError(NipqError):
-    """Data, a boundary or a loss holds NaN or infinity."""
+    """Data, a clipping range or a loss holds NaN or infinity."""
 
 
 class FileFormatError(NipqError):

@@ -39,7 +39,7 @@ def test_raw_and_alpha_are_inverse(alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_an_impossible_boundary_is_refused(alpha: float) -> None:
-    with pytest.raises(ConfigError, match="expected positive, finite boundaries; found"):
+    with pytest.raises(ConfigError, match="expected positive, finite clipping ranges; found"):
         raw_from_alpha(torch.tensor([1.0, alpha]))
 
 

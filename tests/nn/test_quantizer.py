@@ -59,12 +59,12 @@ def test_no_file_holds_fewer_than_2_or_more_than_16_bits(bits: int) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_boundary_is_finite_and_positive(alpha: float) -> None:
-    with pytest.raises(ConfigError, match=r"layer\.weight: expected finite boundaries above 0"):
+    with pytest.raises(ConfigError, match=r"layer\.weight: expected finite clipping ranges above 0"):
         quantizer(alpha=alpha)
 
 
 def test_at_least_one_boundary() -> None:
-    with pytest.raises(ConfigError, match="at least one boundary, found 0 channels"):
+    with pytest.raises(ConfigError, match="at least one clipping range, found 0"):
         TensorQuantizer("x", LEARNED, channels=0)
 
 
@@ -73,7 +73,7 @@ def test_at_least_one_boundary() -> None:
 
 def test_uncalibrated_forward_names_the_tensor_and_the_remedy() -> None:
     made = TensorQuantizer("features.0.input", LEARNED)
-    with pytest.raises(OrderError, match=r"features\.0\.input: expected a calibrated boundary.*calibrate_"):
+    with pytest.raises(OrderError, match=r"features\.0\.input: expected a calibrated clipping range.*calibrate_"):
         made(torch.zeros(3))
 
 

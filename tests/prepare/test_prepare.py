@@ -266,7 +266,7 @@ def test_a_rule_that_matches_nothing_is_an_error_and_changes_nothing(small_net: 
 
 def test_an_uncalibrated_forward_says_which_input(small_net: Build, x: Tensor) -> None:
     prepared = prepare_(small_net(), x)
-    with pytest.raises(OrderError, match=r"stem\.input: expected a calibrated boundary"):
+    with pytest.raises(OrderError, match=r"stem\.input: expected a calibrated clipping range"):
         prepared(x)
 
 

@@ -1,8 +1,6 @@
-"""Which elements of a large tensor stand for all of them.
+"""Clipping ranges: alpha from its parameter, and alpha from data.
 
-Boundaries: from the parameter to alpha, and alpha from data.
-
-The last two functions look at data and are for calibration, not for a training step.
+The functions that look at data are for calibration, not for a training step.
 """
 
 from __future__ import annotations
@@ -42,7 +40,7 @@ def even_stride(count: int, most: int) -> int:
 
 
 def alpha_from_raw(raw: Tensor) -> Tensor:
-    """Boundary of a parameter.
+    """Clipping range alpha from its parameter.
 
     alpha = softplus(raw) = log(1 + e^raw); d alpha / d raw = sigmoid(raw). Computed in float64 and rounded once, so
     that every backend has the same number.
@@ -64,20 +62,20 @@ def alpha_from_raw(raw: Tensor) -> Tensor:
 
 
 def raw_from_alpha(alpha: Tensor) -> Tensor:
-    """Parameter of a boundary, the inverse of ``alpha_from_raw``.
+    """Parameter of a clipping range alpha, the inverse of ``alpha_from_raw``.
 
     raw = log(e^alpha - 1), computed as alpha + log(1 - e^-alpha), which neither overflows nor cancels.
 
     Paper: Q5 in docs/paper_map.md.
 
     Args:
-        alpha: boundary, > 0, any shape.
+        alpha: clipping range, > 0, any shape.
 
     Returns:
         The parameter, shape of alpha.
 
     Raises:
-        ConfigError: if a boundary is not positive and finite.
+        ConfigError: if a clipping range is not positive and finite.
 
     Example:
         >>> raw_from_alpha(torch.tensor([6.0025]))
@@ -85,8 +83,8 @@ def raw_from_alpha(alpha: Tensor) -> Tensor:
     """
     if not bool(((alpha > 0) & alpha.isfinite()).all()):
         raise ConfigError(
-            f"expected positive, finite boundaries; found {float(alpha.min()):g} to {float(alpha.max()):g}. "
-            "Calibrate on data that are not all zero, or set the boundary by hand."
+            f"expected positive, finite clipping ranges; found {float(alpha.min()):g} to {float(alpha.max()):g}. "
+            "Calibrate on data that are not all zero, or set the clipping range by hand."
         )
     return alpha + torch.log(-torch.expm1(-alpha))
 
@@ -111,7 +109,7 @@ def spread_along(per_channel: Tensor, axis: int, ndim: int) -> Tensor:
 
 @torch.no_grad()
 def max_range(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
-    """Smallest boundary that truncates nothing.
+    """Smallest clipping range that truncates nothing.
 
     alpha = max |x| when signed, max x when unsigned, max x + shift when shifted.
 
@@ -120,10 +118,10 @@ def max_range(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tens
     Args:
         x: data, any shape, not empty.
         grid: which levels.
-        channel_axis: one boundary for each index along this axis; one for all if left out.
+        channel_axis: one clipping range for each index along this axis; one for all if left out.
 
     Returns:
-        alpha, units of x, > 0, shape (1,) or (C,). 1 where the data have no extent (all zero), as any boundary is
+        alpha, units of x, > 0, shape (1,) or (C,). 1 where the data have no extent (all zero), as any clipping range is
         right there and none can be told from the data.
 
     Raises:
@@ -140,7 +138,7 @@ def max_range(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tens
 
 @torch.no_grad()
 def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
-    """Boundary at which the proxy's squared error on x is least, for uniform noise.
+    """Clipping range at which the proxy's squared error on x is least, for uniform noise.
 
     The root of alpha P(in range) / (12 n^2) = E[(|x| - alpha)+], |x| standing for x when unsigned and for x + shift
     when shifted: widening the range gains as much at its ends as it loses by the coarser step. The left side
@@ -153,7 +151,7 @@ def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_
         x: data, any shape, not empty.
         bits: bit-width, >= 2, one number, or one for each channel.
         grid: which levels.
-        channel_axis: one boundary for each index along this axis; one for all if left out.
+        channel_axis: one clipping range for each index along this axis; one for all if left out.
 
     Returns:
         alpha, units of x, > 0, shape (1,) or (C,); 1 where the data have no extent.
@@ -185,12 +183,12 @@ def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_
 
 
 def _extents(x: Tensor, grid: Grid, channel_axis: int | None) -> Tensor:
-    """Distance of every element from the low end of the range (from zero when signed), one row for each boundary."""
+    """Distance of every element from the low end of the range (from zero when signed), one row for each range."""
     if x.numel() == 0:
-        raise ConfigError("expected data to take a boundary from; found an empty tensor. Calibrate on real inputs.")
+        raise ConfigError("expected data to find a range from, found an empty tensor. Calibrate on real inputs.")
     if not bool(x.isfinite().all()):
         raise NonFiniteError(
-            f"expected finite data to take a boundary from; found {int((~x.isfinite()).sum())} of {x.numel()} elements "
+            f"expected finite data to find a range from, found {int((~x.isfinite()).sum())} of {x.numel()} elements "
             "NaN or infinite. Look for the layer or the input that produced them."
         )
     rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)

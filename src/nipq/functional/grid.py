@@ -70,8 +70,9 @@ UNSIGNED = Grid("unsigned")
 def levels(bits: Tensor | float, grid: Grid) -> Tensor:
     """Number n of steps between zero and the far end of the range.
 
-    n = 2^(b-1) - 1 when signed, 2^b - 1 when unsigned or shifted. The boundary alpha lies n steps from the low end of
-    the range (from zero when signed), so a signed grid has 2n + 1 = 2^b - 1 levels, the others n + 1 = 2^b.
+    n = 2^(b-1) - 1 when signed, 2^b - 1 when unsigned or shifted. alpha is n steps, from zero to the high end when
+    signed, from the low end to the high one otherwise, so a signed grid has 2n + 1 = 2^b - 1 levels, the others
+    n + 1 = 2^b.
 
     Paper: the quantizer of section 3; see docs/paper_map.md.
 
@@ -108,7 +109,7 @@ def step_size(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
     Paper: the quantizer of section 3; see docs/paper_map.md.
 
     Args:
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, whole or fractional, broadcastable to alpha.
         grid: which levels.
 
@@ -165,7 +166,7 @@ def code_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor,
     Paper: the quantizer of section 3.
 
     Args:
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 
@@ -197,7 +198,7 @@ def value_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor
     Paper: the quantizer of section 3; z counts as a constant for the gradient.
 
     Args:
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 

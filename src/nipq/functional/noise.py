@@ -1,7 +1,7 @@
 """Noise drawn from the errors that rounding the very tensor would make: what section 5.2 of the paper asks for.
 
 Where uniform noise is far from the truth (two bits, zero-heavy tensors, weights that have settled on the grid) this is
-the noise that keeps the gradient of the boundary right: T3 in ``docs/paper_map.md``.
+the noise that keeps the gradient of the clipping range right: T3 in ``docs/paper_map.md``.
 
 Pseudo-quantization noise, in units of the step, from -1/2 to 1/2.
 
@@ -64,7 +64,7 @@ def error_table(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         generator: source of randomness; torch's own if left out.
@@ -136,7 +136,7 @@ def empirical_noise(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         method: ``"table"`` or ``"histogram"``.
@@ -239,7 +239,7 @@ def stochastic_noise(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         generator: source of randomness; torch's own if left out.
@@ -259,7 +259,7 @@ def true_error(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Te
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 
@@ -296,7 +296,7 @@ def draw_noise(kind: NoiseKind, x: Tensor, alpha: Tensor, bits: Tensor | float, 
         kind: ``"uniform"``, ``"empirical"`` (from a table of its errors), ``"histogram"`` (the published sampler of
             them), ``"gaussian"`` or ``"stochastic"``.
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         key: of uniform and empirical noise, see ``nipq.functional.counter_rng.draw_key``.

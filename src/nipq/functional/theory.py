@@ -43,7 +43,7 @@ def sample_tails(x: Tensor, alpha: Tensor | float, grid: Grid) -> Tails:
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         grid: signed or unsigned.
 
     Returns:
@@ -72,7 +72,7 @@ def normal_tails(alpha: Tensor | float, grid: Grid) -> Tails:
     (1 + alpha^2) Phi(-alpha) - alpha phi(alpha).
 
     Args:
-        alpha: boundary, > 0, any shape.
+        alpha: clipping range, > 0, any shape.
         grid: signed or unsigned.
 
     Returns:
@@ -99,7 +99,7 @@ def laplace_tails(alpha: Tensor | float, grid: Grid) -> Tails:
     Each side: inside (1 - e^-alpha)/2, excess e^-alpha / 2, squares e^-alpha.
 
     Args:
-        alpha: boundary, > 0, any shape.
+        alpha: clipping range, > 0, any shape.
         grid: signed or unsigned.
 
     Returns:
@@ -145,13 +145,13 @@ __all__ = [
     "UNIFORM_VARIANCE",
     "Gradient",
     "Tails",
-    "range_correction",
     "error_power",
     "laplace_tails",
     "least_error_range",
     "normal_tails",
     "proxy_error",
     "proxy_gradient",
+    "range_correction",
     "sample_tails",
     "step_slope",
     "stochastic_step_moment",
@@ -176,7 +176,7 @@ def step_slope(alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tenso
     Paper: the release; see docs/paper_map.md.
 
     Args:
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 
@@ -207,7 +207,7 @@ def proxy_error(
 
     Args:
         tails: of x at this alpha.
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: signed or unsigned.
         noise_variance: E[noise^2], units of the step squared; that of uniform noise if left out.
@@ -233,15 +233,15 @@ def proxy_gradient(
 ) -> Gradient:
     """Expected gradients of the proxy's squared error.
 
-    d/d alpha = 2 var step / n P(in) - 2 excess, whose root is the least-error boundary (T6; OCTAV's equation with n
-    for 2^(b-1)); d/d bits = 2 var step (d step / d bits) P(in), which is never positive: reconstruction alone pushes
+    d/d alpha = 2 var step / n P(in) - 2 excess, whose root is the least-error clipping range (T6; OCTAV's equation with
+    n for 2^(b-1)); d/d bits = 2 var step (d step / d bits) P(in), which is never positive: reconstruction alone pushes
     bits up, only a cost pushes them down (T8).
 
     Paper: section 5.2; T3, T6 and T8 in docs/paper_map.md.
 
     Args:
         tails: of x at this alpha.
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: signed or unsigned.
         noise_variance: E[noise^2], units of the step squared; that of uniform noise if left out.
@@ -269,7 +269,7 @@ def error_power(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gr
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         bits: bit-width, >= 2, one number.
         grid: signed or unsigned.
 
@@ -292,7 +292,7 @@ def true_error(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gri
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         bits: bit-width, >= 2, one number.
         grid: signed or unsigned.
 
@@ -318,7 +318,7 @@ def range_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, gri
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         bits: bit-width, >= 2, one number.
         grid: signed or unsigned.
 
@@ -340,7 +340,7 @@ def least_error_range(
     grid: Grid,
     noise_variance: Tensor | float = UNIFORM_VARIANCE,
 ) -> Tensor:
-    """Boundary at which the proxy's expected error is least, for a distribution known by formula.
+    """Clipping range at which the proxy's expected error is least, for a distribution known by formula.
 
     The root of ``proxy_gradient`` in alpha, by bisection: the derivative rises with alpha.
 
@@ -380,7 +380,7 @@ def stochastic_step_moment(
     Paper: Eq. 15; see docs/paper_map.md.
 
     Args:
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, from the first to the last choice, one number.
         grid: which levels.
         power: 1 for the step, 2 for the noise power.

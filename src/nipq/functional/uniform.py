@@ -189,7 +189,7 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tens
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 

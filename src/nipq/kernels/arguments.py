@@ -22,7 +22,7 @@ class ProxySettings:
         high: most bits.
         choices: allowed whole bit-widths, ascending.
         stochastic: draw one of the two neighbouring choices, or take the nearest.
-        channel_axis: axis of the boundaries where there are several.
+        channel_axis: axis of the clipping ranges where there are several.
         cap: upper end of a ReLU6 in front that was left out, see ``nipq.nn.relu``.
         noise: distribution of the noise, see ``nipq.functional.noise.draw_noise``.
         clip_after_noise: keep the noisy values inside the range.
@@ -51,7 +51,7 @@ class ProxyTensors:
     """Tensors that change from step to step; one of the three forms of the bit-width, or ``bit_raw`` and ``bits``.
 
     Attributes:
-        alpha_raw: boundary parameter, float32, shape (1,) or (C,).
+        alpha_raw: clipping range parameter, float32, shape (1,) or (C,).
         key: of the noise, int64, shape (1,).
         bit_raw: bit-width parameter, float32, shape (1,).
         bits_frozen: fixed bit-width, int64, shape (1,).

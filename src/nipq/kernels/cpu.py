@@ -141,7 +141,7 @@ def cache_folder() -> Path:
 #: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.
 SHARE = 1 << 15
 
-#: Fewest neighbours in memory that share a boundary; below it the kernel would not be the faster way.
+#: Fewest neighbours in memory that share a clipping range; below it the kernel would not be the faster way.
 LEAST_RUN = 16
 
 _GRIDS = {"signed": 0, "unsigned": 1, "shifted": 2}
@@ -180,8 +180,8 @@ def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:
 
     Args:
         x: what is to be quantized.
-        alpha: its boundary, or the parameter of it.
-        channel_axis: axis of the boundaries.
+        alpha: its clipping range, or the parameter of it.
+        channel_axis: axis of the clipping ranges.
     """
     return (
         x.device.type == "cpu"
@@ -197,7 +197,7 @@ def proxy_forward(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> 
 
     Args:
         x: dense, float32 or bfloat16.
-        tensors: boundary, bits and key.
+        tensors: clipping range, bits and key.
         settings: grid and range of bits.
 
     Returns:
@@ -238,10 +238,10 @@ def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_ax
 
     Args:
         x: dense, float32 or bfloat16.
-        alpha: boundaries, float32, C numbers.
+        alpha: clipping ranges, float32, C numbers.
         bits: whole bit-width, float32, shape (1,).
         grid: which levels.
-        channel_axis: axis of the boundaries.
+        channel_axis: axis of the clipping ranges.
         cap: what x is cut to before, infinity for nothing.
 
     Returns:

@@ -54,8 +54,8 @@ def backend(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend | None:
 
     Args:
         x: what is to be quantized.
-        alpha: its boundary, or the parameter of it.
-        channel_axis: axis of the boundaries where there are several.
+        alpha: its clipping range, or the parameter of it.
+        channel_axis: axis of the clipping ranges where there are several.
     """
     if x.is_cuda and torch.compiler.is_compiling():
         return None  # there the compiler fuses the plain operations into what makes x
@@ -200,10 +200,10 @@ def quantize_operator(
 
     Args:
         x: dense.
-        alpha: boundaries, C numbers.
+        alpha: clipping ranges, C numbers.
         bits: whole bit-width, shape (1,).
         grid: which levels.
-        channel_axis: axis of the boundaries.
+        channel_axis: axis of the clipping ranges.
         cap: what x is cut to before.
 
     Returns:

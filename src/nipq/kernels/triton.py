@@ -6,7 +6,7 @@ device, or on the CPU in Triton's interpreter, where the tests hold it to the pl
 Two rules keep it equal to torch bit for bit: no multiply and add fused into one (``Tiling.options``), and true
 divisions only.
 
-What the Triton kernels have in common but for the elements: bit-width, boundaries, and the parameters' gradients.
+What the Triton kernels have in common but for the elements: bit-width, clipping ranges, and the parameters' gradients.
 
 All of it is computed in every program from the parameters' memory, so that nothing has to run before.
 
@@ -56,8 +56,8 @@ def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:  # noqa: ARG
 
     Args:
         x: what is to be quantized.
-        alpha: its boundary, or the parameter of it.
-        channel_axis: axis of the boundaries.
+        alpha: its clipping range, or the parameter of it.
+        channel_axis: axis of the clipping ranges.
     """
     return (
         triton is not None
@@ -108,7 +108,7 @@ def places_of(
     tile_rows: tl.constexpr, tile_inner: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Places in memory of a tile's elements, and which of them exist; shaped (rows, channels, inner) like the tile."""
-    if channel.shape[0] == 1:  # one boundary: one stretch of memory
+    if channel.shape[0] == 1:  # one clipping range: one stretch of memory
         place = (tl.cast(tile, tl.int64) * tile_inner + tl.arange(0, tile_inner))[None, None, :]
         real = place < inner
     else:
@@ -269,7 +269,7 @@ def range_of(
     channel: tl.tensor, channels: tl.tensor, alpha: tl.tensor, alpha_raw: tl.tensor, bits: tl.tensor, shift: tl.tensor,
     kind: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Step, lower and upper end, zero point, n and boundary of channels, float32; alpha is given, or its parameter."""
+    """Step, lower and upper end, zero point, n and alpha of channels, float32; alpha is given, or its parameter."""
     if alpha is not None:
         end = tl.load(alpha + channel, mask=channel < channels, other=1)
     else:
@@ -296,7 +296,7 @@ def finish_kernel(
     least: tl.constexpr, most: tl.constexpr, choices: tl.constexpr, stochastic: tl.constexpr, kind: tl.constexpr,
     tile_channels: tl.constexpr, tile_chunks: tl.constexpr,
 ) -> None:  # fmt: skip
-    """From the sums to the gradients of boundaries and bits, or of the parameters behind them; one program.
+    """From the sums to the gradients of clipping ranges and bits, or of the parameters behind them; one program.
 
     The step is alpha / n; the ends are -alpha and alpha, 0 and alpha, or -zero step and alpha - zero step, where zero
     counts as constant.
@@ -332,7 +332,7 @@ def proxy_forward(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> 
 
     Args:
         x: dense, float32, float16 or bfloat16.
-        tensors: boundary, bits and key.
+        tensors: clipping range, bits and key.
         settings: grid and range of bits.
 
     Returns:
@@ -515,10 +515,10 @@ def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_ax
 
     Args:
         x: dense, float32, float16 or bfloat16.
-        alpha: boundaries, float32, C numbers.
+        alpha: clipping ranges, float32, C numbers.
         bits: whole bit-width, float32, shape (1,).
         grid: which levels.
-        channel_axis: axis of the boundaries.
+        channel_axis: axis of the clipping ranges.
         cap: what x is cut to before, infinity for nothing.
 
     Returns:

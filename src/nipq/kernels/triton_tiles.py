@@ -30,9 +30,9 @@ class Sizes:
 
     Attributes:
         tile: elements of a tile, a power of two; 1,024 are 8 a thread, one load of 16 bytes in half precision.
-        programs: of a launch with one boundary, about. Each takes several tiles in a row, so that its scalars in
+        programs: of a launch with one clipping range, about. Each takes several tiles in a row, so that its scalars in
             float64 and its sums cost little.
-        programs_per_channel: the same with several boundaries.
+        programs_per_channel: the same with several clipping ranges.
         warps: threads / 32 of a program.
     """
 
@@ -56,7 +56,7 @@ class Tiling:
     """A dense tensor in the order of memory, seen as (rows, channels, inner), and how it is cut.
 
     Attributes:
-        size: the three lengths; element (r, c, i) lies at place (r channels + c) inner + i and has boundary c.
+        size: the three lengths; element (r, c, i) lies at place (r channels + c) inner + i and has clipping range c.
         shape: of a tile, powers of two.
         tiles: of one group of channels, a group being as many as a tile has.
         tiles_inner: tiles side by side in a row.
@@ -108,7 +108,7 @@ def tiling(x: Tensor, channels: int, channel_axis: int) -> Tiling:
 
     Args:
         x: dense.
-        channels: number of boundaries.
+        channels: number of clipping ranges.
         channel_axis: their axis.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Where boundaries and grids start, from a weight or from a sample of an input."""
+"""First clipping ranges and grids, from a weight or from a sample of an input."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ SHIFTS = {"hardswish": 0.375, "silu": 0.2785, "gelu": 0.1701}
 
 
 def start_weight_range_(quantizer: WeightQuantizer, weight: Tensor) -> None:
-    """Set a weight's first boundary, in the way that ``quantizer.init`` says.
+    """Set a weight's first clipping range, in the way that ``quantizer.init`` says.
 
-    ``"max"``: the largest absolute weight. ``"mse"``: the boundary that minimises the proxy's error at the present
+    ``"max"``: the largest absolute weight. ``"mse"``: the range that minimises the proxy's error at the present
     bit-width (T6 in ``docs/paper_map.md``). ``"lsq"``: 2 E|w| sqrt(n). ``"release"``: ``alpha_raw = max w`` as
     published, softplus not inverted (Q5 there).
 
@@ -35,11 +35,11 @@ def start_weight_range_(quantizer: WeightQuantizer, weight: Tensor) -> None:
 
 
 def start_input_range_(quantizer: InputQuantizer, sample: Tensor) -> None:
-    """Choose an input's grid, unless a rule did, and set its first boundary from a sample.
+    """Choose an input's grid, unless a rule did, and set its first clipping range from a sample.
 
     The grid is unsigned when the sample has no negative value. Otherwise it is the better, by squared error at the
     present bit-width, of the signed grid and the shifted grid whose shift is the smallest known one that covers the
-    sample's minimum (h-swish, SiLU, GELU). A learned offset starts at the sample's minimum. The boundary minimises the
+    sample's minimum (h-swish, SiLU, GELU). A learned offset starts at the sample's minimum. The range minimises the
     squared error (``init="mse"``), covers the sample (``"max"``), is LSQ's start (``"lsq"``), or is the published
     constant (``"release"``: raw 6, and raw 3 when signed).
 

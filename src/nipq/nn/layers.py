@@ -162,7 +162,7 @@ def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization,
     if relu is not None and record.input is not None:
         fold_relu(relu, record.input)
         record.relu = (relu,)
-    # unsafe: the safe form runs a forward, which needs a calibrated boundary and draws random numbers.
+    # unsafe: the safe form runs a forward, which needs a calibrated clipping range and draws random numbers.
     parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
     layer.quantization = record
     layer.train(layer.training)  # new modules start in training mode, whatever the layer is in

@@ -37,7 +37,7 @@ class QuantizerState:
     Attributes:
         grid: where the levels lie; chosen by calibration.
         bit_range: the range that the bit parameter is read in.
-        calibrated: whether the boundary means anything yet.
+        calibrated: whether the clipping range means anything yet.
     """
 
     grid: Grid
@@ -88,10 +88,10 @@ class QuantizerParameters(nn.Module):
     Args:
         name: full name of the tensor in the model, for messages, such as ``"layer1.0.conv1.weight"``.
         bit_range: allowed bit-widths, and where learning starts.
-        channels: number of boundaries; 1 for one per tensor.
-        channel_axis: axis of the tensor along which the boundaries run; ignored when ``channels`` is 1.
+        channels: number of clipping ranges; 1 for one per tensor.
+        channel_axis: axis of the tensor along which the clipping ranges run; ignored when ``channels`` is 1.
         grid: where the levels lie.
-        learns_range: whether gradients move the boundary.
+        learns_range: whether gradients move the clipping range.
 
     Raises:
         ConfigError: if ``channels`` is below 1.
@@ -110,7 +110,7 @@ class QuantizerParameters(nn.Module):
     ) -> None:
         super().__init__()
         if channels < 1:
-            raise ConfigError(f"{name}: expected at least one boundary, found {channels} channels. Give 1 or more.")
+            raise ConfigError(f"{name}: expected at least one clipping range, found {channels}. Give 1 or more.")
         self.name = name
         self.bit_range = bit_range
         self.channel_axis = channel_axis
@@ -129,7 +129,7 @@ class QuantizerParameters(nn.Module):
 
     @property
     def alpha(self) -> Tensor:
-        """Boundary, units of x, > 0, shape ``(channels,)``; never in half precision, as the step is taken from it."""
+        """Clipping range, units of x, > 0, shape ``(channels,)``; never in half precision, as steps follow from it."""
         return alpha_from_raw(widened(self.alpha_raw))
 
     @property
@@ -190,18 +190,18 @@ class QuantizerParameters(nn.Module):
 
     @torch.no_grad()
     def set_alpha_(self, alpha: Tensor) -> None:
-        """Set the boundary, in units of x, and mark the quantizer as calibrated.
+        """Set the clipping range, in units of x, and mark the quantizer as calibrated.
 
         Args:
-            alpha: boundary, finite and > 0, shape ``(channels,)`` or broadcastable to it.
+            alpha: clipping range, finite and > 0, shape ``(channels,)`` or broadcastable to it.
 
         Raises:
-            ConfigError: if a boundary is not finite and positive.
+            ConfigError: if a clipping range is not finite and positive.
         """
         if not bool((torch.isfinite(alpha) & (alpha > 0)).all()):
             raise ConfigError(
-                f"{self.name}: expected finite boundaries above 0, found {alpha.flatten().tolist()[:4]}. "
-                "Set a boundary in units of the tensor, such as its largest magnitude."
+                f"{self.name}: expected finite clipping ranges above 0, found {alpha.flatten().tolist()[:4]}. "
+                "Set a clipping range in units of the tensor, such as its largest magnitude."
             )
         self.alpha_raw.copy_(raw_from_alpha(alpha.to(self.alpha_raw)).expand_as(self.alpha_raw))
         self.calibrated = True

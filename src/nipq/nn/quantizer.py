@@ -32,17 +32,17 @@ from nipq.nn.parameters import QuantizerParameters
 
 
 class TensorQuantizer(QuantizerParameters):
-    """Boundary, bit-width and grid of one tensor, and the map from the tensor to its quantized self.
+    """Clipping range, bit-width and grid of one tensor, and the map from the tensor to its quantized self.
 
     Args:
         name: full name of the tensor in the model, for messages, such as ``"layer1.0.conv1.weight"``.
         bit_range: allowed bit-widths, and where learning starts.
-        channels: number of boundaries; 1 for one per tensor.
-        channel_axis: axis of the tensor along which the boundaries run; ignored when ``channels`` is 1.
+        channels: number of clipping ranges; 1 for one per tensor.
+        channel_axis: axis of the tensor along which the clipping ranges run; ignored when ``channels`` is 1.
         grid: where the levels lie.
         estimator: what training does.
-        init: how the first boundary is set from data, see ``nipq.nn.init``.
-        learns_range: ``False`` leaves the boundary as it was set, though the method would learn it.
+        init: how the first clipping range is set from data, see ``nipq.nn.init``.
+        learns_range: ``False`` leaves the clipping range as it was set, though the method would learn it.
 
     Raises:
         ConfigError: if ``channels`` is below 1.
@@ -80,13 +80,13 @@ class TensorQuantizer(QuantizerParameters):
             A tensor of the shape and type of ``x``; in phase ``int`` whole codes instead of values.
 
         Raises:
-            OrderError: if the boundary was never set.
+            OrderError: if the clipping range was never set.
         """
         if self.phase is Phase.FLOAT:
             return x
         if not self.calibrated:
             raise OrderError(
-                f"{self.name}: expected a calibrated boundary, found none. "
+                f"{self.name}: expected a calibrated clipping range, found none. "
                 "Call nipq.calibrate_(model, loader) after nipq.prepare_ and before training or evaluating."
             )
         if self.phase is Phase.INT:
@@ -104,13 +104,13 @@ class TensorQuantizer(QuantizerParameters):
 
     @torch.no_grad()
     def _follow(self, x: Tensor) -> None:
-        """Take the boundary from the tensor itself, where the method does so."""
+        """Take the clipping range from the tensor itself, where the method does so."""
         alpha = self.estimator.follow(self, widened(x.detach()))
         if alpha is not None:
             self.set_alpha_(alpha)
 
     def extra_repr(self) -> str:
-        """Bit-width, boundary and grid at a glance."""
+        """Bit-width, clipping range and grid at a glance."""
         low, high = self.bit_range.choices[0], self.bit_range.choices[-1]
         bits = f"{self.bits_rounded}" if self.is_frozen else f"{float(self.bits.detach()):.2f} in {low}..{high}"
         alpha = f"{float(self.alpha.detach().mean()):.4g}" if self.calibrated else "not calibrated"
@@ -128,7 +128,7 @@ class WeightQuantizer(TensorQuantizer):
 
 
 class InputQuantizer(TensorQuantizer):
-    """The quantizer of a layer's input, called from a forward pre-hook; one boundary per tensor.
+    """The quantizer of a layer's input, called from a forward pre-hook; one clipping range per tensor.
 
     Args:
         name: full name, such as ``"layer1.0.conv1.input"``.
