@@ -1,8 +1,4 @@
-"""The four things a quantizer can do with a tensor.
-
-What is wrong with settings, in this library's words.
-
-Settings of the quantizers: frozen, checked when built, and the same after a round trip through JSON.
+"""Settings of the quantizers: frozen, checked when built, and the same after a round trip through JSON.
 
 Wherever a bit-width is expected, a short form does::
 
@@ -15,17 +11,16 @@ Wherever a bit-width is expected, a short form does::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from difflib import get_close_matches
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, did_you_mean
 
 
 class Phase(StrEnum):
-    """What the quantizers of a model do in the forward pass.
+    """Computation of a model's quantizers in the forward pass.
 
     ``FLOAT`` passes the tensor on untouched; ``NOISE`` adds pseudo-quantization noise while training (and rounds in
     evaluation); ``ROUND`` rounds with straight-through gradients; ``INT`` computes on integer-valued codes, which is
@@ -43,7 +38,7 @@ class Phase(StrEnum):
 
 
 def config_error(kind: type[BaseModel], error: ValidationError, known: Sequence[str]) -> ConfigError:
-    """Every fault on a line of its own: the field, what was expected, what was found.
+    """Error for settings that pydantic refused; each fault is a line with the field, and what was expected and found.
 
     Args:
         kind: the settings that were to be built.
@@ -55,8 +50,7 @@ def config_error(kind: type[BaseModel], error: ValidationError, known: Sequence[
         place = ".".join([kind.__name__, *map(str, fault["loc"])])
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            close = get_close_matches(str(fault["loc"][-1]), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "correct its name or remove it."
+            hint = did_you_mean(str(fault["loc"][-1]), known, "correct its name or remove it.")
             lines.append(f"{place}: expected a known field, found this one; {hint}")
         elif fault["type"] == "missing":
             lines.append(f"{place}: expected a value, found none; give one.")

@@ -13,7 +13,7 @@ from nipq.errors import ConfigError, OrderError
 from nipq.export.convert import convert
 from nipq.functional.baselines import sawb_range
 from nipq.nn.estimators import ESTIMATORS
-from nipq.nn.layers import OffsetInputQuantizer
+from nipq.nn.quantizer import OffsetInputQuantizer
 from nipq.prepare.layer_table import layer_table, quantizers, set_phase_, temper_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

@@ -5,7 +5,6 @@ Everything works on torch's default process group, and does nothing, at no cost,
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from nipq.errors import DistributedError, NipqError
 from nipq.functional.clipping import even_stride
+from nipq.functional.counter_rng import seed_of
 
 T = TypeVar("T")
 
@@ -64,8 +64,7 @@ def rank_seed(seed: int) -> int:
     own = rank()
     if own == 0:
         return seed
-    digest = hashlib.blake2b(repr(("rank", seed, own)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return seed_of("rank", seed, own)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -1,4 +1,4 @@
-"""The grid of levels: how many, how far apart, and where zero lies.
+"""Quantization grids: number of levels, step size, zero point, and range of codes and values.
 
 The only place that raises 2 to a bit-width. Training, evaluation, calibration and export all take the step from here,
 so they cannot disagree about it.
@@ -17,12 +17,13 @@ from nipq.errors import ConfigError
 
 GridKind = Literal["signed", "unsigned", "shifted"]
 
+#: Fewest bits of a grid: a signed one with a single bit has no level but zero.
 MIN_BITS = 2
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Which levels a quantizer has.
+    """Levels of a quantizer: signed, unsigned, or shifted.
 
     ``signed``: -n..n times the step, symmetric, zero included, for weights and signed activations.
     ``unsigned``: 0..n times the step, for what follows a ReLU.
@@ -63,6 +64,7 @@ class Grid:
             )
 
 
+#: The two grids without settings.
 SIGNED = Grid("signed")
 UNSIGNED = Grid("unsigned")
 

@@ -1,4 +1,4 @@
-"""The noise proxy: what training sees in place of rounding."""
+"""The noise proxy: pseudo-quantization noise in training, in place of rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from nipq.functional.grid import Grid, code_range, step_size, value_range
 from nipq.functional.uniform import inside_range, integer_codes, truncate, truncation_gradients
 
-UNIFORM_NOISE_VARIANCE = 1 / 12
+#: Variance of noise drawn uniformly from one step, in units of the step squared.
+UNIFORM_VARIANCE = 1 / 12
 
 
 class _NoiseInside(torch.autograd.Function):
@@ -117,5 +118,5 @@ def _correction(x: Tensor, alpha: Tensor, bits: Tensor | float, noise: Tensor, g
     step = step_size(alpha, bits, grid)
     lower, upper = value_range(alpha, bits, grid)
     error = integer_codes(x, step, *code_range(alpha, bits, grid)) - x / step
-    coefficient = noise * error * x / (alpha * UNIFORM_NOISE_VARIANCE)
+    coefficient = noise * error * x / (alpha * UNIFORM_VARIANCE)
     return inside_range(x, lower, upper) * coefficient

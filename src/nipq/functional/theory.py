@@ -1,15 +1,9 @@
-"""How much of a distribution lies in range, and how far the rest lies beyond.
-
-The proxy's noise has mean 0 and is independent of x, so its expected error needs nothing else about x
-(``nipq.theory``). The numbers come from a sample or, for the normal and Laplace distributions, from a formula.
-
-What the paper proves about the proxy, as closed forms.
+"""Closed forms of what the paper proves about the noise proxy, for tests and documentation; training needs none.
 
 Setting of the paper's section 5.2: the reconstruction loss R(alpha, bits) = E[(Qhat(x) - x)^2]. Noise has mean 0 and
 is independent of x, so R and its gradients need nothing about x but three numbers for each alpha: how much of it lies
-in range, and the first two moments of what lies beyond. ``Tails`` holds them. Everything is float64. Tests and
-documentation compute with these; training does not need them. The shifted grid has no place in the paper and none
-here.
+in range, and the first two moments of what lies beyond. ``Tails`` holds them, from a sample or, for the normal and
+Laplace distributions, from a formula. Everything is float64. The shifted grid has no place in the paper and none here.
 """
 
 from __future__ import annotations
@@ -23,11 +17,12 @@ from torch import Tensor
 
 from nipq.errors import ConfigError
 from nipq.functional.grid import Grid, code_range, levels, step_size, value_range
+from nipq.functional.proxy import UNIFORM_VARIANCE
 from nipq.functional.uniform import inside_range, integer_codes, truncate
 
 
 class Tails(NamedTuple):
-    """All that the proxy's expected error needs to know about the distribution of x at one alpha.
+    """Share of a distribution in range at one alpha, and moments of what lies beyond.
 
     ``inside`` is P(in range); ``excess`` is E[(|x| - alpha)+] (x for |x| when unsigned), units of x; ``squares`` is
     E[(nearer end - x)^2; truncated], units of x squared.
@@ -157,8 +152,6 @@ __all__ = [
     "stochastic_step_moment",
     "true_error",
 ]
-
-UNIFORM_VARIANCE = 1 / 12  # of noise evenly drawn from one step, in units of the step squared
 
 
 class Gradient(NamedTuple):
@@ -309,7 +302,7 @@ def true_error(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gri
 
 
 def range_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tensor:
-    """What LSQ's gradient lacks to be the derivative of the true error in alpha.
+    """Term that LSQ's gradient lacks to be the derivative of the true error in alpha.
 
     2 E[(Q(x) - x) x; in range] / alpha. A level moves with alpha as Q / alpha, where straight-through gradients have
     (Q - x) / alpha; where the nearest level changes the two errors are equal, so the jump contributes nothing.

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from nipq.config import NoiseKind
-from nipq.functional.grid import Grid
+from nipq.functional.grid import Grid, GridKind
+
+#: Numbers of the grids in compiled code.
+GRID_NUMBERS: dict[GridKind, int] = {"signed": 0, "unsigned": 1, "shifted": 2}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""How a tensor is cut for the Triton kernels: by its size and layout, and by sizes that suit the GPU.
+"""Tiling of a tensor for the Triton kernels, by its size and layout and by sizes that suit the GPU.
 
 The sizes change no value of a result, and of the sums in a gradient only the order. So they are not looked for while
 training: ``nipq doctor --tune`` measures once (``nipq.kernels.triton_tuning``), what it found is kept in the cache
@@ -26,7 +26,7 @@ from nipq.kernels.cpu import cache_folder
 
 @dataclass(frozen=True)
 class Sizes:
-    """What may be chosen for a GPU.
+    """Sizes that may be chosen for a GPU.
 
     Attributes:
         tile: elements of a tile, a power of two; 1,024 are 8 a thread, one load of 16 bytes in half precision.
@@ -104,7 +104,7 @@ class Tiling:
 
 
 def tiling(x: Tensor, channels: int, channel_axis: int) -> Tiling:
-    """How a tensor is cut.
+    """Tiling of a tensor.
 
     Args:
         x: dense.
@@ -182,7 +182,7 @@ def kept_sizes(device: int) -> Sizes:
 
 
 def sizes_file(gpu: str) -> Path:
-    """Where the sizes for a kind of GPU are kept.
+    """File of the sizes for a kind of GPU.
 
     Args:
         gpu: its name, as torch gives it.

@@ -1,4 +1,4 @@
-"""The search for sizes of the Triton kernels that suit a GPU: ``nipq doctor --tune``."""
+"""Tuning of the Triton kernels: the search for sizes that suit a GPU, ``nipq doctor --tune``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Stopwatch = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         gpu: name of the GPU.

@@ -65,7 +65,7 @@ class Product(nn.Module):
 
 
 def refuse_dropout(name: str, drop: float) -> None:
-    """Products of whole codes are for evaluation.
+    """Refuse dropout where attention is computed in whole codes, which is for evaluation.
 
     Args:
         name: full name of the product, for the message.
@@ -82,7 +82,7 @@ def refuse_dropout(name: str, drop: float) -> None:
 
 
 class AttentionProducts(nn.Module):
-    """What stands for torch's function in one module: the same arguments, the same result but for quantization.
+    """Quantized ``scaled_dot_product_attention`` of one module: the same arguments and result but for quantization.
 
     Args:
         scores: computes query times key.

@@ -32,12 +32,12 @@ BLOCK = 256
 
 @dataclass(frozen=True)
 class QuantizerState:
-    """What a quantizer's parameters and buffers do not say.
+    """State of a quantizer besides its parameters and buffers, kept in a state dict as JSON.
 
     Attributes:
         grid: where the levels lie; chosen by calibration.
         bit_range: the range that the bit parameter is read in.
-        calibrated: whether the clipping range means anything yet.
+        calibrated: whether the clipping range was set from data yet.
     """
 
     grid: Grid

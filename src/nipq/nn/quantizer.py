@@ -19,12 +19,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nipq.config import BitRange, GridChoice, Init, Phase
 from nipq.errors import OrderError
 from nipq.functional.counter_rng import draw_key
-from nipq.functional.grid import SIGNED, Grid
+from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import widened
 from nipq.kernels.dispatch import quantize
 from nipq.nn.estimators import Estimator, NoiseProxy
@@ -162,3 +162,33 @@ class InputQuantizer(TensorQuantizer):
             and "forward" not in self.__dict__
             and self.estimator.is_fused(self, x)
         )
+
+
+class OffsetInputQuantizer(InputQuantizer):
+    """Input quantizer of LSQ+ with a learned offset: the range is offset to offset + alpha.
+
+    The grid is at any moment the shifted one whose shift is minus the offset, so evaluation, files and checks treat it
+    like every other shifted grid.
+
+    Args:
+        name: full name of the tensor.
+        bit_range: allowed bit-widths.
+        **settings: as for ``InputQuantizer``.
+    """
+
+    def __init__(self, name: str, bit_range: BitRange, **settings: Any) -> None:  # noqa: ANN401
+        super().__init__(name, bit_range, **settings)
+        self.grid = Grid("shifted")
+
+    @property
+    def grid(self) -> Grid:
+        """The grid with the present offset (reads a value: not for a training step)."""
+        offset = self._parameters.get("offset")
+        return UNSIGNED if offset is None else Grid("shifted", max(0.0, -float(offset.detach())))
+
+    @grid.setter
+    def grid(self, grid: Grid) -> None:
+        if "offset" not in self._parameters:
+            self.offset = nn.Parameter(torch.zeros(1))
+        with torch.no_grad():
+            self.offset.fill_(-grid.shift)

@@ -16,14 +16,13 @@ from nipq.nn.kinds import close_shortcuts_, output_channel_axis
 from nipq.nn.layers import (
     LayerQuantization,
     LayerSpec,
-    OffsetInputQuantizer,
     attach,
     detach,
     is_prepared,
     quantization,
     weight_quantizer,
 )
-from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.nn.quantizer import InputQuantizer, OffsetInputQuantizer, WeightQuantizer
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
 from nipq.prepare.trace import PRODUCT_OPERANDS, ExampleInputs
