@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nipq.analysis.network import Scores, differentiable, input_samples, intact
 from nipq.analysis.sweep import Point, Sweep
 from nipq.errors import OrderError
-from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.packing import FEWEST_BITS
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
@@ -66,7 +66,7 @@ def lowered_bits(
             if quantizer.name in values:
                 axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
                 x = values[quantizer.name]
-                quantizer.set_alpha_(noise_optimal_boundary(x, float(bits), quantizer.grid, channel_axis=axis))
+                quantizer.set_alpha_(noise_optimal_range(x, float(bits), quantizer.grid, channel_axis=axis))
         yield
 
 

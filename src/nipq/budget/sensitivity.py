@@ -191,7 +191,7 @@ def _probed(quantizers: list[TensorQuantizer], sign: float, seed: int) -> Iterat
             raise OrderError(
                 f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_ before."
             )
-        alpha = quantizer._spread(quantizer.alpha.detach(), x.ndim)
+        alpha = quantizer.spread(quantizer.alpha.detach(), x.ndim)
         noise = sign * uniform_noise(x.detach(), generator)
         return noise_proxy(x, alpha, bits[quantizer.name], noise, quantizer.grid)
 

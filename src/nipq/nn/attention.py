@@ -65,7 +65,7 @@ class Product(nn.Module):
 
 
 class AttentionProducts(nn.Module):
-    """What stands for torch's function in one module: the same arguments, the same result but for quantization.
+    """Quantized ``scaled_dot_product_attention`` of one module: the same arguments and result but for quantization.
 
     Args:
         scores: computes query times key.

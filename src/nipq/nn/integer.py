@@ -1,4 +1,4 @@
-"""Integer-domain arithmetic: the one form in which torch and an integer runtime agree to the bit.
+"""Integer-domain arithmetic, in the one form in which torch and an integer runtime agree to the bit.
 
 Codes are whole numbers held in floats. A convolution over them is exact while its sums stay below 2^24 in float32 (2^53
 in float64); rounding the sums removes what a fast algorithm such as Winograd adds below one half. After that come one

@@ -10,20 +10,19 @@ from nipq.config import BitRange, Config, GridChoice, Phase
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
-from nipq.nn.estimator import Estimator
-from nipq.nn.init import SHIFTS, start_weight_boundary_
+from nipq.nn.estimators import Estimator, estimator_of
+from nipq.nn.init import SHIFTS, start_weight_range_
 from nipq.nn.kinds import close_shortcuts_, output_channel_axis
 from nipq.nn.layers import (
     LayerQuantization,
     LayerSpec,
-    OffsetInputQuantizer,
     attach,
     detach,
     is_prepared,
     quantization,
     weight_quantizer,
 )
-from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.nn.quantizer import InputQuantizer, OffsetInputQuantizer, WeightQuantizer
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
@@ -135,7 +134,7 @@ def _share_bits(model: nn.Module, groups: list[tuple[str, ...]]) -> None:
 
 
 def _estimator(config: Config) -> Estimator:
-    return Estimator(**{field.name: getattr(config, field.name) for field in fields(Estimator)})
+    return estimator_of(config.method, **{field.name: getattr(config, field.name) for field in fields(Estimator)})
 
 
 def _weight_quantizers(
@@ -171,7 +170,7 @@ def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config
         estimator=_estimator(config),
         init=config.init,
     ).to(weight.device)
-    start_weight_boundary_(quantizer, weight)
+    start_weight_range_(quantizer, weight)
     return quantizer
 
 
@@ -182,7 +181,7 @@ def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config:
     bits, learns = plan.activation_bits, True
     if spec.is_input:
         few = bits.fixed is None or bits.fixed < FIXED_BOUNDARY_BITS
-        learns = few if config.learn_input_boundary is None else config.learn_input_boundary
+        learns = few if config.learn_input_range is None else config.learn_input_range
     return _operand(f"{spec.name}.input", bits, plan.grid, config, learns=learns).to(layer.weight.device)
 
 
@@ -202,5 +201,5 @@ def _operand(name: str, bits: BitRange, grid: GridChoice, config: Config, *, lea
     kind = OffsetInputQuantizer if estimator.learns_offset else InputQuantizer
     return kind(
         name, bits, grid=_FIRST_GRIDS[grid], grid_choice=grid, estimator=estimator, init=config.init,
-        learns_boundary=learns,
+        learns_range=learns,
     )  # fmt: skip

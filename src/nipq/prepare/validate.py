@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from nipq.config import Config
-from nipq.errors import Finding, NotQuantizableError
+from nipq.errors import Diagnostic, NotQuantizableError
 from nipq.nn.attention import FUNCTION
 from nipq.nn.kinds import is_plain, is_supported, is_table, output_channel_axis
 from nipq.nn.layers import is_prepared
@@ -36,7 +36,7 @@ _WRAPPERS = {
 }
 
 
-def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Finding]:
+def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Diagnostic]:
     """List everything that ``prepare_`` would refuse, leave float, or do in a way worth knowing; changes nothing.
 
     Args:
@@ -75,24 +75,24 @@ def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Confi
     raise NotQuantizableError("expected a model that can be prepared, found\n" + "\n".join(map(str, refusals)))
 
 
-def _before_running(model: nn.Module) -> Iterator[Finding]:
+def _before_running(model: nn.Module) -> Iterator[Diagnostic]:
     """Refusals of models that a watched forward would change, or that cannot run one."""
     for name, module in model.named_modules():
         wrapper = _WRAPPERS & {kind.__name__ for kind in type(module).__mro__}
         if wrapper:
             remedy = "Prepare the bare model first, then wrap, distribute or compile it."
-            yield Finding(name, "error", f"it is wrapped in {wrapper.pop()}", remedy)
+            yield Diagnostic(name, "error", f"it is wrapped in {wrapper.pop()}", remedy)
         if is_prepared(module):
-            yield Finding(name, "error", "it is prepared already", "Call nipq.restore_(model) first.")
+            yield Diagnostic(name, "error", "it is prepared already", "Call nipq.restore_(model) first.")
         for key, parameter in module.named_parameters(recurse=False):
             where = f"{name}.{key}".lstrip(".")
             if is_lazy(parameter):
-                yield Finding(where, "error", "it has no shape yet", "Run one float forward before preparing.")
+                yield Diagnostic(where, "error", "it has no shape yet", "Run one float forward before preparing.")
             elif parameter.is_meta:
-                yield Finding(where, "error", "it has no values yet", "Load the weights before preparing.")
+                yield Diagnostic(where, "error", "it has no values yet", "Load the weights before preparing.")
 
 
-def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Finding]:
+def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Diagnostic]:
     specs = traced.ordered(products=config.attention_bits is not None)
     plans = {spec.name: (spec, plan) for spec, plan in plan_layers(specs, config)}
     for name, module in model.named_modules():
@@ -102,53 +102,53 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 1:
                     where = f"{name}.{key}".lstrip(".")
-                    yield Finding(where, "float", f"{type(module).__name__} has no quantized form here")
+                    yield Diagnostic(where, "float", f"{type(module).__name__} has no quantized form here")
     for name in traced.unused:
-        yield Finding(name, "float", "the example forward does not call it")
+        yield Diagnostic(name, "float", "the example forward does not call it")
     for spec in specs:
         if spec.name not in plans:
             asked = spec.is_table and config.embedding_bits is None
             reason = "the settings leave embeddings float" if asked else "a rule excludes it"
-            yield Finding(spec.name, "float", reason)
+            yield Diagnostic(spec.name, "float", reason)
         elif plans[spec.name][1].activation_bits is None and not spec.is_table:
-            yield Finding(f"{spec.name}.input", "float", "the settings leave this input float")
+            yield Diagnostic(f"{spec.name}.input", "float", "the settings leave this input float")
     replaced = {attention.name for attention in traced.attention if attention.scores.name in plans}
     for op in traced.unquantized_ops:
         if op.operation == FUNCTION and op.name in replaced:
-            yield Finding(op.name, "float", "softmax: it stays float between the two products of attention")
+            yield Diagnostic(op.name, "float", "softmax: it stays float between the two products of attention")
             continue
         times = f" ({op.count} times)" if op.count > 1 else ""
-        yield Finding(op.name, "float", f"{op.operation}{times}: {op.reason}")
+        yield Diagnostic(op.name, "float", f"{op.operation}{times}: {op.reason}")
     if config.attention_bits is not None:
         yield from _attention_findings(model, traced, replaced)
     for spec, _ in plans.values():
         if spec.calls > 1 and not spec.is_product:
             once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
-            yield Finding(spec.name, "note", once)
+            yield Diagnostic(spec.name, "note", once)
     for first, *others in shared_groups(plans.values(), traced.shared, config):
-        yield Finding(first, "note", f"it shares its bit-widths with {', '.join(others)}")
+        yield Diagnostic(first, "note", f"it shares its bit-widths with {', '.join(others)}")
     yield from _tied(model, set(plans))
     if config.target is not None:
         for name, reason in target_notes(model, plans, traced.shared, config.target):
-            yield Finding(name, "note", reason)
+            yield Diagnostic(name, "note", reason)
 
 
-def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Finding]:
+def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Diagnostic]:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
-        yield Finding(
+        yield Diagnostic(
             name,
             "error",
             "its weight is not a plain parameter (weight norm, spectral norm, pruning or another parametrization)",
             "Remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations.",
         )
     elif not weight.is_floating_point():
-        yield Finding(name, "error", f"its weight is of type {weight.dtype}", "Convert the layer to float32.")
+        yield Diagnostic(name, "error", f"its weight is of type {weight.dtype}", "Convert the layer to float32.")
     elif not bool(torch.isfinite(weight).all()):
-        yield Finding(name, "error", "its weight holds NaN or infinity", "Load a sound checkpoint.")
+        yield Diagnostic(name, "error", "its weight holds NaN or infinity", "Load a sound checkpoint.")
     if plan.granularity == "channel" and output_channel_axis(layer) is None:
-        yield Finding(
+        yield Diagnostic(
             name,
             "error",
             "clipping ranges per channel of a grouped transposed convolution do not lie along one axis",
@@ -158,18 +158,18 @@ def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Fi
         yield from _table_findings(name, layer)
     if not is_plain(layer):
         own = f"{type(layer).__name__} has a forward of its own; it sees the quantized weight and first input"
-        yield Finding(name, "note", own)
+        yield Diagnostic(name, "note", own)
 
 
-def _table_findings(name: str, table: nn.Module) -> Iterator[Finding]:
+def _table_findings(name: str, table: nn.Module) -> Iterator[Diagnostic]:
     remedy = f"Use Rule({name!r}, quantize=False), or build the embedding without it."
     if getattr(table, "max_norm", None) is not None:
-        yield Finding(name, "error", "its max_norm writes into the table in the forward, past the quantizer", remedy)
+        yield Diagnostic(name, "error", "its max_norm writes into the table in the forward, past the quantizer", remedy)
     if getattr(table, "sparse", False):
-        yield Finding(name, "error", "its sparse gradients cannot pass the quantizer, which reads the table", remedy)
+        yield Diagnostic(name, "error", "its sparse gradients cannot pass the quantizer, which reads the table", remedy)
 
 
-def _tied(model: nn.Module, planned: set[str]) -> Iterator[Finding]:
+def _tied(model: nn.Module, planned: set[str]) -> Iterator[Diagnostic]:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -180,14 +180,14 @@ def _tied(model: nn.Module, planned: set[str]) -> Iterator[Finding]:
         others = [name for name in names if name not in planned]
         if len(quantized) > 1:
             shared = f"it shares its weight, and so its weight quantizer, with {', '.join(quantized[1:])}"
-            yield Finding(quantized[0], "note", shared)
+            yield Diagnostic(quantized[0], "note", shared)
         if quantized and others:
-            yield Finding(
+            yield Diagnostic(
                 quantized[0], "note", f"it shares its weight with {', '.join(others)}, which reads it as float"
             )
 
 
-def _attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Finding]:
+def _attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Diagnostic]:
     """Refusals of attention that ``attention_bits`` asks for and that has a form which cannot be quantized.
 
     Attention is known by what it does: a call of torch's function, of its fused form with projections, or a softmax
@@ -211,19 +211,21 @@ def _attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> I
                 True,
                 "torch's fused projections and attention" if fused else "products and a softmax of its own",
             )
-            yield Finding(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
+            yield Diagnostic(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
     for attention in traced.attention:
         if "forward" in vars(model.get_submodule(attention.name)):
             remedy = "Remove its wrapper before preparing."
-            yield Finding(attention.name, "error", "the forward of this very module was replaced", remedy)
+            yield Diagnostic(attention.name, "error", "the forward of this very module was replaced", remedy)
         if attention.name in planned and is_supported(model.get_submodule(attention.name)):
             remedy = f"Call {FUNCTION} from a module around it, or leave attention_bits out."
-            yield Finding(attention.name, "error", "a layer with a weight computes attention by itself", remedy)
+            yield Diagnostic(attention.name, "error", "a layer with a weight computes attention by itself", remedy)
         for outer in sorted(attention.within & planned if attention.name not in planned else ()):
             where = outer or f"the model ({type(model).__name__})"
             remedy = (
                 "Let the rules quantize both or neither: the products of the outer one would stand in its place too."
             )
-            yield Finding(attention.name, "error", f"it stays float and runs inside the attention of {where}", remedy)
+            yield Diagnostic(
+                attention.name, "error", f"it stays float and runs inside the attention of {where}", remedy
+            )
     if not found:
-        yield Finding("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)
+        yield Diagnostic("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)

@@ -17,7 +17,7 @@ from torch import nn
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import AverageBits, BitOps, ModelSize, exact_range, stored_rows
 from nipq.config import BitRange, Config
-from nipq.errors import Finding
+from nipq.errors import Diagnostic
 from nipq.export.onnx_write import promised_bytes
 from nipq.nn.layers import LayerSpec
 from nipq.nn.quantizer import TensorQuantizer
@@ -92,7 +92,7 @@ class Inspection:
     """
 
     layers: tuple[LayerFacts, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
     ranges: tuple[BudgetRange, ...]
     policy: str
     weights: int

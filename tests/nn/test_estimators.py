@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from nipq.config import Config, Method
 from nipq.errors import ConfigError, OrderError
 from nipq.export.convert import convert
-from nipq.functional.baselines import sawb_boundary
-from nipq.nn.layers import OffsetInputQuantizer
+from nipq.functional.baselines import sawb_range
+from nipq.nn.estimators import ESTIMATORS
+from nipq.nn.quantizer import OffsetInputQuantizer
 from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
@@ -20,6 +21,11 @@ from nipq.qat.optim import param_groups
 
 METHODS = get_args(Method)
 NOISY = ("nipq", "diffq")
+
+
+def test_every_method_of_the_config_has_an_estimator() -> None:
+    assert set(ESTIMATORS) == set(METHODS)
+    assert all(estimator.method == method for method, estimator in ESTIMATORS.items())
 
 
 @pytest.fixture
@@ -107,7 +113,7 @@ def test_weights_of_diffq_and_pact_follow_the_tensor(x: Tensor) -> None:
         with torch.no_grad():
             weight.mul_(3)
         model.eval()(x)
-        expected = weight.abs().max() if method == "diffq" else sawb_boundary(weight.detach(), 3)
+        expected = weight.abs().max() if method == "diffq" else sawb_range(weight.detach(), 3)
         assert torch.allclose(row.weight.alpha, expected)
 
 
