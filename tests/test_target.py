@@ -8,12 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.compare.cells import expand
-from nipq.compare.grid import Grid
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError
 from nipq.inspection import inspect
 from nipq.prepare import prepare_
+from nipq.train.compare import Grid, expand
 from nipq.train.config_file import check_config
 from nipq.validate import validate
 
