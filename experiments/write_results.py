@@ -42,6 +42,7 @@ from experiments.export import page as export_page  # noqa: E402
 from experiments.fashion_mnist import page as fashion_page  # noqa: E402
 from experiments.rivals import page as rivals_page  # noqa: E402
 from experiments.robustness import page as robustness_page  # noqa: E402
+from experiments.robustness import plot as robustness_plot  # noqa: E402
 from experiments.scalar_toy import page as toy_page  # noqa: E402
 from experiments.sensitivity import page as sensitivity_page  # noqa: E402
 from experiments.shown import PICTURES  # noqa: E402
@@ -63,7 +64,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **export_page.BLOCKS,
 }
 #: Functions that draw pictures from the result files. The scalar toy's comes with its training.
-PAINTERS = (rivals_page.draw, fashion_page.draw, sensitivity_page.draw, robustness_page.draw, plots.main)
+PAINTERS = (rivals_page.draw, fashion_page.draw, sensitivity_page.draw, robustness_plot.draw, plots.main)
 
 BLOCK = re.compile(r"(<!-- results:([\w-]+):begin -->\n)(.*?)(<!-- results:([\w-]+):end -->)", flags=re.DOTALL)
 MARK = re.compile(r"^<!-- results:([\w-]+):(begin|end) -->$", flags=re.MULTILINE)

@@ -12,13 +12,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import nipq
 from nipq.allocation import sensitivities
-from nipq.analysis.network import float_twin, layers, stored_weights
 from nipq.budget import AverageBits, BitOps
 from nipq.calibrate import calibrate_
 from nipq.config import Config, Rule
 from nipq.control import set_bits_, set_phase_
 from nipq.deploy.products import deployed_products
 from nipq.errors import ConfigError, FileFormatError, NotQuantizableError
+from nipq.hessian import float_twin, layers, stored_weights
 from nipq.layer_table import layer_table
 from nipq.prepare import prepare_, restore_
 from nipq.summary import summary

@@ -35,7 +35,9 @@ def parser(text: str | None, kind: str, timeout: int) -> argparse.ArgumentParser
         timeout: seconds that one item may take, by default.
     """
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, default=RESULTS / f"{kind}.jsonl", help=f"file (default: results/{kind}.jsonl)")
+    found.add_argument(
+        "--out", type=Path, default=RESULTS / f"{kind}.jsonl", help=f"file (default: results/{kind}.jsonl)"
+    )
     found.add_argument("--overwrite", action="store_true", help="measure again what has a result")
     found.add_argument("--timeout", type=int, default=timeout, help="seconds for one item (default: %(default)s)")
     found.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one item, in this process
@@ -107,9 +109,7 @@ def rungs_of(result: VerifyResult) -> list[Record]:
     return found
 
 
-def each(
-    module: str, items: Sequence[tuple[str, Sequence[str]]], command: str, options: argparse.Namespace
-) -> int:
+def each(module: str, items: Sequence[tuple[str, Sequence[str]]], command: str, options: argparse.Namespace) -> int:
     """Measure items one after the other, each in a process of its own; those that have a result are done.
 
     Args:

@@ -36,9 +36,7 @@ def section() -> str:
         "tensor's sensitivity per element: the Kullback-Leibler divergence of the answers (in the last two columns the "
         f"rise of the loss) when that tensor alone has {first['low_bits']} bits and all others "
         f"{first['high_bits']}, on {first['images']:,} validation images. `{first['command']}`; "
-        f"{origin(records)}.\n\n"
-        + picture("sensitivity", "learned bits against sensitivity")
-        + "\n"
+        f"{origin(records)}.\n\n" + picture("sensitivity", "learned bits against sensitivity") + "\n"
     )
 
 

@@ -21,9 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.curvature import Trace, input_traces, weight_traces
-from nipq.analysis.hessian import LabelledBatch, labelled
-from nipq.analysis.network import LossFn, float_twin, input_samples
 from nipq.bit_programme import least_loss_bits
 from nipq.bit_table import BitTable
 from nipq.budget import Budget, check_feasible
@@ -32,6 +29,16 @@ from nipq.distributed import all_or_none, check_same_, from_rank_zero, gather_ob
 from nipq.errors import ConfigError, OrderError
 from nipq.functional.boundary import noise_optimal_boundary
 from nipq.functional.uniform import quantize
+from nipq.hessian import (
+    LabelledBatch,
+    LossFn,
+    Trace,
+    float_twin,
+    input_samples,
+    input_traces,
+    labelled,
+    weight_traces,
+)
 from nipq.layer_table import layer_table
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer

@@ -18,7 +18,7 @@ MARKERS = "sD^vP*Xh<>pH8"
 #: Share of the axis within which rows of one budget count as costing the same, and are drawn side by side.
 SAME = 0.03
 #: Share of the axis by which such rows are drawn apart.
-APART = 0.018
+APART = 0.014
 #: Room around the means, as a share of their range. Intervals may be cut by the axis: two seeds can span everything.
 ROOM = 0.15
 
@@ -89,9 +89,12 @@ def plot_against_cost(comparison: Comparison, heading: str, unit: str, place: Pl
     factor, letter = next((pair for pair in PREFIXES if max(costs) >= pair[0]), (1.0, ""))
     span = max(max(costs) - min(costs), 0.1 * max(costs)) / factor
     points: dict[str, list[tuple[float, float, float]]] = {label: [] for label in labels}
+    moved = False
     for block in comparison.blocks:
         found = [(x / factor, row) for row in block.rows if (x := place(row)) is not None]
-        for x, row in _side_by_side(found, span):
+        apart = _side_by_side(found, span)
+        moved |= {x for x, _ in apart} != {x for x, _ in found}
+        for x, row in apart:
             points[row.label].append((x, row.score.mean, row.score.half or 0.0))
     with drawn(path, width=7.4, height=4.2) as figure:
         axes = figure.subplots()
@@ -108,7 +111,8 @@ def plot_against_cost(comparison: Comparison, heading: str, unit: str, place: Pl
             )  # fmt: skip
         _float_line(axes.axhline, comparison)
         axes.set_ylim(*_limits(comparison, comparison.blocks))
-        axes.set(xlabel=f"{heading} [{letter}{unit}]", ylabel=f"test {comparison.metric.title}")
+        beside = "; rows of equal cost side by side" if moved else ""
+        axes.set(xlabel=f"{heading} [{letter}{unit}]{beside}", ylabel=f"test {comparison.metric.title}")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
         figure.suptitle(f"{comparison.name}: {_shown(comparison)}; dashed: float", fontsize=10)
     return path

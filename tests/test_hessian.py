@@ -9,13 +9,11 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from nipq.analysis import hessian as hessian_module
-from nipq.analysis.curvature import DENSE, curvature, input_traces, weight_traces
-from nipq.analysis.network import float_twin
 from nipq.calibrate import calibrate_
 from nipq.config import Config
 from nipq.control import set_phase_
 from nipq.errors import ConfigError, MissingDependencyError
+from nipq.hessian import DENSE, curvature, float_twin, input_traces, weight_traces
 from nipq.prepare import prepare_
 
 
@@ -206,7 +204,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch) -> None:
     def missing(module, **settings):
         raise MissingDependencyError(str(settings))
 
-    monkeypatch.setattr(hessian_module, "require", missing)
+    monkeypatch.setattr("nipq.hessian.require", missing)
     with pytest.raises(MissingDependencyError, match="'extra': 'analysis'"):
         curvature(nn.Linear(3, 2), [(torch.zeros(2, 3), torch.zeros(2, 2))], mse_loss)
 

@@ -1,6 +1,4 @@
-"""At the perturbation where the reference has lost five points, how much has each other method lost?
-
-    python experiments/robustness/table.py [--reference lsq] [--points 5]     # writes results/table.md and table.json
+"""Table of the robustness study: points lost where the reference has lost five; for ``experiments/write_results.py``.
 
 Strengths between two measured ones are interpolated linearly. Plain numbers are means over seeds of training, with the
 standard deviation over them; the perturbations' own seeds are averaged before.
@@ -8,15 +6,9 @@ standard deviation over them; the perturbations' own seeds are averaged before.
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-from pathlib import Path
 from typing import Any
 
-from robustness import (
-    RESULTS,
-    Record,
+from experiments.robustness.curves import (
     budgets,
     corruption_curve,
     drops,
@@ -26,21 +18,16 @@ from robustness import (
     read_records,
     rows_of,
 )
+from experiments.shown import PICTURES, Record, picture, spread
 
+#: The row that sets the strength, and the points that it has lost there.
+REFERENCE, POINTS = "lsq", 5.0
 COLUMNS = {
     "noise on weights": perturbation_curve("weights"),
     "noise on activations": perturbation_curve("activations"),
     "noise on activations, by channel": perturbation_curve("channels"),
     "corrupted images": corruption_curve(),
 }
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Mean and standard deviation over seeds."""
-    if not values:
-        return "-"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{digits}f}{deviation}"
 
 
 def numbers(rows: dict[str, list[Record]], reference: str, points: float) -> dict[str, Any]:
@@ -96,28 +83,34 @@ def markdown(budget: str, found: dict[str, Any], reference: str, points: float) 
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Write and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", default="lsq", help="the row that sets the strength")
-    parser.add_argument("--points", type=float, default=5.0, help="how much it has lost there")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    records = read_records(arguments.results / "cells")
-    found = {}
+def section() -> str:
+    """A table for each budget, one more for the seeds that all methods share, and how they were made."""
+    records = read_records()
+    if not records:
+        return "Nothing is measured yet.\n"
+    parts = []
     for budget in budgets(records):
         rows = rows_of(records, budget)
-        found[budget] = numbers(rows, arguments.reference, arguments.points)
+        parts.append(markdown(budget, numbers(rows, REFERENCE, POINTS), REFERENCE, POINTS))
         if shared := of_shared_seeds(rows):
             seeds = ", ".join(str(cell["cell"]["seed"]) for cell in next(iter(shared.values())))
             name = f"{budget}, seed {seeds} alone, which all methods share"
-            found[name] = numbers(shared, arguments.reference, arguments.points)
-    text = "\n".join(markdown(budget, one, arguments.reference, arguments.points) for budget, one in found.items())
-    result = {"reference": arguments.reference, "points": arguments.points, "budgets": found}
-    (arguments.results / "table.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (arguments.results / "table.md").write_text(text, encoding="utf-8")
-    print(text)
+            parts.append(markdown(name, numbers(shared, REFERENCE, POINTS), REFERENCE, POINTS))
+    settings = records[0]["settings"]
+    versions = ", ".join(f"{name} {number}" for name, number in records[0]["versions"].items())
+    sizes = f"--images {settings['images']} --train-images {settings['train_images']}"
+    return (
+        "\n".join(parts) + f"\n{len(records)} networks, mean ± standard deviation where there are several seeds, "
+        f"on {settings['images']} test images; curvature on {settings['train_images']} training images. "
+        f"`python -m experiments.robustness.run --runs RUNS {sizes}`; {versions}.\n"
+    )
 
 
-if __name__ == "__main__":
-    main()
+def pictures() -> str:
+    """All pictures."""
+    names = [path.stem for path in sorted(PICTURES.glob("robustness_*.png"))]
+    return "\n\n".join(picture(name, name.replace("_", " ")) for name in names) + "\n"
+
+
+#: Blocks of the pages by name.
+BLOCKS = {"robustness": section, "robustness-pictures": pictures}

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.network import Scores, intact, layers, stored_weights
-from nipq.analysis.sweep import Point, Sweep
+from experiments.robustness.perturbation import Point, Scores, Sweep, intact
+from nipq.hessian import layers, stored_weights
 from nipq.nn.kinds import output_channel_axis
 
 

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, pad
 
-from nipq.analysis.network import Scores
-from nipq.analysis.sweep import Point, Sweep
+from experiments.robustness.perturbation import Point, Scores, Sweep
 from nipq.errors import ConfigError
 
 Function = Callable[[Tensor, float, torch.Generator], Tensor]

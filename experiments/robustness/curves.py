@@ -1,25 +1,23 @@
-"""The measured cells: curves by method, and what each has lost where the reference has lost so much."""
+"""Curves of the measured cells by method, and losses where the reference has lost so much."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+from experiments.shown import Record, lines_of
+
 Curve = dict[float, float]
 
-RESULTS = Path(__file__).parent / "results"
-FLOAT = "float"
+RESULTS = Path(__file__).parent / "results.jsonl"
 
 
-def read_records(folder: Path) -> list[Record]:
+def read_records() -> list[Record]:
     """Every measured cell."""
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
-    return [record for record in found if "cell" in record and "clean" in record]
+    return [record for record in lines_of(RESULTS) if "clean" in record]
 
 
 def budgets(records: Sequence[Record]) -> list[str]:
