@@ -1,6 +1,6 @@
 """Pictures: the training step of every variant and of every method, and what an element costs.
 
-python -m benchmarks.plots        # writes benchmarks_*.png into docs/results/pictures
+python -m benchmarks.plots        # writes speed_*.png into docs/results/pictures
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _save(figure: Any, name: str) -> None:  # noqa: ANN401 -- matplotlib's Figur
     for axis in figure.axes:
         axis.tick_params(colors=INK)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(PICTURES / f"benchmarks_{name}.png", dpi=110, facecolor="white", metadata={"Software": None})
+    figure.savefig(PICTURES / f"speed_{name}.png", dpi=110, facecolor="white", metadata={"Software": None})
     plt.close(figure)
 
 

@@ -159,8 +159,7 @@ def extrapolated(content: Record) -> str:
     ]
     worst = max(line["largest relative error"] for line in content["lines"].values())
     return (
-        f"A decoder of {n / 1e9:.1f} billion weights on {GPUS} GPUs:\n\n"
-        + table(["", "formula", f"h = {model.hidden}, f = {model.inner}, v = {model.vocabulary}"], rows)
+        table(["", "formula", f"h = {model.hidden}, f = {model.inner}, v = {model.vocabulary}"], rows)
         + "\nBytes for each quantizer are those of the longest chain; times are the lines through all chains, of which "
         f"no point is further off than {worst:.0%}. "
         "Bandwidth and speed are a data sheet's and an assumption; nothing on this page ran on a GPU.\n"
@@ -184,4 +183,4 @@ def _block(show: Callable[[Record], str]) -> Callable[[], str]:
 
 
 #: Blocks of the pages by name.
-BLOCKS = {"speed-scale-measured": _block(measured), "speed-scale-decoder": _block(extrapolated)}
+BLOCKS = {"scale-measured": _block(measured), "scale-decoder": _block(extrapolated)}

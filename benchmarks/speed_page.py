@@ -49,7 +49,7 @@ def training_step(content: Record) -> str:
         "thread: CPU time; two threads: wall time. Saved: bytes that autograd keeps for backward, parameters and "
         "buffers not counted. Peak: growth of the process within a step. Both with one thread. " + origin(content)
     )
-    parts.append(picture("benchmarks_training_step", "time of a training step") + "\n")
+    parts.append(picture("speed_training_step", "time of a training step") + "\n")
     return "\n".join(parts)
 
 
@@ -118,7 +118,7 @@ def elements(content: Record) -> str:
         "backward needs besides the result. " + origin(content)
     )
     parts.append(table(["16 elements", "microseconds a call, forward + backward"], rows))
-    parts.append(picture("benchmarks_elements", "nanoseconds an element") + "\n")
+    parts.append(picture("speed_elements", "nanoseconds an element") + "\n")
     return "\n".join(parts)
 
 
@@ -167,8 +167,8 @@ def _block(name: str, show: Callable[[Record], str]) -> Callable[[], str]:
 #: Blocks of the pages by name.
 BLOCKS: dict[str, Callable[[], str]] = {
     "speed-goals": _goals,
-    "speed-training-step": _block("training_step", training_step),
+    "speed-step": _block("training_step", training_step),
     "speed-compiled": _block("compiled", compiled),
     "speed-elements": _block("elements", elements),
-    "speed-many-quantizers": _block("many_quantizers", many_quantizers),
+    "speed-quantizers": _block("many_quantizers", many_quantizers),
 }

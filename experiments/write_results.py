@@ -9,18 +9,19 @@ A block stands in any Markdown page of the repository, between the lines ``<!-- 
 ``<!-- results:NAME:end -->``, once or several times. Names, by what they show:
 
     readme                                five rows: float, nipq, its best rival, LSQ, PACT at 3/3 on Fashion-MNIST
-    demo, fashion-mnist, sensitivity, budgets-kept, oscillation
-    rivals-mobilenet-v2, rivals-bops, rivals-weights-only, rivals-ablations        one table for each budget of a grid
-    rivals-ablations-validation, rivals-search-ends, rivals-calibration, rivals-candidates, rivals-training-cost
-    tasks                                 one line for each task and budget
+    readme-tasks                          five rows: one for each of five tasks and budgets, float, nipq and LSQ
+    digits, fashion-mnist, sensitivity, budgets-kept, oscillation
+    fashion-baselines, fashion-bops, fashion-weights-only, fashion-ablations        one table for each budget of a grid
+    fashion-ablations-validation, searches-off-budget, calibration-fix, baseline-candidates
+    tasks-summary                         one line for each task and budget
     task-decoder, task-detection, task-efficientnet-lite0, task-minilm-rating, task-minilm-rating-8bit,
-    task-minilm-sentiment, task-minilm-sentiment-8bit, task-minilm-topics, task-minilm-topics-8bit,
-    task-super-resolution, task-which-photo-mobilenet-v3, task-which-photo-resnet18        the grid of a task
+    task-minilm-sentiment, task-minilm-sentiment-8bit, task-newsgroups, task-newsgroups-8bit, task-super-resolution,
+    task-which-photo-mobilenet-v3, task-which-photo-resnet18        the grid of a task
     task-decoder-stages, candidates-minilm, candidates-minilm-topics, candidates-mobilenet-v3
     robustness, robustness-pictures
-    speed-goals, speed-training-step, speed-compiled, speed-elements, speed-many-quantizers, speed-integrations,
-    speed-scale-measured, speed-scale-decoder
-    export-runtimes, export-sizes, export-zoo, export-trained, export-openvino, export-inductor
+    speed-goals, speed-step, speed-compiled, speed-elements, speed-quantizers, speed-integrations, speed-methods
+    scale-measured, scale-decoder
+    export-runtimes, export-sizes, verify-random, verify-trained, latency-openvino, latency-inductor
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from experiments.demo import page as demo_page  # noqa: E402
 from experiments.export import page as export_page  # noqa: E402
 from experiments.fashion_mnist import page as fashion_page  # noqa: E402
 from experiments.rivals import page as rivals_page  # noqa: E402
+from experiments.rivals import readme_picture  # noqa: E402
 from experiments.robustness import page as robustness_page  # noqa: E402
 from experiments.robustness import plot as robustness_plot  # noqa: E402
 from experiments.scalar_toy import page as toy_page  # noqa: E402
@@ -64,7 +66,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **export_page.BLOCKS,
 }
 #: Functions that draw pictures from the result files. The scalar toy's comes with its training.
-PAINTERS = (rivals_page.draw, fashion_page.draw, sensitivity_page.draw, robustness_plot.draw, plots.main)
+PAINTERS = (
+    readme_picture.draw,
+    rivals_page.draw,
+    fashion_page.draw,
+    sensitivity_page.draw,
+    robustness_plot.draw,
+    plots.main,
+)
 
 BLOCK = re.compile(r"(<!-- results:([\w-]+):begin -->\n)(.*?)(<!-- results:([\w-]+):end -->)", flags=re.DOTALL)
 MARK = re.compile(r"^<!-- results:([\w-]+):(begin|end) -->$", flags=re.MULTILINE)

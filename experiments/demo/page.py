@@ -27,4 +27,4 @@ def section() -> str:
 
 
 #: Blocks of the pages by name.
-BLOCKS = {"demo": section}
+BLOCKS = {"digits": section}

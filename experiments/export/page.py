@@ -253,8 +253,8 @@ def latency(runtime: str) -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "export-runtimes": runtimes,
     "export-sizes": sizes,
-    "export-zoo": zoo,
-    "export-trained": trained,
-    "export-openvino": partial(latency, "openvino"),
-    "export-inductor": partial(latency, "inductor"),
+    "verify-random": zoo,
+    "verify-trained": trained,
+    "latency-openvino": partial(latency, "openvino"),
+    "latency-inductor": partial(latency, "inductor"),
 }

@@ -91,7 +91,7 @@ def grid_section(grid: Path, *, pictures: bool = False) -> str:
     text = "\n".join(f"**{line[3:]}**" if line.startswith("## ") else line for line in text.splitlines())
     hours = sum(record["results"]["seconds"] for record in records) / 3600
     place = grid.relative_to(ROOT).as_posix()
-    found = sorted(PICTURES.glob(f"{grid.parent.name}_{grid.stem}_*.png")) if pictures else []
+    found = sorted(PICTURES.glob(f"{grid.stem}_*.png")) if pictures else []
     return (
         f"{text}\n\n{len(records)} of {len(cells)} cells, {hours:.1f} hours on one thread each, on a busy machine: "
         f"`nipq compare {place} --run RUNS --data FOLDER`; {origin(records)}.\n"
@@ -109,7 +109,7 @@ def draw() -> None:
         for name, wanted in ((MAIN, ("accuracy", "accuracy_against_bops")), (BOPS, ("accuracy_against_bops",))):
             for path in plot_comparison(compared(HERE / f"{name}.yaml"), Path(folder)):
                 if path.stem in wanted:
-                    (PICTURES / f"rivals_{name}_{path.stem}.png").write_bytes(path.read_bytes())
+                    (PICTURES / f"{name}_{path.stem}.png").write_bytes(path.read_bytes())
 
 
 def validation() -> str:
@@ -174,7 +174,7 @@ def costs() -> str:
         table(["method", "step, ms", "float step"], rows)
         + f"\nThe network of the first grid, {content['batch']} images, without a teacher; CPU time on one thread, "
         f"median (quartiles) of the ratios within a round. {benchmark_origin(content)}\n"
-        + picture("benchmarks_methods", "training cost")
+        + picture("speed_methods", "training cost")
         + "\n"
     )
 
@@ -228,13 +228,13 @@ def tuning() -> str:
 #: Blocks of the pages by name.
 BLOCKS = {
     "readme": readme,
-    "rivals-mobilenet-v2": partial(grid_section, HERE / f"{MAIN}.yaml", pictures=True),
-    "rivals-bops": partial(grid_section, HERE / f"{BOPS}.yaml", pictures=True),
-    "rivals-weights-only": partial(grid_section, HERE / f"{WEIGHTS}.yaml"),
-    "rivals-ablations": partial(grid_section, HERE / f"{ABLATIONS}.yaml"),
-    "rivals-ablations-validation": validation,
-    "rivals-search-ends": ends,
-    "rivals-calibration": calibrated_anew,
-    "rivals-candidates": tuning,
-    "rivals-training-cost": costs,
+    "fashion-baselines": partial(grid_section, HERE / f"{MAIN}.yaml", pictures=True),
+    "fashion-bops": partial(grid_section, HERE / f"{BOPS}.yaml", pictures=True),
+    "fashion-weights-only": partial(grid_section, HERE / f"{WEIGHTS}.yaml"),
+    "fashion-ablations": partial(grid_section, HERE / f"{ABLATIONS}.yaml"),
+    "fashion-ablations-validation": validation,
+    "searches-off-budget": ends,
+    "calibration-fix": calibrated_anew,
+    "baseline-candidates": tuning,
+    "speed-methods": costs,
 }

@@ -183,10 +183,11 @@ def draw() -> None:
     """Draw everything that was measured."""
     records = read_records()
     for budget in budgets(records):
-        rows, label = rows_of(records, budget), re.sub(r"[^\w.]+", "_", budget)
+        rows = rows_of(records, budget)
+        label = "" if len(budgets(records)) == 1 else "_" + re.sub(r"[^\w.]+", "_", budget)
 
         def place(property_: str, label: str = label) -> Path:
-            return PICTURES / f"robustness_{property_}_{label}.png"
+            return PICTURES / f"robustness_{property_}{label}.png"
 
         curves(rows, metric_of(records), place)
         curvatures(rows, place("curvature"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from experiments.shown import lines_of, picture, table
+from experiments.shown import lines_of, table
 
 
 def section() -> str:
@@ -28,9 +28,7 @@ def section() -> str:
         f"Farther level: share of runs that end on it. Mean distance and flips (changes of level of one weight): over "
         f"the last {record['last']} of {record['steps']} steps. Learning rate {record['rate']}, falling to 0 by half "
         f"a cosine unless said otherwise. `{record['command']}`; {record['machine']['cores']} cores, one thread, "
-        f"{record['seconds']:.0f} s; {versions}.\n\n"
-        + picture("scalar_toy", "one weight over training, and the distance of its level from the target")
-        + "\n"
+        f"{record['seconds']:.0f} s; {versions}.\n"
     )
 
 

@@ -1,6 +1,6 @@
 """One weight, one target: straight-through gradients hover at the rounding boundary, noise settles on the target.
 
-    python experiments/scalar_toy/run.py            # writes results.jsonl and docs/results/pictures/scalar_toy.png
+    python experiments/scalar_toy/run.py      # writes results.jsonl, and the picture into docs/results/pictures
 
 Gradient descent on (Q(x) - t)^2 with a step of 1, for 99 targets t between two levels: T1 and T2 of docs/paper_map.md.
 All targets and seeds are the weights of one prepared layer, so what runs here is what runs in a network.
@@ -27,7 +27,7 @@ from nipq.nn.layers import weight_quantizer
 from nipq.train.run_folder import write_text
 
 RESULTS = Path(__file__).parent / "results.jsonl"
-FIGURE = Path(__file__).parents[2] / "docs" / "results" / "pictures" / "scalar_toy.png"
+FIGURE = Path(__file__).parents[2] / "docs" / "results" / "pictures" / "scalar_toy_oscillation.png"
 
 SEEDS, STEPS, LAST, RATE = 20, 4000, 1000, 0.02
 TARGETS = torch.arange(1, 100, dtype=torch.float64) / 100

@@ -36,7 +36,7 @@ def section() -> str:
         "tensor's sensitivity per element: the Kullback-Leibler divergence of the answers (in the last two columns the "
         f"rise of the loss) when that tensor alone has {first['low_bits']} bits and all others "
         f"{first['high_bits']}, on {first['images']:,} validation images. `{first['command']}`; "
-        f"{origin(records)}.\n\n" + picture("sensitivity", "learned bits against sensitivity") + "\n"
+        f"{origin(records)}.\n\n" + picture("sensitivity_bits", "learned bits against sensitivity") + "\n"
     )
 
 
@@ -64,7 +64,7 @@ def draw(bits: str = "3") -> None:
                 ylabel=f"learned bits (budget {bits}/{bits})",
             )
             axis.grid(alpha=0.3)
-    figure.savefig(PICTURES / "sensitivity.png", dpi=120)
+    figure.savefig(PICTURES / "sensitivity_bits.png", dpi=120)
     plt.close(figure)
 
 

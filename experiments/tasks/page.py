@@ -7,11 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from experiments.rivals.page import candidates, compared, grid_section, records_of
+from experiments.rivals.page import HERE as RIVALS
+from experiments.rivals.page import MAIN, candidates, compared, grid_section, records_of
 from experiments.shown import table
-from nipq.train.compare_table import interval
+from nipq.train.compare_table import interval, prefixed
 
 HERE = Path(__file__).parent
+FASHION = RIVALS / f"{MAIN}.yaml"
 GRIDS = [HERE / f"{path.stem}.yaml" for path in sorted(HERE.glob("results/*.jsonl")) if "_tuning" not in path.stem]
 TUNED = [path.stem.removesuffix("_tuning") for path in sorted(HERE.glob("results/*_tuning.jsonl"))]
 
@@ -38,6 +40,32 @@ def overview() -> str:
     headings = [
         "task", "budget", "score", "seeds", "float", "nipq", "lsq", "best rival", "nipq minus best rival",
     ]  # fmt: skip
+    return table(headings, lines) + "\nTest split, last state; mean and 95 % interval where there are several seeds.\n"
+
+
+#: Rows of the short table: grid, budget, the names of task and network, and the decimals of its score.
+SHORT = (
+    (FASHION, "4/4", "Fashion-MNIST", "MobileNet-v2, small", 2),
+    (FASHION, "3/3", "Fashion-MNIST", "MobileNet-v2, small", 2),
+    (HERE / "which_photo_mobilenet_v3.yaml", "3/3", "which of 71 photos?", "MobileNet-v3, small", 2),
+    (HERE / "super_resolution.yaml", "3/3", "x2 super-resolution", "EDSR, small", 2),
+    (HERE / "minilm_sentiment.yaml", "4/4", "sentiment of film reviews", "MiniLM, 23 million", 2),
+)
+
+
+def short() -> str:
+    """Five rows for a first impression: float, nipq and LSQ on four tasks, with bytes."""
+    lines = []
+    for path, budget, task, network, digits in SHORT:
+        comparison = compared(path)
+        block = next(block for block in comparison.blocks if block.budget == budget)
+        rows = {row.label: row for row in block.rows}
+        start, ours = comparison.float_row, rows["nipq"]
+        assert start is not None
+        scores = [interval(row.score, digits) for row in (start, ours, rows["lsq"])]
+        size = f"{prefixed(start.file_bytes)} → {prefixed(ours.file_bytes)}"
+        lines.append([f"{task}, {comparison.metric.title}", network, budget, *scores, len(ours.seeds), size])
+    headings = ["task", "network", "bits W/A", "float", "nipq", "LSQ, one bit-width", "seeds", "bytes, float → packed"]
     return table(headings, lines) + "\nTest split, last state; mean and 95 % interval where there are several seeds.\n"
 
 
@@ -81,8 +109,11 @@ def stages(path: Path, budget: str) -> str:
     )
 
 
-#: Blocks of the pages by name: ``tasks``, ``task-<grid>``, ``task-decoder-stages``, ``candidates-<name>``.
-BLOCKS: dict[str, Callable[[], str]] = {"tasks": overview}
-BLOCKS |= {f"task-{path.stem.replace('_', '-')}": partial(grid_section, path) for path in GRIDS}
+#: Blocks of the pages by name: ``tasks-summary``, ``task-<grid>``, ``task-decoder-stages``, ``candidates-<name>``.
+BLOCKS: dict[str, Callable[[], str]] = {"tasks-summary": overview, "readme-tasks": short}
+BLOCKS |= {
+    f"task-{path.stem.replace('minilm_topics', 'newsgroups').replace('_', '-')}": partial(grid_section, path)
+    for path in GRIDS
+}
 BLOCKS |= {"task-decoder-stages": partial(stages, HERE / "decoder.yaml", "4/8")}
 BLOCKS |= {f"candidates-{name.replace('_', '-')}": partial(tuning, name) for name in TUNED}

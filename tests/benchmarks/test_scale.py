@@ -39,7 +39,7 @@ def test_the_page_shows_measurement_and_formula(monkeypatch: pytest.MonkeyPatch)
         "lines": {"penalty + backward": {"fixed": 100.0, "each": 2.0, "largest relative error": 0.04}},
     }  # fmt: skip
     monkeypatch.setattr(record, "read", lambda name: content if name == "scale" else None)
-    text = scale_page.BLOCKS["speed-scale-measured"]() + scale_page.BLOCKS["speed-scale-decoder"]()
+    text = scale_page.BLOCKS["scale-measured"]() + scale_page.BLOCKS["scale-decoder"]()
     assert "| penalty + backward, us | 700 |" in text
     assert "| penalty + backward, on this CPU | 100 us + 2.00 us x Q | 1.3 ms |" in text
     assert "| said at the freeze by each rank, once | 200 B x Q | 113 KiB |" in text

@@ -89,5 +89,5 @@ def test_compiled_and_many_quantizers() -> None:
 
 def test_a_block_says_when_nothing_was_measured(monkeypatch: pytest.MonkeyPatch, steps: dict[str, Any]) -> None:
     monkeypatch.setattr(record, "read", {"training_step": steps}.get)
-    assert "MobileNet-v2" in speed_page.BLOCKS["speed-training-step"]()
+    assert "MobileNet-v2" in speed_page.BLOCKS["speed-step"]()
     assert speed_page.BLOCKS["speed-elements"]() == "Nothing is measured yet.\n"

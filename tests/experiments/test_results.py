@@ -72,7 +72,7 @@ def test_blocks_are_filled_and_pictures_linked_from_any_folder() -> None:
         assert found.startswith("# Page\n<!-- results:sensitivity:begin -->\n| network |")
         assert found.endswith("<!-- results:sensitivity:end -->\nrest\n")
         (link,) = re.findall(r"\]\((.*)\)", found)
-        assert link == f"{way}/sensitivity.png"
+        assert link == f"{way}/sensitivity_bits.png"
         assert (folder / link).is_file()
 
 
@@ -80,8 +80,8 @@ def test_blocks_are_filled_and_pictures_linked_from_any_folder() -> None:
     ("text", "message"),
     [
         ("<!-- results:no-such:begin -->\n<!-- results:no-such:end -->\n", "a known block, found results:no-such"),
-        ("<!-- results:demo:begin -->\n", "a begin and an end of results:demo"),
-        ("<!-- results:demo:begin -->\n<!-- results:tasks:end -->\n", "a begin and an end of results:demo"),
+        ("<!-- results:digits:begin -->\n", "a begin and an end of results:digits"),
+        ("<!-- results:digits:begin -->\n<!-- results:tasks-summary:end -->\n", "a begin and an end of results:digits"),
     ],
 )
 def test_markers_that_cannot_be_meant_are_refused(text: str, message: str) -> None:
@@ -89,10 +89,8 @@ def test_markers_that_cannot_be_meant_are_refused(text: str, message: str) -> No
         write_results.filled(ROOT / "docs" / "page.md", text)
 
 
-def test_every_picture_is_of_a_block() -> None:
-    linked = {
-        name
-        for block in write_results.BLOCKS
-        for name in re.findall(r"pictures/([\w.-]+\.png)", write_results.block(block))
-    }
+def test_every_picture_is_shown_and_there() -> None:
+    texts = [write_results.block(name) for name in write_results.BLOCKS]
+    texts += [path.read_text(encoding="utf-8") for path in write_results.pages()]
+    linked = {name for text in texts for name in re.findall(r"pictures/([\w.-]+\.png)", text)}
     assert linked == {path.name for path in PICTURES.glob("*.png")}
