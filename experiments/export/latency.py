@@ -30,7 +30,8 @@ from torch._inductor import config as inductor_config
 
 import nipq
 from experiments.export.random_nets import built, quantized, shaken_
-from experiments.export.records import Record, each, origin, parser, short, write
+from experiments.export.records import each, origin, parser, short, write
+from experiments.shown import Record
 from nipq.errors import require
 from nipq.export.session import faithful_session
 from nipq.runtime.compiled import CompiledModel

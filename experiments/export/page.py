@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from experiments.export.records import RESULTS, Record
+from experiments.export.records import RESULTS
 from experiments.export.zoo import NETWORKS
-from experiments.shown import lines_of
+from experiments.shown import Record, lines_of
 from experiments.shown import table as table_of
 
 NOTHING = "Nothing is measured yet.\n"

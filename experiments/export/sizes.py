@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import nipq
 from experiments.export.random_nets import built, random_network
-from experiments.export.records import Record, origin, parser, stored, write
+from experiments.export.records import origin, parser, stored, write
+from experiments.shown import Record
 from nipq.deploy.modules import deployed_layers
 from nipq.functional.packing import payload_bytes
 from nipq.train.data import load_data

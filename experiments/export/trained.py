@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
+from experiments.export.records import each, origin, parser, rungs_of, short, write
+from experiments.shown import Record
 from nipq.export.session import faithful_session
 from nipq.layer_table import layer_table
 from nipq.runtime.openvino import openvino_model

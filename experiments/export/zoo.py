@@ -19,7 +19,8 @@ import torch
 
 import nipq
 from experiments.export.random_nets import random_network
-from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
+from experiments.export.records import each, origin, parser, rungs_of, short, write
+from experiments.shown import Record
 from nipq.layer_table import layer_table
 
 SEED, IMAGES = 0, 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -169,6 +170,8 @@ def _averages(bits: dict[str, list[float]], counts: dict[str, tuple[int, int]]) 
 def costs() -> str:
     """Time of a training step of each method."""
     content = read_benchmark("methods")
+    if content is None:
+        return "Nothing is measured yet.\n"
     rows = [[word, number(row["milliseconds"]), span(row["ratio"])] for word, row in content["rows"].items()]
     return (
         table(["method", "step, ms", "float step"], rows)
@@ -226,7 +229,7 @@ def tuning() -> str:
 
 
 #: Blocks of the pages by name.
-BLOCKS = {
+BLOCKS: dict[str, Callable[[], str]] = {
     "readme": readme,
     "fashion-baselines": partial(grid_section, HERE / f"{MAIN}.yaml", pictures=True),
     "fashion-bops": partial(grid_section, HERE / f"{BOPS}.yaml", pictures=True),

@@ -19,7 +19,6 @@ import matplotlib.pyplot as plt
 from experiments.robustness.corruption import CORRUPTIONS
 from experiments.robustness.curves import (
     Curve,
-    Record,
     budgets,
     corruption_curve,
     landscape_curve,
@@ -30,7 +29,7 @@ from experiments.robustness.curves import (
     read_records,
     rows_of,
 )
-from experiments.shown import PICTURES
+from experiments.shown import PICTURES, Record
 
 COLOURS = (
     "#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#5a6fbf", "#6b8e23", "#4d4d4d",

@@ -179,19 +179,12 @@ def _unknown(word: str, kind: str, known: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the grid.
-
-    Attributes:
-        row: label of its method, ``float`` for a float cell.
-        budget: label of its budget, ``None`` for a float cell.
-        seed: its seed.
-        config: all fields of its config that differ from the defaults. Weights of the float cell are named relative to
-            the comparison's folder.
-    """
+    """One run of the grid; a float cell has the row ``float`` and no budget."""
 
     row: str
     budget: str | None
     seed: int
+    #: All fields that differ from the defaults; weights of the float cell are named relative to the folder.
     config: Tree
 
     @property
@@ -309,11 +302,7 @@ def _started(config: Tree, weights: str) -> Tree:
 
 
 class CompareFolder:
-    """The folder of a comparison: one file of records, and a run folder and a log for each cell.
-
-    Args:
-        path: the folder.
-    """
+    """The folder of a comparison: one file of records, and a run folder and a log for each cell."""
 
     def __init__(self, path: str | Path) -> None:
         """Name the files; nothing is created."""
@@ -402,17 +391,7 @@ def _short(value: object) -> str:
 
 
 def make_record(folder: CompareFolder, grid: str, cell: Mapping[str, Any], config: TrainConfig) -> Record:
-    """Everything about a finished cell that a table, a plot or a sceptic needs.
-
-    Args:
-        folder: the comparison.
-        grid: its name.
-        cell: ``name``, ``row``, ``budget`` and ``seed``.
-        config: the config that ran.
-
-    Returns:
-        Plain values for JSON, free of this machine's paths.
-    """
+    """Everything about a finished cell that a table, a plot or a sceptic needs, free of this machine's paths."""
     place = folder.run(cell["name"])
     results, layers, environment = (
         json.loads(path.read_text(encoding="utf-8")) for path in (place.results, place.layers_json, place.environment)
@@ -440,13 +419,7 @@ def make_record(folder: CompareFolder, grid: str, cell: Mapping[str, Any], confi
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a cell.
-
-    Attributes:
-        name: the cell.
-        state: ``skipped`` (it had its result), ``done``, ``failed``, or ``blocked`` (its float cell failed).
-        log: output of its process.
-    """
+    """The end of a cell: ``skipped`` (had its result), ``done``, ``failed``, or ``blocked`` (its float cell failed)."""
 
     name: str
     state: str
@@ -464,12 +437,6 @@ class _Running:
     process: subprocess.Popen[bytes]
     slot: int
     started: float = field(default_factory=time.monotonic)
-
-    def close(self) -> None:
-        """Let go of the process's input, which tells it that its runner is there."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
 
 
 def run_cells(
@@ -522,7 +489,7 @@ def run_cells(
         while waiting or running:
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
-                item.close()
+                _let_go(item.process)
                 ok = item.process.returncode == 0 and item.cell.name in place.read()
                 states[item.cell.name] = "done" if ok else "failed"
                 say(_report(item, place, ok=ok, left=len(waiting) + len(running)))
@@ -543,7 +510,7 @@ def run_cells(
             item.process.terminate()
         for item in running:
             item.process.wait()
-            item.close()
+            _let_go(item.process)
     return [Outcome(cell.name, states[cell.name], place.log(cell.name)) for cell in cells]
 
 
@@ -556,19 +523,7 @@ def visible_devices() -> list[str]:
 
 
 def environments(workers: int | None, devices: Sequence[str], cells: Sequence[Cell]) -> list[dict[str, str]]:
-    """Environment variables of each of the places that a cell can run in.
-
-    Args:
-        workers: number of places; ``None`` for one on each device, or one.
-        devices: GPUs, shared out in turn; none on a CPU.
-        cells: if all ask for the CPU, no device is shared out.
-
-    Returns:
-        One set of variables for each place.
-
-    Raises:
-        ConfigError: if ``workers`` is below 1.
-    """
+    """Environment variables of each of the places that a cell can run in: GPUs in turn, or a share of the cores."""
     if all(cell.config.get("device") == "cpu" for cell in cells):
         devices = ()
     count = max(1, len(devices)) if workers is None else workers
@@ -611,6 +566,12 @@ def _start(job: Tree, log: Path, command: Sequence[str], variables: dict[str, st
     return process
 
 
+def _let_go(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.close()
+
+
 def _report(item: _Running, place: CompareFolder, *, ok: bool, left: int) -> str:
     name, seconds = item.cell.name, time.monotonic() - item.started
     if ok:
@@ -627,9 +588,7 @@ def run_job(job: Mapping[str, Any]) -> None:
         job: ``folder``, ``grid``, ``cell`` (name, row, budget, seed), ``config`` and ``data``.
 
     Raises:
-        ConfigError: if another process trains the cell, or a float cell that had to be trained again gives other
-            numbers than its record.
-        NipqError: if the run refuses its config or data.
+        ConfigError: if another process trains the cell, or a float cell that is trained again gives other numbers.
     """
     folder, name = CompareFolder(job["folder"]), job["cell"]["name"]
     with locked(folder.path / "logs" / f"{name}.lock", alone=f"trains {name}"):
@@ -649,15 +608,7 @@ def run_job(job: Mapping[str, Any]) -> None:
 
 
 def end_with(input_file: int, end: Callable[[int], object]) -> threading.Thread:
-    """Call ``end(1)`` from another thread once nobody holds the other end of a pipe.
-
-    Args:
-        input_file: file descriptor of the pipe's reading end.
-        end: ends the process.
-
-    Returns:
-        The thread; it does not keep the process alive.
-    """
+    """Call ``end(1)`` from a daemon thread once nobody holds the other end of the pipe ``input_file``."""
 
     def watch() -> None:
         while os.read(input_file, 1024):

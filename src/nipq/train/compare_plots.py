@@ -75,15 +75,7 @@ def plot_scores(comparison: Comparison, path: Path) -> Path:
 
 
 def plot_against_cost(comparison: Comparison, heading: str, unit: str, place: Place, path: Path) -> Path:
-    """The score against a cost, a line for each row; rows that cost the same are drawn side by side.
-
-    Args:
-        comparison: the table.
-        heading: what the cost is.
-        unit: of the cost.
-        place: the cost of a row.
-        path: PNG to write.
-    """
+    """The score against a cost, a line for each row; rows that cost the same are drawn side by side."""
     labels = _labels(comparison)
     costs = [x for block in comparison.blocks for row in block.rows if (x := place(row)) is not None]
     factor, letter = next((pair for pair in PREFIXES if max(costs) >= pair[0]), (1.0, ""))

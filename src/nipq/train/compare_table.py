@@ -76,50 +76,35 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one budget.
-
-    Attributes:
-        label: its name in the grid.
-        seeds: seeds with a result.
-        complete: whether it has as many seeds as any row of the table.
-        state: named states that the scores are from (one, unless its cells differ).
-        score: test metric of the final state.
-        to_float: score minus float, paired by seed.
-        behind: baseline minus this row, paired by seed; ``None`` for the baseline itself.
-        weight_bits: mean of the average weight bits.
-        activation_bits: mean of the average activation bits; ``None`` where inputs stay float.
-        bops: mean bit-operations per sample.
-        file_bytes: mean bytes on disk.
-        verified: cells whose deployed model was proven.
-        seconds_per_step: mean seconds of a training step.
-        cost: seconds of its steps over those of the float cell of the seed.
-    """
+    """One method at one budget; numbers are means over its seeds."""
 
     label: str
     seeds: tuple[int, ...]
+    #: Whether it has as many seeds as any row of the table.
     complete: bool
+    #: Named states that the scores are from; one, unless its cells differ.
     state: str
     score: Estimate
+    #: Score minus float, and baseline minus this row, paired by seed; the baseline has no latter one.
     to_float: Estimate | None
     behind: Estimate | None
     weight_bits: float | None
     activation_bits: float | None
     bops: float | None
     file_bytes: float
+    #: Cells whose deployed model was proven.
     verified: int
     seconds_per_step: float | None
+    #: Seconds of its steps over those of the float cell of the seed.
     cost: float | None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The baseline against its best rival at one budget.
+    """The baseline against its best rival at one budget: of those that share most seeds, the one least behind.
 
-    Attributes:
-        baseline: the baseline's row.
-        rival: the row with the smallest paired distance behind the baseline, among those that share most seeds.
-        difference: baseline minus rival, paired by seed, in units of the metric.
-        outcome: ``better`` or ``worse`` where the interval excludes 0, else ``open``.
+    The difference is paired by seed; the outcome is ``better`` or ``worse`` where its interval excludes 0, else
+    ``open``.
     """
 
     baseline: str
@@ -139,16 +124,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The whole table.
-
-    Attributes:
-        name: of the grid.
-        metric: the score that is compared.
-        baseline: row that is set against its rivals.
-        float_row: the float cells.
-        blocks: one for each budget.
-        missing: cells without a result.
-    """
+    """The whole table: the float cells, a block for each budget, and the names of cells without a result."""
 
     name: str
     metric: Metric
@@ -187,20 +163,7 @@ def compare(grid: Grid, cells: Sequence[Cell], records: Mapping[str, Record] | s
 
 
 def tabulate(grid: Grid, records: Iterable[Record], missing: tuple[str, ...] = ()) -> Comparison:
-    """Make a comparison of records.
-
-    Args:
-        grid: the grid.
-        records: of its cells.
-        missing: names of cells without a record.
-
-    Returns:
-        The comparison.
-
-    Raises:
-        ConfigError: if cells were scored by different metrics.
-        MissingDependencyError: without pandas.
-    """
+    """Make a comparison of records of a grid's cells; ``missing`` are the names of cells without one."""
     records = list(records)
     metrics = {Metric(**record["results"].get("metric", {})) for record in records}
     if len(metrics) != 1:
@@ -252,12 +215,7 @@ def _frames(records: Sequence[Record], metric: Metric) -> dict[tuple[str | None,
 
 
 def final_state(states: Iterable[str], *, is_float: bool) -> str:
-    """Name of the state that a run is judged by: its last one; of a float run the float state, not its 8-bit check.
-
-    Args:
-        states: names of the states that the run has.
-        is_float: whether it trained the float network only.
-    """
+    """Name of the state that a run is judged by: its last one; of a float run the float state, not its 8-bit check."""
     present = set(states)
     return [name for name in ((FLOAT,) if is_float else FINAL) if name in present][-1]
 
@@ -395,8 +353,8 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def rich_table(comparison: Comparison) -> Group:
-    """The comparison for a rich console: one table for each budget."""
+def print_comparison(comparison: Comparison, console: Console) -> None:
+    """Print one table for each budget, on long lines if need be."""
     parts: list[Table | str] = []
     for block in comparison.blocks:
         table = Table(title=f"{comparison.name}, budget {block.budget}", title_justify="left", box=SIMPLE_HEAD)
@@ -409,16 +367,12 @@ def rich_table(comparison: Comparison) -> Group:
         parts.append(table)
         if line := verdict_line(block, comparison):
             parts.append(line)
-    return Group(*parts, *notes(comparison))
+    console.width = max(console.width, WIDTH)
+    console.print(Group(*parts, *notes(comparison)), highlight=False, markup=False)
 
 
 def markdown(comparison: Comparison, *, cost: bool = True) -> str:
-    """The comparison as Markdown.
-
-    Args:
-        comparison: the table.
-        cost: with seconds for a step; without, where the machine was too busy for them to mean anything.
-    """
+    """The comparison as Markdown; without ``cost`` where the machine was too busy for seconds to mean anything."""
     columns = slice(None if cost else -2)
     names = headings(comparison)[columns]
     lines = [f"# {comparison.name}", ""]
@@ -434,12 +388,6 @@ def save_table(comparison: Comparison, folder: CompareFolder) -> None:
     """Write the table as Markdown and as JSON."""
     write_text(folder.table_markdown, markdown(comparison))
     write_text(folder.table_json, json.dumps(comparison.to_dict(), indent=1) + "\n")
-
-
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print the table, on long lines if need be."""
-    console.width = max(console.width, WIDTH)
-    console.print(rich_table(comparison), highlight=False, markup=False)
 
 
 def _first(comparison: Comparison) -> list[Row]:
