@@ -12,13 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from nipq.compare import load_grid
 
 import nipq
 from benchmarks import record
 from benchmarks.networks import in_layout
 from benchmarks.timing import interleaved, quartiles, ratio
 from benchmarks.variants import FLOAT, RATE, STEPS, Training
+from nipq.train.compare import load_grid
 from nipq.train.config import ModelConfig
 from nipq.train.factory import build_model
 from nipq.train.methods import METHODS
