@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from nipq.errors import ConfigError
-from nipq.train.compare import Cell, CompareFolder, Grid, end_with, expand, run_cells, run_job
+from nipq.train.compare import Cell, CompareFolder, Grid, expand, run_cells
+from nipq.train.compare_cell import end_with, run_job
 from nipq.train.compare_plots import plot_comparison
 from nipq.train.compare_table import compare
 from nipq.train.records import seconds_per_step
