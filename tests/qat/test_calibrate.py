@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from nipq.config import Config
 from nipq.errors import ConfigError, NonFiniteError, OrderError
-from nipq.functional.clipping import noise_optimal_range
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.grid import SIGNED, UNSIGNED
 from nipq.prepare.batches import inputs_of, to_device
 from nipq.prepare.layer_table import layer_table, phase_of, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_
-from nipq.qat.calibrate import SAMPLE_SIZE, calibrate_
+from nipq.qat.calibrate import calibrate_
 
 
 def net() -> nn.Sequential:
