@@ -102,7 +102,7 @@ def test_what_is_counted() -> None:
     assert size.form.weight.tolist() == [11, 6, 8, 11]
     assert operations.accounting.startswith("per sample over 2 layers")
     assert summary(model).bops == (64 + 88) * 6 * 5 * 5
-    assert "Embedding tables count in the model's size alone" in str(inspect(Language(), IDS))
+    assert "Embedding tables count in the model's size alone" in inspect(Language(), IDS).policy
     (tied,) = AverageBits(weights=4).limits(model := prepared(tied=True))
     assert tied.accounting == "over 152 weights in 2 tensors, first and last layer included, 1 embedding tables not"
     assert stored_rows(layer_table(model))[0].name == "head"

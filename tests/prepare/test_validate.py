@@ -96,7 +96,7 @@ def test_a_prepared_model_is_an_error_too() -> None:
 
 def test_channels_of_a_grouped_transposed_convolution_are_refused() -> None:
     model, x = nn.Sequential(nn.ConvTranspose1d(4, 4, 2, groups=2)), torch.zeros(1, 4, 3)
-    message = "error: 0: boundaries per channel of a grouped transposed convolution do not lie along one axis"
+    message = "error: 0: clipping ranges per channel of a grouped transposed convolution do not lie along one axis"
     refused(model, message, Config(granularity="channel"), x)
     prepare_(model, x)
 
