@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,15 +59,33 @@ def test_every_task_is_timed_once_a_round_after_it_was_tried() -> None:
     assert calls["a"] == calls["b"] == 2 + 2 * 3
 
 
-def test_a_short_task_is_repeated_within_a_sample() -> None:
+@pytest.fixture
+def work(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """``work(seconds)`` lets so much time pass on the clock of the measurements, on any machine."""
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.timing.clock", lambda _threads: lambda: now[0])
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    return pass_time
+
+
+def test_a_short_task_is_repeated_within_a_sample(work: Callable[[float], None]) -> None:
     calls: Counter[str] = Counter()
-    interleaved({"a": lambda: calls.update(["a"])}, rounds=1, least=1e-3)
-    assert calls["a"] > 10
+
+    def task() -> None:
+        calls.update(["a"])
+        work(1e-5)
+
+    samples = interleaved({"a": task}, rounds=1, least=1e-3)
+    assert calls["a"] > 100
+    assert samples["a"] == [pytest.approx(1e-5)]
 
 
-def test_longer_tasks_have_longer_times() -> None:
-    samples = interleaved({"short": lambda: sum(range(100)), "long": lambda: sum(range(100_000))}, rounds=5)
-    assert quartiles(samples["short"]).median < quartiles(samples["long"]).median
+def test_longer_tasks_have_longer_times(work: Callable[[float], None]) -> None:
+    samples = interleaved({"short": lambda: work(1), "long": lambda: work(1000)}, rounds=5)
+    assert samples == {"short": [1.0] * 5, "long": [1000.0] * 5}
 
 
 def test_cpu_time_for_one_thread_and_wall_time_for_more() -> None:

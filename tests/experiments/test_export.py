@@ -40,7 +40,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_item_is_measured_once_and_its_failure_is_recorded(tmp_path: Path) -> None:
-    options = argparse.Namespace(overwrite=False, timeout=60)
+    options = argparse.Namespace(overwrite=False, timeout=None)
     kept, new = tmp_path / "kept.json", tmp_path / "new.json"
     records.write(kept, {"name": "kept"})
     failed = records.each("experiments.export.no_such_script", [(kept, []), (new, [])], "COMMAND", options)
