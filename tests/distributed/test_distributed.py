@@ -175,6 +175,7 @@ def meet() -> None:
     distributed.barrier("the meeting", PATIENCE.total_seconds())
 
 
+@pytest.mark.distributed
 def test_a_rank_that_is_gone_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
     pair = Ranks(tmp_path)
     try:

@@ -37,6 +37,7 @@ LAUNCHERS = {
 }  # fmt: skip
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("launcher", ["torchrun", pytest.param("accelerate", marks=pytest.mark.slow)])
 def test_a_run_under_a_launcher_ends_with_a_proven_model(tmp_path: Path, launcher: str) -> None:
     if launcher == "accelerate":

@@ -289,6 +289,7 @@ def dying(folder: Path) -> None:
         run(check_config({**SETTINGS, **SHORT}), folder, quiet=True)
 
 
+@pytest.mark.distributed
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path: Path) -> None:
     pair = Ranks(tmp_path)
     try:

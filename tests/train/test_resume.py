@@ -72,6 +72,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.distributed
 def test_kill_and_resume_gives_the_same_numbers(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(SETTINGS, encoding="utf-8")
