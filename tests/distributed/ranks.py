@@ -49,12 +49,13 @@ class Ranks:
         """
         found = {}
         for rank, (kind, content) in self._answers(function, *args):
-            if kind == "result":
-                found[rank] = content
-                continue
-            if len(found) + 1 < self.world:
-                self.close()
-            raise content if kind == "error" else self._death(rank)
+            if kind == "gone":
+                raise self._death(rank)
+            if kind == "error":
+                if len(found) + 1 < self.world:
+                    self.close()
+                raise content
+            found[rank] = content
         return [found[rank] for rank in range(self.world)]
 
     def outcomes(self, function: Callable[..., Any], *args: Any) -> list[Outcome]:
