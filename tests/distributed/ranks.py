@@ -15,6 +15,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -94,7 +95,8 @@ class Ranks:
         task = pickle.dumps((function.__module__, function.__qualname__, args))
         waiting = dict(self.pipes)
         for pipe in waiting.values():
-            pipe.send_bytes(task)
+            with suppress(BrokenPipeError):  # it has died before; reading says so
+                pipe.send_bytes(task)
         while waiting:
             ready = wait(waiting.values())
             for rank in [rank for rank, pipe in waiting.items() if pipe in ready]:
