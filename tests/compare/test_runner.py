@@ -16,9 +16,9 @@ from nipq.train.config_file import check_config
 
 MakeGrid = Callable[..., Grid]
 
-#: Writes what a finished cell leaves; PRETEND says which cells fail, sleep, or wait for each other.
+#: Writes what a finished cell leaves; PRETEND says which cells fail, stay, or wait for each other.
 PROCESS = """
-import json, os, pathlib, sys, time
+import json, os, pathlib, select, sys
 job = json.loads(sys.stdin.readline())
 name, folder = job["cell"]["name"], pathlib.Path(job["folder"])
 with open(folder / "started.txt", "a") as file:
@@ -27,11 +27,10 @@ do = json.loads(os.environ.get("PRETEND", "{}"))
 if name in do.get("fail", []):
     print("first line\\nit broke here")
     sys.exit(3)
-time.sleep(60 if name in do.get("sleep", []) else 0)
-deadline = time.monotonic() + 30
+if name in do.get("stay", []):
+    sys.stdin.read()  # until the runner ends
 while name in do.get("meet", []) and len((folder / "started.txt").read_text().split()) < do["crowd"]:
-    assert time.monotonic() < deadline, "nobody came"
-    time.sleep(0.01)
+    assert not select.select([sys.stdin], [], [], 0.01)[0], "the runner has ended"
 if job["cell"]["budget"] is None:
     (folder / "runs" / name).mkdir(parents=True, exist_ok=True)
     (folder / "runs" / name / "float.pt").touch()
@@ -137,7 +136,7 @@ def test_workers_run_side_by_side(make_grid: MakeGrid, pretence: Pretence, prete
 def test_an_interrupt_ends_the_processes(
     make_grid: MakeGrid, pretence: Pretence, pretend: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretend(sleep=["float-seed1"])
+    pretend(stay=["float-seed1"])
 
     def interrupt(line: str) -> None:
         if line.startswith("done"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +118,11 @@ def test_a_cell_ends_when_its_runner_does() -> None:
     ended: list[int] = []
     thread = end_with(reading, ended.append)
     os.write(writing, b"still here")
-    thread.join(0.05)
+    while select.select([reading], [], [], 0)[0]:  # until the thread has read it
+        time.sleep(0.001)
     assert (thread.is_alive(), ended) == (True, [])
     os.close(writing)
-    thread.join(30)
+    thread.join()
     os.close(reading)
     assert (thread.is_alive(), ended) == (False, [1])
 

@@ -35,7 +35,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_item_is_measured_once_and_its_failure_is_recorded(tmp_path: Path) -> None:
-    options = argparse.Namespace(out=tmp_path / "found.jsonl", overwrite=False, timeout=600)
+    options = argparse.Namespace(out=tmp_path / "found.jsonl", overwrite=False, timeout=None)
     records.write(options.out, "kept", {"name": "kept"})
     items = [("kept", []), ("digits/new", [])]
     assert records.each("experiments.export.no_such_script", items, "COMMAND", options) == 1

@@ -1,4 +1,4 @@
-"""Boundary parameters, and boundaries from data."""
+"""Boundary parameters, boundaries from data, and the values of a tensor that they are taken from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.functional import theory
-from nipq.functional.clipping import alpha_from_raw, max_range, noise_optimal_range, raw_from_alpha
+from nipq.functional.clipping import alpha_from_raw, even_stride, max_range, noise_optimal_range, raw_from_alpha
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 
 HSWISH = Grid("shifted", 0.375)
@@ -132,3 +132,22 @@ def test_data_that_cannot_be_calibrated_on_are_refused(find) -> None:
         find(torch.tensor([math.nan, 1.0, math.inf]), SIGNED)
     with pytest.raises(ConfigError, match="at least 2"):
         noise_optimal_range(torch.ones(3), 1, SIGNED)
+
+
+# ---------------------------------------------------------------------- sampling
+
+
+@given(shape=st.lists(st.integers(1, 40), min_size=1, max_size=4), most=st.integers(1, 500))
+def test_every_column_is_met_before_one_is_met_again(shape: list[int], most: int) -> None:
+    places = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
+    stride = even_stride(len(places), most)
+    kept = places[::stride]
+    assert len(kept) <= most or stride == 1
+    inner = shape[-1]
+    assert len(kept[:inner, -1].unique()) == len(kept[:inner])
+
+
+def test_as_many_as_are_asked_for_but_for_the_search_of_a_coprime() -> None:
+    assert even_stride(2**20, 2**12) == 257
+    assert even_stride(8 * 528 * 27 * 27, 2**14) == 191  # 188 would be even, 189 is 7 rows
+    assert even_stride(0, 5) == even_stride(5, 5) == 1

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nipq.errors import ConfigError
 from nipq.functional import theory
 from nipq.functional.clipping import max_range, noise_optimal_range
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.noise import ERROR_TABLE, EmpiricalMethod, empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
+from nipq.functional.theory import laplace_tails, normal_tails, sample_tails
 from nipq.functional.uniform import quantize
 
 SHARES = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -271,3 +273,34 @@ def test_nothing_in_range_has_no_error_power() -> None:
 
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(theory, name) for name in theory.__all__)
+
+
+# ---------------------------------------------------------------------- tails of a distribution
+
+
+FINE_SHARES = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+SAMPLES = {
+    normal_tails: torch.special.ndtri(FINE_SHARES),
+    laplace_tails: -torch.sign(FINE_SHARES - 0.5) * torch.log1p(-2 * (FINE_SHARES - 0.5).abs()),
+}
+
+
+@pytest.mark.parametrize("tails", [normal_tails, laplace_tails])
+@pytest.mark.parametrize("grid", [SIGNED, UNSIGNED], ids=lambda g: g.kind)
+def test_formula_equals_sample(tails, grid: Grid) -> None:
+    sample = SAMPLES[tails]
+    sample = sample if grid == SIGNED else sample.clamp(min=0)
+    for alpha in (0.3, 1.0, 2.5, 4.0):
+        for exact, counted in zip(tails(alpha, grid), sample_tails(sample, alpha, grid), strict=True):
+            assert counted.item() == pytest.approx(exact.item(), rel=1e-3, abs=1e-5)
+
+
+def test_negative_values_on_an_unsigned_grid_cost_but_do_not_pull_the_boundary() -> None:
+    tails = sample_tails(torch.tensor([-2.0, 0.0, 1.0, 5.0]), 3.0, UNSIGNED)
+    assert [t.item() for t in tails] == [0.25, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("tails", [normal_tails, laplace_tails, lambda a, g: sample_tails(torch.ones(2), a, g)])
+def test_a_shifted_grid_is_refused(tails) -> None:
+    with pytest.raises(ConfigError, match="expected a signed or an unsigned grid"):
+        tails(1.0, Grid("shifted", 0.375))

@@ -45,12 +45,13 @@ def test_the_first_call_compiles_and_later_ones_find_it(tmp_path: Path, monkeypa
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
+@pytest.mark.distributed
 @needs_compiler
 def test_many_processes_may_compile_at_once(tmp_path: Path) -> None:
     code = "from nipq.kernels.cpu import library; assert library() is not None"
     environment = os.environ | {CACHE: str(tmp_path / "shared")}
-    running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    running = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [process.wait() for process in running] == [0, 0]
     assert [path.suffix for path in (tmp_path / "shared").iterdir()] == [".so"]
 
 
