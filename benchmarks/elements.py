@@ -1,6 +1,6 @@
 """What one element costs, and what one call costs: the quantizer against a copy, an add, a ReLU and torch's fake-quant.
 
-python -m benchmarks.elements --overwrite        # results/elements.json, in about four minutes
+python -m benchmarks.elements --overwrite        # results/elements.jsonl, in about four minutes
 
 The limit of any element-wise function with a gradient is one copy forward (read, write a fresh result) and one add
 backward (read two, write one). All take turns in one process; with one thread CPU time counts, with two wall time.

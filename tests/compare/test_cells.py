@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from nipq.compare.cells import expand
-from nipq.compare.grid import Grid, load_grid
 from nipq.errors import ConfigError
+from nipq.train.compare import Grid, expand, load_grid
 from nipq.train.config_file import check_config
 from nipq.train.merging import merged
 from nipq.train.methods import METHODS

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import nipq
-from nipq.analysis.network import float_twin, layers, stored_weights
 from nipq.budget.budget import AverageBits, BitOps
 from nipq.budget.hawq import sensitivities
+from nipq.budget.hessian import float_twin, layers, stored_weights
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, FileFormatError, NotQuantizableError
 from nipq.export.modules import deployed_products

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.compare.cells import expand
-from nipq.compare.grid import Grid
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 from nipq.report.inspect import inspect
+from nipq.train.compare import Grid, expand
 from nipq.train.config_file import check_config
 
 X = torch.zeros(1, 4, 8, 8)

@@ -21,12 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.curvature import Trace, input_traces, weight_traces
-from nipq.analysis.hessian import LabelledBatch, labelled
-from nipq.analysis.network import LossFn, float_twin, input_samples
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.freeze import Assignment, freeze_to_
+from nipq.budget.hessian import (
+    LabelledBatch,
+    LossFn,
+    Trace,
+    float_twin,
+    input_samples,
+    input_traces,
+    labelled,
+    weight_traces,
+)
 from nipq.budget.solver import least_loss_bits
 from nipq.distributed import all_or_none, check_same_, from_rank_zero, gather_objects, inner, world_size
 from nipq.errors import ConfigError, OrderError
