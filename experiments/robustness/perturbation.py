@@ -25,13 +25,12 @@ from torch import Tensor, nn
 from nipq.budget.hessian import differentiable, input_samples, is_quantized, layers, on_input, stored_weights
 from nipq.config import Phase
 from nipq.errors import OrderError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.packing import FEWEST_BITS
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.prepare.batches import call_model, inputs_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, phase_of, quantizers
-from nipq.prepare.trace import call_model
-from nipq.qat.calibrate import SAMPLE_SIZE, inputs_of, to_device
 
 #: Scores of a model on batches, such as ``nipq.train.task.Task.scores``; in evaluation mode, without gradients.
 Scores = Callable[[nn.Module, Iterable[Any]], dict[str, float]]
@@ -240,7 +239,7 @@ def lowered_bits(
             if quantizer.name in values:
                 axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
                 x = values[quantizer.name]
-                quantizer.set_alpha_(noise_optimal_boundary(x, float(bits), quantizer.grid, channel_axis=axis))
+                quantizer.set_alpha_(noise_optimal_range(x, float(bits), quantizer.grid, channel_axis=axis))
         yield
 
 

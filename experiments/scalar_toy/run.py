@@ -3,7 +3,8 @@
     python experiments/scalar_toy/run.py      # writes results.jsonl, and the picture into docs/results/pictures
 
 Gradient descent on (Q(x) - t)^2 with a step of 1, for 99 targets t between two levels: T1 and T2 of the paper map
-(docs/internals/paper-map.md). All targets and seeds are the weights of one prepared layer, so what runs here is what runs in a network.
+(docs/internals/paper-map.md). All targets and seeds are the weights of one prepared layer, so what runs here is what
+runs in a network.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 import nipq
 from nipq.nn.layers import weight_quantizer
-from nipq.prepare.layer_table import temper_
+from nipq.prepare.layer_table import set_noise_mix_
 from nipq.train.run_folder import write_text
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -92,7 +93,7 @@ def train(method: Method) -> Runs:
     flips, late, path = torch.zeros_like(level), torch.zeros_like(level), []
     for i in range(STEPS):
         if method.tempered:
-            temper_(layer, i / STEPS)
+            set_noise_mix_(layer, i / STEPS)
         loss = ((layer.weight - TARGETS) ** 2).sum() + calm.penalty()
         (gradient,) = torch.autograd.grad(loss, latent)
         share = torch.tensor([0.5 + 0.5 * math.cos(math.pi * i / STEPS), 1.0], dtype=torch.float64)

@@ -14,7 +14,7 @@ from experiments.robustness.perturbation import lowered_bits, perturbed
 from nipq.budget.budget import AverageBits
 from nipq.budget.freeze import freeze_bits_
 from nipq.config import Config
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_range
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
@@ -151,7 +151,7 @@ def test_inputs_are_fitted_on_what_the_quantized_network_computes(quantized, bat
         quantized(images)
     handle.remove()
     with lowered_bits(quantized, 1, boundaries="refit", batches=batches):
-        fitted = noise_optimal_boundary(torch.cat(kept), float(row.input.bits_rounded), row.input.grid)
+        fitted = noise_optimal_range(torch.cat(kept), float(row.input.bits_rounded), row.input.grid)
         assert torch.allclose(row.input.alpha, fitted, rtol=1e-5)
 
 

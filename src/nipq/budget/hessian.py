@@ -34,10 +34,9 @@ from nipq.errors import ConfigError, require
 from nipq.functional.clipping import even_stride
 from nipq.nn.kinds import is_supported, is_table
 from nipq.nn.layers import float_weight, is_prepared
-from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.batches import ExampleInputs, call_model, inputs_of, to_device
 from nipq.prepare.layer_table import set_phase_, weight_table
 from nipq.prepare.prepare import restore_
-from nipq.prepare.trace import ExampleInputs, call_model
 
 #: The loss of a batch from the model's outputs and the targets: a mean over the samples.
 LossFn = Callable[[Any, Any], Tensor]

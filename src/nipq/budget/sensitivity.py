@@ -43,9 +43,8 @@ from nipq.functional.bitwidth import raw_from_bits
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.batches import call_model, inputs_of, to_device
 from nipq.prepare.layer_table import layer_table, quantizers
-from nipq.prepare.trace import call_model
 
 #: Distance from the ends of the range at which a start is kept, in bits: nearer, the sigmoid hardly moves.
 MARGIN = 0.25
@@ -192,7 +191,7 @@ def _probed(quantizers: list[TensorQuantizer], sign: float, seed: int) -> Iterat
             raise OrderError(
                 f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_ before."
             )
-        alpha = quantizer._spread(quantizer.alpha.detach(), x.ndim)
+        alpha = quantizer.spread(quantizer.alpha.detach(), x.ndim)
         noise = sign * uniform_noise(x.detach(), generator)
         return noise_proxy(x, alpha, bits[quantizer.name], noise, quantizer.grid)
 

@@ -15,9 +15,8 @@ from nipq.config import Phase
 from nipq.distributed import check_same_, inner
 from nipq.distributed.sync_batchnorm import synced
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.batches import in_step, to_device
+from nipq.prepare.batches import call_model, in_step, to_device
 from nipq.prepare.layer_table import quantizers, set_phase_
-from nipq.prepare.trace import call_model
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
