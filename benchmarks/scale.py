@@ -2,7 +2,7 @@
 
 python -m benchmarks.scale --overwrite        # results/scale.jsonl, in about two minutes; starts two processes
 
-Everything here is counted or timed on one machine; docs/scale.md extrapolates to a model of 7 billion weights on 64
+Everything here is counted or timed on one machine; docs/internals/scale.md extrapolates to 7 billion weights on 64
 GPUs.
 """
 

@@ -92,7 +92,7 @@ def differences(reference: nn.Module, others: dict[str, nn.Module], batches: Bat
 
 
 def default_session(path: Path) -> OnnxModule:
-    """ONNX Runtime as it comes: what people get who open the file without reading docs/export.md.
+    """ONNX Runtime as it comes: what people get who open the file without reading docs/guide/exporting/index.md.
 
     Args:
         path: of the ONNX file.

@@ -207,7 +207,7 @@ def lowered_bits(
         model: a prepared model whose bits are frozen.
         by: bits taken from every tensor.
         boundaries: ``"kept"`` as they were trained, steps get wider; ``"refit"``, those of least noise error at the
-            lower bits (T6 in docs/paper_map.md), on the same grids.
+            lower bits (T6 in docs/internals/paper-map.md), on the same grids.
         batches: from which inputs' boundaries are fitted anew; their first item is the model's input.
 
     Yields:

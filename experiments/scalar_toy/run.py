@@ -2,8 +2,9 @@
 
     python experiments/scalar_toy/run.py      # writes results.jsonl, and the picture into docs/results/pictures
 
-Gradient descent on (Q(x) - t)^2 with a step of 1, for 99 targets t between two levels: T1 and T2 of docs/paper_map.md.
-All targets and seeds are the weights of one prepared layer, so what runs here is what runs in a network.
+Gradient descent on (Q(x) - t)^2 with a step of 1, for 99 targets t between two levels: T1 and T2 of the paper map
+(docs/internals/paper-map.md). All targets and seeds are the weights of one prepared layer, so what runs here is what
+runs in a network.
 """
 
 from __future__ import annotations

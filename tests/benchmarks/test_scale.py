@@ -1,4 +1,4 @@
-"""What is counted for docs/scale.md, on chains of a few layers, and the page made from it."""
+"""What is counted for docs/internals/scale.md, on chains of a few layers, and the page made from it."""
 
 from __future__ import annotations
 
