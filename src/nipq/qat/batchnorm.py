@@ -97,7 +97,7 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
     unbiased variance, within and between batches. Modes and phases are restored. With several ranks a batch is what all
     of them give at once, and the rank with the fewest batches says how many are read.
 
-    Paper: the batch-norm update, Q15 and Q20 in docs/paper_map.md.
+    Paper: the batch-norm update, Q15 and Q20 in docs/internals/paper-map.md.
 
     Args:
         model: a prepared model with batch norms.
