@@ -145,8 +145,8 @@ def test_bits_fixed_for_one_are_fixed_for_all_and_states_and_copies_keep_the_gro
 def test_the_start_at_the_budget_measures_the_whole_group() -> None:
     model = prepared()
     budget = AverageBits(weights=4, activations=4)
-    found = allocate_bits_(model, [(X, X)], budget, nn.functional.mse_loss, batches=1)
-    assert {"1.key.weight", "1.value.weight", "1.query.weight"} < found.losses.keys()
+    losses = allocate_bits_(model, [(X, X)], budget, nn.functional.mse_loss, batches=1)
+    assert {"1.key.weight", "1.value.weight", "1.query.weight"} < losses.keys()
 
 
 @pytest.mark.parametrize(

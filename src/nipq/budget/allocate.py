@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 from fractions import Fraction
 from typing import Any, Literal, get_args
 
@@ -29,35 +28,6 @@ Method = Literal["noise", "hawq", "uniform"]
 MARGINS = tuple(Fraction(1, 2**power) for power in range(2, 7))
 
 
-@dataclass(frozen=True)
-class Allocation:
-    """Bit-widths that :func:`allocate_bits_` chose, and why.
-
-    Attributes:
-        method: ``"noise"``, ``"hawq"`` or ``"uniform"``.
-        bits: whole bit-width of each tensor with a choice, by its full name.
-        losses: by name the loss that each of its allowed bit-widths was charged with; empty but for ``"noise"``.
-    """
-
-    method: Method
-    bits: dict[str, int]
-    losses: dict[str, dict[int, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        return asdict(self)
-
-    def __str__(self) -> str:
-        """One line for each tensor."""
-        width = max(map(len, self.bits), default=0)
-        charged = {name: losses.get(self.bits[name]) for name, losses in self.losses.items()}
-        lines = [
-            f"{name:{width}}  {bits:2d} bits" + (f"  loss {charged[name]:.3g}" if name in charged else "")
-            for name, bits in self.bits.items()
-        ]
-        return "\n".join(lines) or "no bit-width to choose"
-
-
 def allocate_bits_(
     model: nn.Module,
     loader: Iterable[Any],
@@ -70,7 +40,7 @@ def allocate_bits_(
     rounds: int = 1,
     recalibrate: Callable[[], object] | None = None,
     freeze: bool = False,
-) -> Allocation:
+) -> dict[str, float]:
     """Choose the bit-widths of least summed loss within the budget, as starts for training or for good.
 
     ``"noise"`` measures the sensitivity of every tensor by noise of both signs (:mod:`nipq.budget.sensitivity`), with
@@ -98,7 +68,8 @@ def allocate_bits_(
         freeze: freeze the chosen bits, instead of starting learned ones there.
 
     Returns:
-        The bit-widths and the losses they were chosen by.
+        Loss that the noise of each tensor adds at its former bits, by its name (of the last round); empty where nothing was
+        measured by noise.
 
     Raises:
         BudgetError: if no allowed bit-widths keep the budget.
@@ -117,8 +88,8 @@ def allocate_bits_(
     check_same_(model, "allocate_bits_")
     learned = [quantizer for quantizer in quantizers(model) if not quantizer.is_frozen]
     if not learned:
-        return Allocation(method, {}, {})
-    losses: dict[str, dict[int, float]] = {}
+        return {}
+    losses: dict[str, float] = {}
     if method == "uniform":
         uniform_bits_(model, budget)
     elif method == "hawq":
@@ -127,12 +98,12 @@ def allocate_bits_(
         for number in range(rounds):
             if number and recalibrate is not None:
                 recalibrate()
-            found = noise_losses(model, learned, loader, loss_fn, batches=batches, seed=seed)
-            losses = _assign_(model, found, budget, exact=freeze or number < rounds - 1)
+            losses = noise_losses(model, learned, loader, loss_fn, batches=batches, seed=seed)
+            _assign_(model, losses, budget, exact=freeze or number < rounds - 1)
     if freeze:
         for quantizer in learned:
             quantizer.freeze_bits_(quantizer.bits_rounded)
-    return Allocation(method, {quantizer.name: quantizer.bits_rounded for quantizer in learned}, losses)
+    return losses
 
 
 def _allocate_by_curvature_(
@@ -148,19 +119,13 @@ def _allocate_by_curvature_(
     allocate_(model, loader, loss_fn, budget, seed=seed)
 
 
-def _assign_(model: nn.Module, losses: dict[str, float], budget: Budget, *, exact: bool) -> dict[str, dict[int, float]]:
+def _assign_(model: nn.Module, losses: dict[str, float], budget: Budget, *, exact: bool) -> None:
     """Set learned bits to the assignment of least loss; ``exact`` counts whole bits, else where learned ones start."""
     table, limits = BitTable(layer_table(model)), budget.limits(model)
-    charged: dict[str, dict[int, float]] = {}
-    for quantizer, members, allowed in zip(table.quantizers, table.members, table.choices, strict=True):
-        former = float(quantizer.bits.detach())
-        for member in members:
-            loss = losses.get(member.name, 0.0)
-            charged[member.name] = {bits: loss * 4.0 ** (former - bits) for bits in allowed}
-    summed = [
-        np.array([sum(charged[member.name][bits] for member in members) for bits in allowed])
-        for members, allowed in zip(table.members, table.choices, strict=True)
-    ]
+    summed = []
+    for members, allowed in zip(table.members, table.choices, strict=True):
+        loss, former = sum(losses.get(member.name, 0.0) for member in members), float(members[0].bits.detach())
+        summed.append(np.array([loss * 4.0 ** (former - bits) for bits in allowed]))
     margin = Fraction(0) if exact else _margin(table, limits)
     starts = _starts(table, margin)
     chosen = from_rank_zero(lambda: _solved(starts, summed, limits))
@@ -169,7 +134,6 @@ def _assign_(model: nn.Module, losses: dict[str, float], budget: Budget, *, exac
             low, high = quantizer.bit_range.low, quantizer.bit_range.high
             with torch.no_grad():
                 quantizer.bit_raw.fill_(raw_from_bits(torch.tensor(start, dtype=torch.float64), low, high))
-    return {quantizer.name: charged[quantizer.name] for quantizer in quantizers(model) if not quantizer.is_frozen}
 
 
 def _starts(table: BitTable, margin: Fraction) -> list[tuple[Fraction, ...]]:
