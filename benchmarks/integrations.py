@@ -32,7 +32,7 @@ import nipq
 from benchmarks import record
 from benchmarks.timing import median_interval, on_threads, quartiles
 from benchmarks.turns import Turns
-from nipq.integrations.accelerate import AcceleratedCourse
+from nipq.integrations.accelerate import AcceleratedSession
 from nipq.integrations.lightning import NipqCallback
 from nipq.integrations.transformers import quantize
 
@@ -91,9 +91,9 @@ def small(turns: Turns) -> Task:
 
 
 def plain_loop(task: Task, ours: bool) -> None:
-    """Nobody's trainer; ours is ``nipq.Course``."""
+    """Nobody's trainer; ours is ``nipq.QATSession``."""
     optimizer = task.optimizer()
-    guide = nipq.Course(task, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
+    guide = nipq.QATSession(task, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
     for batch in task.loader():
         loss = task(**batch)["loss"] + guide.penalty()
         optimizer.zero_grad()
@@ -173,11 +173,11 @@ def hugging_face(task: Task, ours: bool) -> None:
 
 
 def accelerated(task: Task, ours: bool) -> None:
-    """Ours is ``AcceleratedCourse``."""
+    """Ours is ``AcceleratedSession``."""
     accelerator = accelerate.Accelerator(cpu=True)
     model, optimizer, loader = accelerator.prepare(task, task.optimizer(), task.loader())
     guide = (
-        AcceleratedCourse(accelerator, model, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
+        AcceleratedSession(accelerator, model, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
     )
     for batch in loader:
         accelerator.backward(model(**batch)["loss"] + guide.penalty())

@@ -13,7 +13,7 @@ from digits import accuracy, data, loader, trained_network
 from torch.nn.functional import cross_entropy
 
 import nipq
-from nipq.integrations.accelerate import AcceleratedCourse
+from nipq.integrations.accelerate import AcceleratedSession
 
 EPOCHS, ACCUMULATE = 8, 2
 
@@ -28,18 +28,18 @@ optimizer = torch.optim.AdamW(nipq.param_groups(model, lr=1e-3, weight_decay=1e-
 model, optimizer, batches = accelerator.prepare(model, optimizer, loader(train))
 total = EPOCHS * -(-len(batches) // ACCUMULATE)
 budget = nipq.AverageBits(weights=3, activations=3)
-course = AcceleratedCourse(accelerator, model, budget, total, optimizer=optimizer, loader=loader(train))
+session = AcceleratedSession(accelerator, model, budget, total, optimizer=optimizer, loader=loader(train))
 
 model.train()
 for _ in range(EPOCHS):
     for x, y in batches:
         with accelerator.accumulate(model):
-            accelerator.backward(cross_entropy(model(x), y) + course.penalty())
+            accelerator.backward(cross_entropy(model(x), y) + session.penalty())
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), 5.0)
             optimizer.step()
             optimizer.zero_grad()
-            course.step()
-    accelerator.print(course.stage, course.logs())
-course.finish()
+            session.step()
+    accelerator.print(session.stage, session.logs())
+session.finish()
 accelerator.print(f"quantized: {accuracy(accelerator.unwrap_model(model), test):.3f}")

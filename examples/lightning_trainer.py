@@ -45,5 +45,5 @@ trainer = pl.Trainer(
     enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=5.0,
 )  # fmt: skip
 trainer.fit(model, loader(train))
-print(callback.course.logs())
+print(callback.session.logs())
 print(f"quantized: {accuracy(model, test):.3f}")

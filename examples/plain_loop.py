@@ -25,13 +25,13 @@ optimizer = torch.optim.AdamW(nipq.param_groups(model, lr=1e-3, weight_decay=1e-
 total = EPOCHS * len(loader(train)) // ACCUMULATE
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
 budget = nipq.AverageBits(weights=3, activations=3)
-course = nipq.Course(model, budget, total, optimizer=optimizer, loader=loader(train))
+session = nipq.QATSession(model, budget, total, optimizer=optimizer, loader=loader(train))
 average = nipq.WeightAverage(model, decay=0.9)
 
 model.train()
 for epoch in range(EPOCHS):
     for batch, (x, y) in enumerate(loader(train), start=1):
-        loss = cross_entropy(model(x), y) + course.penalty()
+        loss = cross_entropy(model(x), y) + session.penalty()
         (loss / ACCUMULATE).backward()
         if batch % ACCUMULATE:
             continue
@@ -39,15 +39,15 @@ for epoch in range(EPOCHS):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        course.step()
+        session.step()
         average.update(model)
-    print(epoch + 1, course.stage, course.logs())
+    print(epoch + 1, session.stage, session.logs())
     checkpoint = {
         part: thing.state_dict()
-        for part, thing in {"model": model, "optimizer": optimizer, "schedule": schedule, "course": course}.items()
+        for part, thing in {"model": model, "optimizer": optimizer, "schedule": schedule, "session": session}.items()
     }  # load them in this order
 
 average.copy_to_(model)
-course.finish()
+session.finish()
 print(f"quantized: {accuracy(model, test):.3f}")
 print(nipq.summary(model))

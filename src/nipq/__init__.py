@@ -34,7 +34,7 @@ from nipq.qat.ema import WeightAverage
 from nipq.qat.optim import check_optimizer, drop_frozen_, param_groups, without_bits
 from nipq.qat.oscillation import Oscillations
 from nipq.qat.search import Search
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 from nipq.report.inspect import inspect
 from nipq.report.summary import summary
 from nipq.verify.api import verify
@@ -69,7 +69,7 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "costs",
     "allocate_bits_",
     "Search",
-    "Course",
+    "QATSession",
     "WeightAverage",
     "temper_",
     "Oscillations",

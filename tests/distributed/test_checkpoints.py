@@ -23,7 +23,7 @@ TOTAL = 10  # of which the last three come after the freeze
 
 
 class Run:
-    """A prepared model, sharded if there is anybody to share with, and its course."""
+    """A prepared model, sharded if there is anybody to share with, and its session."""
 
     def __init__(self, *, fresh: bool = False) -> None:
         torch.manual_seed(9)
@@ -31,26 +31,26 @@ class Run:
         if is_distributed():
             shard_(self.model)
         self.optimizer = torch.optim.AdamW(nipq.param_groups(self.model, lr=0.01))
-        self.course = nipq.Course(self.model, BUDGET, TOTAL, optimizer=self.optimizer)
+        self.session = nipq.QATSession(self.model, BUDGET, TOTAL, optimizer=self.optimizer)
 
     def train(self, until: int) -> Run:
-        while self.course.steps < until:
-            torch.manual_seed(100 * self.course.steps + rank())  # noise of the step, whoever computed the last
-            loss = self.model(data(TOTAL)[self.course.steps]).square().mean()
-            (loss + self.course.penalty()).backward()
+        while self.session.steps < until:
+            torch.manual_seed(100 * self.session.steps + rank())  # noise of the step, whoever computed the last
+            loss = self.model(data(TOTAL)[self.session.steps]).square().mean()
+            (loss + self.session.penalty()).backward()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            self.course.step()
+            self.session.step()
         return self
 
     def save(self, folder: Path) -> None:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         quietly(dcp.save, {"model": model, "optimizer": optimizer}, checkpoint_id=folder)
         if rank() == 0:
-            (folder / "course.json").write_text(json.dumps(self.course.state_dict()))
+            (folder / "session.json").write_text(json.dumps(self.session.state_dict()))
 
     def load(self, folder: Path) -> Run:
-        self.course.load_state_dict(json.loads((folder / "course.json").read_text()))  # first: it freezes what was
+        self.session.load_state_dict(json.loads((folder / "session.json").read_text()))  # first: it freezes what was
         model, optimizer = get_state_dict(self.model, self.optimizer)
         quietly(dcp.load, {"model": model, "optimizer": optimizer}, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
@@ -87,8 +87,8 @@ def test_one_process_goes_on_where_two_stopped(ranks: Ranks, tmp_path: Path, at:
     for name, tensor in run.numbers().items():
         assert torch.equal(tensor, expected[name]), name
     run.train(TOTAL)
-    run.course.finish()
-    assert run.course.stage == "done"
+    run.session.finish()
+    assert run.session.stage == "done"
 
 
 def saved(folder: Path, at: int) -> dict[str, Any]:

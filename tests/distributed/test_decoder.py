@@ -46,18 +46,18 @@ def trained(strategy: str, recompute: bool, half: bool) -> dict[str, Any]:
     wrapped.train()
     torch.manual_seed(rank_seed(5))
     optimizer = torch.optim.AdamW(nipq.param_groups(model, 1e-3))
-    course = nipq.Course(wrapped, BUDGET, STEPS, optimizer=optimizer)
+    session = nipq.QATSession(wrapped, BUDGET, STEPS, optimizer=optimizer)
     losses = []
     for step in range(STEPS):
         loss = wrapped(**batch(10 * rank() + step)).loss
         losses.append(float(loss))
-        (loss + course.penalty()).backward()
+        (loss + session.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        course.step()
-    course.finish()
+        session.step()
+    session.finish()
     assert all(c.rounded <= c.target for c in nipq.costs(model, BUDGET))
-    return {"losses": losses, "bits": course.bits, "alpha": {q.name: q.alpha.tolist() for q in quantizers(model)}}
+    return {"losses": losses, "bits": session.bits, "alpha": {q.name: q.alpha.tolist() for q in quantizers(model)}}
 
 
 @pytest.mark.parametrize(

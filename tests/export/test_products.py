@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.prepare.attention_net import MIX, SCORES, Attention, X, prepared
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -31,6 +30,7 @@ from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.report.inspect import promised_bytes
+from tests.prepare.attention_net import MIX, SCORES, Attention, X, prepared
 
 GRIDS = ("signed", "unsigned", "shifted")
 #: Bits and grid of query, key, probability and value.

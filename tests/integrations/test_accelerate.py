@@ -21,7 +21,7 @@ from nipq.qat.ema import WeightAverage
 from nipq.qat.optim import param_groups
 
 accelerate = pytest.importorskip("accelerate")
-AcceleratedCourse = pytest.importorskip("nipq.integrations.accelerate").AcceleratedCourse
+AcceleratedSession = pytest.importorskip("nipq.integrations.accelerate").AcceleratedSession
 
 X = torch.randn(48, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(48) % 3
@@ -53,7 +53,7 @@ class Loop:
         self.model, self.optimizer, self.scheduler, self.loader = self.accelerator.prepare(
             net, optimizer, scheduler, loader
         )
-        self.course = AcceleratedCourse(
+        self.session = AcceleratedSession(
             self.accelerator, self.model, BUDGET, EPOCHS * BATCHES // accumulate, optimizer=self.optimizer, loader=[X]
         )
 
@@ -75,15 +75,15 @@ class Loop:
                         loss = cross_entropy(outputs, y)
                     self.seen.add(outputs.dtype)
                     overflow = float("inf") if (number, place) == self.overflow else 1.0
-                    self.accelerator.backward(loss * overflow + self.course.penalty())
+                    self.accelerator.backward(loss * overflow + self.session.penalty())
                     if self.accelerator.sync_gradients:
                         self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
                     self.optimizer.step()
                     self.scheduler.step()
                     self.optimizer.zero_grad()
-                    self.course.step()
+                    self.session.step()
                     if self.average is not None and self.accelerator.sync_gradients:
-                        self.average.update(self.course.model)
+                        self.average.update(self.session.model)
             start = 0
         return self
 
@@ -96,9 +96,9 @@ def keeps(model: nn.Module) -> bool:
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_a_loop_goes_through_all_stages(accumulate: int, precision: str) -> None:
     loop = Loop(accumulate=accumulate, mixed_precision=precision).epochs(*range(EPOCHS))
-    assert loop.course.stage == "finetune"
-    assert loop.course.steps == loop.course.total_steps == EPOCHS * BATCHES // accumulate
-    loop.course.finish()
+    assert loop.session.stage == "finetune"
+    assert loop.session.steps == loop.session.total_steps == EPOCHS * BATCHES // accumulate
+    loop.session.finish()
     assert {q.alpha_raw.dtype for q in quantizers(loop.model)} == {torch.float32}
     assert keeps(loop.model)
 
@@ -107,11 +107,11 @@ def test_a_loop_goes_through_all_stages(accumulate: int, precision: str) -> None
 def test_resuming_equals_not_stopping_to_the_bit(tmp_path: Path, epoch: int, place: int) -> None:
     whole = Loop(tmp_path).epochs(*range(epoch)).epochs(epoch, stop_at=place)
     whole.accelerator.save_state(str(tmp_path / "state"))
-    whole.epochs(*range(epoch, EPOCHS), start=place).course.finish()
+    whole.epochs(*range(epoch, EPOCHS), start=place).session.finish()
     again = Loop(tmp_path)
     again.accelerator.load_state(str(tmp_path / "state"))
-    assert again.course.steps == epoch * BATCHES + place
-    again.epochs(*range(epoch, EPOCHS), start=place).course.finish()
+    assert again.session.steps == epoch * BATCHES + place
+    again.epochs(*range(epoch, EPOCHS), start=place).session.finish()
     expected, found = whole.model.state_dict(), again.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -123,12 +123,12 @@ def test_in_float16_a_step_that_the_scaler_skipped_does_not_count(accumulate: in
     loop.overflow = (0, 2)
     loop.epochs(0)
     assert loop.accelerator.scaler.get_scale() == 512.0
-    assert loop.course.steps == BATCHES // accumulate - 1
+    assert loop.session.steps == BATCHES // accumulate - 1
     loop.epochs(*range(1, EPOCHS))
     assert loop.seen == {torch.float16}
     assert {q.alpha_raw.dtype for q in quantizers(loop.model)} == {torch.float32}
-    loop.course.finish()
-    assert loop.course.steps == EPOCHS * BATCHES // accumulate - 1
+    loop.session.finish()
+    assert loop.session.steps == EPOCHS * BATCHES // accumulate - 1
     assert keeps(loop.model)
 
 
@@ -137,12 +137,12 @@ def test_resuming_in_float16_takes_the_scale_along(tmp_path: Path) -> None:
     whole.overflow = (0, 2)
     whole.epochs(0)
     whole.accelerator.save_state(str(tmp_path / "state"))
-    whole.epochs(*range(1, EPOCHS)).course.finish()
+    whole.epochs(*range(1, EPOCHS)).session.finish()
     again = Loop(tmp_path, half=True)
     again.accelerator.load_state(str(tmp_path / "state"))
     assert again.accelerator.scaler.get_scale() == 512.0
-    again.epochs(*range(1, EPOCHS)).course.finish()
-    assert again.course.steps == whole.course.steps == EPOCHS * BATCHES - 1
+    again.epochs(*range(1, EPOCHS)).session.finish()
+    assert again.session.steps == whole.session.steps == EPOCHS * BATCHES - 1
     expected, found = whole.model.state_dict(), again.model.state_dict()
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
@@ -150,7 +150,7 @@ def test_resuming_in_float16_takes_the_scale_along(tmp_path: Path) -> None:
 
 def test_clipping_does_not_see_the_bits() -> None:
     loop = Loop()
-    (cross_entropy(loop.model(X), Y) + loop.course.penalty()).backward()
+    (cross_entropy(loop.model(X), Y) + loop.session.penalty()).backward()
     bits = [q.bit_raw for q in quantizers(loop.model) if not q.is_frozen]
     before = [q.grad.clone() for q in bits]
     loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1e-4)
@@ -162,12 +162,12 @@ def test_clipping_does_not_see_the_bits() -> None:
 @pytest.mark.parametrize("epochs", [2, EPOCHS], ids=["stopped early", "across the freeze"])
 def test_an_average_goes_along(epochs: int) -> None:
     loop = Loop()
-    loop.average = WeightAverage(loop.course.model, 0.9)
+    loop.average = WeightAverage(loop.session.model, 0.9)
     loop.epochs(*range(epochs))
-    assert loop.course.stage == ("search" if epochs == 2 else "finetune")
+    assert loop.session.stage == ("search" if epochs == 2 else "finetune")
     trained = loop.model[0].parametrizations.weight.original.detach().clone()
-    loop.average.copy_to_(loop.course.model)
-    loop.course.finish()
+    loop.average.copy_to_(loop.session.model)
+    loop.session.finish()
     assert keeps(loop.model)
     assert not torch.equal(loop.model[0].parametrizations.weight.original, trained)
 
@@ -176,16 +176,16 @@ def test_numbers_go_to_the_accelerators_trackers(tmp_path: Path, monkeypatch: py
     sent: list[tuple[dict[str, float], int]] = []
     loop = Loop(tmp_path).epochs(0)
     monkeypatch.setattr(loop.accelerator, "log", lambda values, step: sent.append((values, step)))
-    loop.course.log()
-    assert sent == [(loop.course.logs(), BATCHES)]
+    loop.session.log()
+    assert sent == [(loop.session.logs(), BATCHES)]
 
 
 def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop()
-    again: Callable[[], Any] = lambda: AcceleratedCourse(  # noqa: E731  (called twice below)
+    again: Callable[[], Any] = lambda: AcceleratedSession(  # noqa: E731  (called twice below)
         loop.accelerator, loop.model, BUDGET, 10, optimizer=loop.optimizer, loader=[X]
     )
-    with pytest.raises(OrderError, match="accelerator: expected one course, found a second one"):
+    with pytest.raises(OrderError, match="accelerator: expected one session, found a second one"):
         again()
     loop.accelerator._custom_objects.clear()
     monkeypatch.setattr(loop.accelerator.state, "distributed_type", accelerate.DistributedType.DEEPSPEED)
@@ -200,4 +200,4 @@ def test_an_optimizer_that_was_prepared_before_the_model_is_refused_by_name() ->
     model, early = loop.accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=0.1))
     calibrate_(prepare_(net, torch.zeros(1, 36)), [X.flatten(1)])
     with pytest.raises(OrderError, match=r"it lacks .*alpha_raw"):
-        AcceleratedCourse(loop.accelerator, model, BUDGET, 10, optimizer=early)
+        AcceleratedSession(loop.accelerator, model, BUDGET, 10, optimizer=early)

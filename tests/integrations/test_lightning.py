@@ -87,8 +87,8 @@ def fit(tmp_path: Path) -> Callable[..., Any]:
     return run
 
 
-def course_of(trainer: Any) -> Any:
-    return next(callback for callback in trainer.callbacks if isinstance(callback, NipqCallback)).course
+def session_of(trainer: Any) -> Any:
+    return next(callback for callback in trainer.callbacks if isinstance(callback, NipqCallback)).session
 
 
 def keeps(model: nn.Module) -> bool:
@@ -100,12 +100,12 @@ def test_a_fit_goes_through_all_stages_and_gives_the_module_back(fit: Callable[.
 
     class Watch(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            seen.append((course_of(trainer).stage, str(phase_of(pl_module))))
+            seen.append((session_of(trainer).stage, str(phase_of(pl_module))))
 
     trainer = fit(callbacks=(Watch(),), gradient_clip_val=1.0)
-    course = course_of(trainer)
-    assert course.stage == "done"
-    assert (course.steps, course.total_steps, course.search_steps) == (30, 30, 21)
+    session = session_of(trainer)
+    assert session.stage == "done"
+    assert (session.steps, session.total_steps, session.search_steps) == (30, 30, 21)
     assert seen[19] == ("search", "noise")
     assert seen[-1] == ("finetune", "round")
     assert keeps(trainer.lightning_module)
@@ -142,8 +142,8 @@ def test_clipping_does_not_see_the_bits(fit: Callable[..., Any]) -> None:
 
 
 def test_gradients_accumulate(fit: Callable[..., Any]) -> None:
-    course = course_of(fit(accumulate_grad_batches=2))
-    assert (course.steps, course.total_steps) == (15, 15)
+    session = session_of(fit(accumulate_grad_batches=2))
+    assert (session.steps, session.total_steps) == (15, 15)
 
 
 def test_bf16_and_a_step_that_the_scaler_skipped(fit: Callable[..., Any]) -> None:
@@ -156,7 +156,7 @@ def test_bf16_and_a_step_that_the_scaler_skipped(fit: Callable[..., Any]) -> Non
 
     plugin = pl.plugins.MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     trainer = fit(Overflow(), plugins=plugin, precision=None, max_epochs=2)
-    assert (trainer.global_step, course_of(trainer).steps) == (12, 11)
+    assert (trainer.global_step, session_of(trainer).steps) == (12, 11)
     assert keeps(trainer.lightning_module)
 
 
@@ -168,8 +168,8 @@ def test_true_half_precision_is_refused(fit: Callable[..., Any]) -> None:
 def test_stopping_early_gives_a_frozen_model(fit: Callable[..., Any]) -> None:
     stop = pl.callbacks.EarlyStopping("val_loss", patience=1, min_delta=100.0)
     trainer = fit(callbacks=(stop,))
-    assert course_of(trainer).steps < course_of(trainer).search_steps
-    assert course_of(trainer).stage == "done"
+    assert session_of(trainer).steps < session_of(trainer).search_steps
+    assert session_of(trainer).stage == "done"
     assert keeps(trainer.lightning_module)
 
 
@@ -178,13 +178,13 @@ def test_scores_start_anew_at_the_freeze(fit: Callable[..., Any], tmp_path: Path
 
     class Judged(Net):
         def validation_step(self, batch: Any) -> None:
-            frozen = course_of(self.trainer).bits is not None
+            frozen = session_of(self.trainer).bits is not None
             self.log("score", (0.0 if frozen else -100.0) - float(self.global_step))
 
     stop = pl.callbacks.EarlyStopping("score", patience=1)
     save = pl.callbacks.ModelCheckpoint(tmp_path, monitor="score", save_top_k=1)
     trainer = fit(Judged(), callbacks=(stop, save), enable_checkpointing=True, num_sanity_val_steps=0)
-    assert course_of(trainer).steps == EPOCHS * BATCHES
+    assert session_of(trainer).steps == EPOCHS * BATCHES
     assert "epoch=4" in save.best_model_path
     trainer.lightning_module.load_state_dict(torch.load(save.best_model_path, weights_only=True)["state_dict"])
 
@@ -210,7 +210,7 @@ def test_resuming_after_an_epoch_equals_not_stopping_to_the_bit(
     save = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     whole = fit(callbacks=(save,), **saving).lightning_module.state_dict()
     again = fit(resume=tmp_path / f"epoch={epoch - 1}.ckpt", **saving)
-    assert course_of(again).steps == EPOCHS * BATCHES
+    assert session_of(again).steps == EPOCHS * BATCHES
     found = again.lightning_module.state_dict()
     assert whole.keys() == found.keys()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
@@ -220,7 +220,7 @@ def test_a_fit_that_was_over_is_over_again(fit: Callable[..., Any], tmp_path: Pa
     saving = {"enable_checkpointing": True, "limit_val_batches": 0}
     fit(callbacks=(pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1),), **saving)
     again = fit(resume=tmp_path / f"epoch={EPOCHS - 1}.ckpt", **saving)
-    assert course_of(again).stage == "done"
+    assert session_of(again).stage == "done"
     assert keeps(again.lightning_module)
 
 
@@ -236,7 +236,7 @@ def test_an_averaged_model_crosses_the_freeze_and_becomes_the_model(
     save = pl.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)
     whole = fit(callbacks=(average(), save), **saving)
     assert keeps(whole.lightning_module)
-    assert course_of(whole).bits == {q.name: q.bits_rounded for q in quantizers(whole.lightning_module)}
+    assert session_of(whole).bits == {q.name: q.bits_rounded for q in quantizers(whole.lightning_module)}
     again = fit(callbacks=(average(),), resume=tmp_path / "epoch=3.ckpt", **saving).lightning_module.state_dict()
     expected = whole.lightning_module.state_dict()
     assert all(torch.equal(expected[name], again[name]) for name in expected)

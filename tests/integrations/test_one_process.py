@@ -18,7 +18,7 @@ from nipq.distributed import rank, world_size
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 from tests.distributed.common_noise import common_noise
 from tests.distributed.ranks import Ranks
 from tests.integrations.test_two_ranks import as_torchrun
@@ -66,12 +66,12 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def outcome(course: Course | None, before: dict[str, Tensor]) -> dict[str, Any]:
-    assert course is not None
-    assert (course.steps, course.stage) == (STEPS, "done")
-    found = parameters(course.model)
+def outcome(session: QATSession | None, before: dict[str, Tensor]) -> dict[str, Any]:
+    assert session is not None
+    assert (session.steps, session.stage) == (STEPS, "done")
+    found = parameters(session.model)
     moved = max(float((found[name] - before[name]).abs().max()) for name in found if name in before)
-    return {"parameters": found, "bits": course.bits, "moved": moved}
+    return {"parameters": found, "bits": session.bits, "moved": moved}
 
 
 # ---------------------------------------------------------------------- in one process, or on each rank
@@ -80,7 +80,7 @@ def outcome(course: Course | None, before: dict[str, Tensor]) -> dict[str, Any]:
 def accelerated() -> dict[str, Any]:
     import accelerate
 
-    from nipq.integrations.accelerate import AcceleratedCourse
+    from nipq.integrations.accelerate import AcceleratedSession
 
     with as_one() as batch:
         accelerate.state.AcceleratorState._reset_state(True)  # what tests before left there: steps to accumulate
@@ -90,16 +90,16 @@ def accelerated() -> dict[str, Any]:
         accelerate.utils.set_seed(5)
         loader = DataLoader(TensorDataset(X, Y), batch_size=batch)
         wrapped, optimizer, loader = accelerator.prepare(model, sgd(model), loader)
-        course = AcceleratedCourse(accelerator, wrapped, BUDGET, STEPS, optimizer=optimizer, **COURSE)
+        session = AcceleratedSession(accelerator, wrapped, BUDGET, STEPS, optimizer=optimizer, **COURSE)
         for _ in range(4):
             for x, y in loader:
-                accelerator.backward(cross_entropy(wrapped(x), y) + course.penalty())
+                accelerator.backward(cross_entropy(wrapped(x), y) + session.penalty())
                 accelerator.clip_grad_norm_(wrapped.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                course.step()
-        course.finish()
-        return outcome(course, parameters(prepared()))
+                session.step()
+        session.finish()
+        return outcome(session, parameters(prepared()))
 
 
 def hugged(folder: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def hugged(folder: str) -> dict[str, Any]:
         trainer = InOrder(model, arguments, train_dataset=data, optimizers=(sgd(model), None))
         callback = quantize(trainer, BUDGET, **COURSE)
         trainer.train()
-        return outcome(callback.course, before)
+        return outcome(callback.session, before)
 
 
 def lit(folder: str) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def lit(folder: str) -> dict[str, Any]:
             default_root_dir=folder, callbacks=[callback], use_distributed_sampler=False, gradient_clip_val=1.0,
         )  # fmt: skip
         trainer.fit(model, loader)
-        return outcome(callback.course, parameters(Net()))
+        return outcome(callback.session, parameters(Net()))
 
 
 # ---------------------------------------------------------------------- here

@@ -31,15 +31,15 @@ def test_one_call_is_enough(build: Callable[..., Any]) -> None:
     trainer = build()
     callback = quantize(trainer, BUDGET)
     trainer.train()
-    assert (callback.course.stage, callback.course.steps, callback.course.total_steps) == ("done", 24, 24)
+    assert (callback.session.stage, callback.session.steps, callback.session.total_steps) == ("done", 24, 24)
     assert keeps(trainer.model)
     assert str(phase_of(trainer.model)) == "round"
     groups = {group["name"]: group for group in trainer.optimizer.param_groups}
     assert {name: group["weight_decay"] for name, group in groups.items()} == {
-        "weights": 0.01, "no_decay": 0, "boundaries": 0, "bits": 0
+        "weights": 0.01, "no_decay": 0, "ranges": 0, "bits": 0
     }  # fmt: skip
     assert groups["bits"]["initial_lr"] == quantized.BITS_LR
-    assert groups["boundaries"]["initial_lr"] == quantized.BOUNDARY_LR
+    assert groups["ranges"]["initial_lr"] == quantized.RANGE_LR
     assert torch.isfinite(torch.tensor(trainer.evaluate()["eval_loss"]))
     logged = [entry for entry in trainer.state.log_history if "nipq/frozen" in entry]
     assert [entry["nipq/frozen"] for entry in logged] == [0, 0, 1, 1]
@@ -61,7 +61,7 @@ def test_evaluation_and_prediction_have_no_penalty(build: Callable[..., Any]) ->
 
     trainer.add_callback(Watch())
     trainer.train()
-    assert callback.course.stage == "done"
+    assert callback.session.stage == "done"
 
 
 @pytest.mark.parametrize("at", [11, 20])
@@ -86,7 +86,7 @@ def test_resuming_equals_not_stopping_to_the_bit(build: Callable[..., Any], tmp_
     whole = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     again, callback = start()
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
-    assert callback.course.steps == 24
+    assert callback.session.steps == 24
     found = again.model.state_dict()
     assert whole.keys() == found.keys()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
@@ -97,8 +97,8 @@ def test_the_best_model_is_one_after_the_freeze(build: Callable[..., Any]) -> No
     trainer = build(**best, save_strategy="steps", save_steps=4)
     callback = quantize(trainer, BUDGET)
     trainer.train()
-    assert callback.course.stage == "done"
-    assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) > callback.course.search_steps
+    assert callback.session.stage == "done"
+    assert int(trainer.state.best_model_checkpoint.rpartition("-")[2]) > callback.session.search_steps
     assert keeps(trainer.model)
 
 
@@ -108,7 +108,7 @@ def test_stopping_early_in_the_search_gives_a_frozen_model(build: Callable[..., 
     trainer = build(**best, save_strategy="steps", save_steps=4, given={"callbacks": [stop]})
     callback = quantize(trainer, BUDGET)
     trainer.train()
-    assert callback.course.steps == 8
+    assert callback.session.steps == 8
     assert keeps(trainer.model)
 
 

@@ -41,11 +41,11 @@ def bit_gradients(build: Callable[..., Any], *, given: dict[str, Any] | None = N
     return torch.tensor(found[0])
 
 
-def test_accumulated_batches_make_one_step_of_the_course(build: Callable[..., Any]) -> None:
+def test_accumulated_batches_make_one_step_of_the_session(build: Callable[..., Any]) -> None:
     trainer = build(gradient_accumulation_steps=2)
     callback = quantize(trainer, BUDGET)
     trainer.train()
-    assert (callback.course.stage, callback.course.steps, callback.course.total_steps) == ("done", 12, 12)
+    assert (callback.session.stage, callback.session.steps, callback.session.total_steps) == ("done", 12, 12)
     assert keeps(trainer.model)
 
 
@@ -66,7 +66,7 @@ def test_float16_and_a_step_that_the_scaler_skipped(build: Callable[..., Any]) -
     trainer.train()
     assert seen == {torch.float16}
     assert trainer.accelerator.scaler.get_scale() == 512.0
-    assert (trainer.state.global_step, callback.course.steps) == (24, 23)
+    assert (trainer.state.global_step, callback.session.steps) == (24, 23)
     assert {q.alpha_raw.dtype for q in quantizers(trainer.model)} == {torch.float32}
     assert keeps(trainer.model)
 

@@ -22,7 +22,7 @@ from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 from tests.distributed.ranks import Ranks
 
 X = torch.randn(64, 1, 6, 6, generator=torch.Generator().manual_seed(1))
@@ -40,11 +40,11 @@ def prepared(seed: int = 3) -> nn.Module:
     return calibrate_(prepare_(net(seed), X[:1]), [X[:8]])
 
 
-def outcome(model: nn.Module, course: Course) -> dict[str, Any]:
+def outcome(model: nn.Module, session: QATSession) -> dict[str, Any]:
     assert all(q.is_frozen for q in quantizers(model))
     assert all(cost.rounded <= cost.target for cost in costs(model, BUDGET))
-    found = {name: parameter.detach().clone() for name, parameter in course.model.named_parameters()}
-    return {"parameters": found, "bits": course.bits, "stage": course.stage, "draw": torch.rand(4)}
+    found = {name: parameter.detach().clone() for name, parameter in session.model.named_parameters()}
+    return {"parameters": found, "bits": session.bits, "stage": session.stage, "draw": torch.rand(4)}
 
 
 def agree(first: dict[str, Any], second: dict[str, Any]) -> None:
@@ -70,50 +70,50 @@ def plain(find_unused: bool) -> dict[str, Any]:
     torch.manual_seed(rank_seed(5))
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
     wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused).train()
-    course = Course(wrapped, BUDGET, 12, optimizer=optimizer, loader=[X[rank() :: 2]])
+    session = QATSession(wrapped, BUDGET, 12, optimizer=optimizer, loader=[X[rank() :: 2]])
     for step in range(12):
         own = slice(8 * ((2 * step + rank()) % 8), 8 * ((2 * step + rank()) % 8) + 8)
         output = wrapped(X[own])
-        (cross_entropy(output, Y[own]) + course.penalty()).backward()
+        (cross_entropy(output, Y[own]) + session.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        course.step()
-    course.finish()
-    return outcome(model, course)
+        session.step()
+    session.finish()
+    return outcome(model, session)
 
 
 def sharded() -> dict[str, Any]:
     model = shard_(prepared())
     torch.manual_seed(rank_seed(5))
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
-    course = Course(model.train(), BUDGET, 8, optimizer=optimizer, loader=[X[rank() :: 2]])
+    session = QATSession(model.train(), BUDGET, 8, optimizer=optimizer, loader=[X[rank() :: 2]])
     for step in range(8):
         own = slice(8 * ((2 * step + rank()) % 8), 8 * ((2 * step + rank()) % 8) + 8)
-        (cross_entropy(model(X[own]), Y[own]) + course.penalty()).backward()
+        (cross_entropy(model(X[own]), Y[own]) + session.penalty()).backward()
         optimizer.step()
         optimizer.zero_grad()
-        course.step()
-    course.finish()
-    found = outcome(model, course)
+        session.step()
+    session.finish()
+    found = outcome(model, session)
     return found | {"parameters": {name: whole(value) for name, value in found["parameters"].items()}}
 
 
 def differing() -> None:
-    Course(prepared(seed=rank()), BUDGET, 10, loader=[X])
+    QATSession(prepared(seed=rank()), BUDGET, 10, loader=[X])
 
 
 def wrapped_early() -> None:
     model = net()
     wrapped = DistributedDataParallel(model)
     calibrate_(prepare_(model, X[:1]), [X[:8]])
-    Course(wrapped, BUDGET, 10, loader=[X])
+    QATSession(wrapped, BUDGET, 10, loader=[X])
 
 
 def accelerated() -> dict[str, Any]:
     as_torchrun()
     import accelerate
 
-    from nipq.integrations.accelerate import AcceleratedCourse
+    from nipq.integrations.accelerate import AcceleratedSession
 
     accelerate.utils.set_seed(5)
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -124,18 +124,18 @@ def accelerated() -> dict[str, Any]:
     loader = DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True)
     model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     assert isinstance(model, DistributedDataParallel)
-    course = AcceleratedCourse(accelerator, model, BUDGET, 8, optimizer=optimizer, loader=[X])
+    session = AcceleratedSession(accelerator, model, BUDGET, 8, optimizer=optimizer, loader=[X])
     for _ in range(4):
         for x, y in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(cross_entropy(model(x), y) + course.penalty())
+                accelerator.backward(cross_entropy(model(x), y) + session.penalty())
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                course.step()
-    assert course.steps == 8
-    course.finish()
-    return outcome(net, course)
+                session.step()
+    assert session.steps == 8
+    session.finish()
+    return outcome(net, session)
 
 
 def hugged(folder: str) -> dict[str, Any]:
@@ -157,8 +157,8 @@ def hugged(folder: str) -> dict[str, Any]:
     callback = quantize(trainer, BUDGET)
     trainer.train()
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
-    assert callback.course.steps == 12
-    return outcome(trainer.model, callback.course)
+    assert callback.session.steps == 12
+    return outcome(trainer.model, callback.session)
 
 
 def lit(folder: str, resume: str | None = None) -> dict[str, Any]:
@@ -190,9 +190,9 @@ def lit(folder: str, resume: str | None = None) -> dict[str, Any]:
     )  # fmt: skip
     model = Net()
     trainer.fit(model, DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True), ckpt_path=resume)
-    assert callback.course is not None
-    assert callback.course.steps == 12
-    return outcome(model, callback.course)
+    assert callback.session is not None
+    assert callback.session.steps == 12
+    return outcome(model, callback.session)
 
 
 # ---------------------------------------------------------------------- here

@@ -114,7 +114,7 @@ def test_weights_of_diffq_and_pact_follow_the_tensor(x: Tensor) -> None:
 def test_the_range_of_ste_stays(x: Tensor) -> None:
     model = prepared(x, "ste")
     before = [quantizer.alpha.clone() for quantizer in quantizers(model)]
-    assert all(group["name"] not in ("boundaries", "bits") for group in param_groups(model, lr=1.0))
+    assert all(group["name"] not in ("ranges", "bits") for group in param_groups(model, lr=1.0))
     model.train()(10 * x)
     assert all(torch.equal(a, q.alpha) for a, q in zip(before, quantizers(model), strict=True))
 
@@ -148,7 +148,7 @@ def test_an_offset_starts_at_the_lowest_value_and_travels_in_the_state(x: Tensor
     twin.load_state_dict(model.state_dict())
     assert torch.equal(twin.eval()(x), model.eval()(x))
     groups = {group["name"]: group["params"] for group in param_groups(model, lr=0.1)}
-    assert any(parameter is third.offset for parameter in groups["boundaries"])
+    assert any(parameter is third.offset for parameter in groups["ranges"])
 
 
 # ---------------------------------------------------------------------- tempering

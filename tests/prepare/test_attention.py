@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.prepare.attention_net import MIX, SCORES, Attention, Net, X, prepared
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -23,6 +22,7 @@ from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
 from nipq.report.summary import summary
+from tests.prepare.attention_net import MIX, SCORES, Attention, Net, X, prepared
 
 
 class Eager(Attention):

@@ -1,4 +1,4 @@
-"""The loop that the tests of a course train in, as people write them."""
+"""The loop that the tests of a session train in, as people write them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 
 X = torch.randn(16, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(16) % 3
@@ -44,21 +44,21 @@ class Loop:
         self.optimizer = adamw(self.model)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total_steps=60)
-        given: dict[str, Any] = {"optimizer": self.optimizer, "loader": [X]} | settings
-        self.course = Course(self.model, BUDGET, TOTAL, **given)
+        given: dict[str, Any] = {"optimizer": self.optimizer, "loader": [X], "schedule": None} | settings
+        self.session = QATSession(self.model, BUDGET, TOTAL, **given)
 
     def steps(self, count: int) -> Loop:
         for _ in range(count):
-            loss = cross_entropy(self.model(X), Y) + self.course.penalty()
+            loss = cross_entropy(self.model(X), Y) + self.session.penalty()
             self.optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             self.optimizer.step()
             self.scheduler.step()
-            self.course.step()
+            self.session.step()
         return self
 
-    PARTS = ("course", "model", "optimizer", "scheduler")
+    PARTS = ("session", "model", "optimizer", "scheduler")
 
     def save(self) -> io.BytesIO:
         file = io.BytesIO()

@@ -38,7 +38,7 @@ def test_every_parameter_is_in_one_group_and_only_weights_decay() -> None:
     assert {name: len(group["params"]) for name, group in groups.items()} == {
         "weights": 2,
         "no_decay": 4,  # two biases, the norm's weight and bias
-        "boundaries": 3,  # the image's boundary is not learned
+        "ranges": 3,  # the image's boundary is not learned
         "bits": 3,  # and its bits are fixed
     }
     held = [id(p) for group in groups.values() for p in group["params"]]
@@ -48,8 +48,8 @@ def test_every_parameter_is_in_one_group_and_only_weights_decay() -> None:
 
 
 def test_boundaries_and_bits_may_have_rates_of_their_own() -> None:
-    rates = {g["name"]: g["lr"] for g in param_groups(net(), lr=0.1, boundary_lr=0.2, bits_lr=0.3)}
-    assert (rates["boundaries"], rates["bits"]) == (0.2, 0.3)
+    rates = {g["name"]: g["lr"] for g in param_groups(net(), lr=0.1, range_lr=0.2, bits_lr=0.3)}
+    assert (rates["ranges"], rates["bits"]) == (0.2, 0.3)
 
 
 def test_groups_lose_parameters_and_bits_that_were_learned_leave_an_empty_one() -> None:
@@ -60,14 +60,14 @@ def test_groups_lose_parameters_and_bits_that_were_learned_leave_an_empty_one() 
     assert [(g["name"], len(g["params"])) for g in param_groups(model, lr=0.1)] == [
         ("weights", 1),
         ("no_decay", 4),
-        ("boundaries", 3),
+        ("ranges", 3),
         ("bits", 0),
     ]
 
 
 def test_bits_that_are_fixed_from_the_start_have_no_group() -> None:
     model = prepare_(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4), Config(weight_bits=4, activation_bits=4))
-    assert [group["name"] for group in param_groups(model, lr=0.1)] == ["weights", "no_decay", "boundaries"]
+    assert [group["name"] for group in param_groups(model, lr=0.1)] == ["weights", "no_decay", "ranges"]
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
@@ -120,7 +120,7 @@ def test_frozen_bits_leave_the_optimizer_and_other_momentum_stays() -> None:
     assert [(g["name"], len(g["params"])) for g in optimizer.param_groups] == [
         ("weights", 2),
         ("no_decay", 4),
-        ("boundaries", 3),
+        ("ranges", 3),
         ("bits", 0),
     ]
     assert set(optimizer.state) == learned(model)

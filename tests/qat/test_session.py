@@ -22,7 +22,7 @@ from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import check_optimizer, without_bits
 from nipq.qat.search import Search
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 from tests.qat.session_loop import BUDGET, FREEZE, TOTAL, Loop, X, equal, keeps, net, plain
 
 # ---------------------------------------------------------------------- the stages
@@ -30,12 +30,12 @@ from tests.qat.session_loop import BUDGET, FREEZE, TOTAL, Loop, X, equal, keeps,
 
 def test_search_freeze_finetune_finish() -> None:
     loop = Loop()
-    assert (loop.course.stage, str(phase_of(loop.model)), loop.course.search_steps) == ("search", "noise", FREEZE)
+    assert (loop.session.stage, str(phase_of(loop.model)), loop.session.search_steps) == ("search", "noise", FREEZE)
     loop.steps(FREEZE - 1)
-    assert loop.course.stage == "search"
+    assert loop.session.stage == "search"
     statistics = loop.model[1].running_mean.clone()
     loop.steps(1)
-    assert (loop.course.stage, str(phase_of(loop.model))) == ("finetune", "round")
+    assert (loop.session.stage, str(phase_of(loop.model))) == ("finetune", "round")
     assert keeps(loop.model)
     assert not torch.equal(loop.model[1].running_mean, statistics)
     assert int(loop.model[1].num_batches_tracked) == 1  # measured anew
@@ -43,30 +43,30 @@ def test_search_freeze_finetune_finish() -> None:
     assert len(loop.optimizer.param_groups) == 4
     assert set(loop.optimizer.state) == {p for p in loop.model.parameters() if p.requires_grad}
     loop.steps(TOTAL - FREEZE + 5)  # a loop may go on
-    assert (loop.course.stage, loop.course.steps) == ("finetune", TOTAL + 5)
+    assert (loop.session.stage, loop.session.steps) == ("finetune", TOTAL + 5)
     before = loop.model[1].running_mean.clone()
-    loop.course.finish()
-    assert loop.course.stage == "done"
+    loop.session.finish()
+    assert loop.session.stage == "done"
     assert not torch.equal(loop.model[1].running_mean, before)
     after = {name: value.clone() for name, value in loop.model.state_dict().items()}
-    loop.course.finish()
+    loop.session.finish()
     loop.steps(0)
-    loop.course.step()
+    loop.session.step()
     assert equal(after, loop.model.state_dict())
-    assert loop.course.bits == {q.name: q.bits_rounded for q in quantizers(loop.model)}
+    assert loop.session.bits == {q.name: q.bits_rounded for q in quantizers(loop.model)}
 
 
 def test_learned_bits_are_those_that_clipping_leaves_out() -> None:
     loop = Loop()
     left = {id(p) for p in loop.model.parameters()} - {id(p) for p in without_bits(loop.model)}
-    assert {id(p) for p in loop.course.learned_bits} == left
-    assert loop.steps(FREEZE).course.learned_bits == []
+    assert {id(p) for p in loop.session.learned_bits} == left
+    assert loop.steps(FREEZE).session.learned_bits == []
 
 
 def test_stopping_early_in_the_search_still_gives_a_frozen_model_within_the_budget() -> None:
     loop = Loop().steps(3)
-    loop.course.finish()
-    assert loop.course.stage == "done"
+    loop.session.finish()
+    assert loop.session.stage == "done"
     assert keeps(loop.model)
 
 
@@ -74,21 +74,21 @@ def test_after_the_freeze_the_penalty_is_zero_and_still_reaches_the_former_bits(
     loop = Loop()
     former = [q.bit_raw for q in quantizers(loop.model) if not q.is_frozen]
     loop.steps(FREEZE)
-    loss = loop.course.penalty()
+    loss = loop.session.penalty()
     loss.backward()
     assert loss.item() == 0
     assert loss.dtype == torch.float32
     assert all(raw.grad is not None and raw.grad.item() == 0 for raw in former[1:])
-    loop.course.finish()
-    assert loop.course.penalty().item() == 0
+    loop.session.finish()
+    assert loop.session.penalty().item() == 0
 
 
 def test_no_batch_norm_needs_no_loader_and_may_be_left_alone() -> None:
     model = calibrate_(prepare_(nn.Sequential(nn.Linear(4, 3)), torch.zeros(1, 4)), [torch.randn(8, 4)])
-    Course(model, AverageBits(weights=4) & ModelSize("1 kB"), 10).finish()
+    QATSession(model, AverageBits(weights=4) & ModelSize("1 kB"), 10).finish()
     loop = Loop(loader=None, batchnorm_batches=0).steps(FREEZE - 1)
     tracked = int(loop.model[1].num_batches_tracked)
-    loop.steps(1).course.finish()
+    loop.steps(1).session.finish()
     assert int(loop.model[1].num_batches_tracked) == tracked + 1
 
 
@@ -97,20 +97,20 @@ def test_bits_that_are_fixed_go_through_the_same_stages() -> None:
     for quantizer in quantizers(model):
         quantizer.freeze_bits_(4)
     loop = Loop(model).steps(TOTAL)
-    assert loop.course.stage == "finetune"
-    assert float(loop.course.penalty()) == 0
+    assert loop.session.stage == "finetune"
+    assert float(loop.session.penalty()) == 0
 
 
 def test_logs_are_plain_numbers_in_every_stage() -> None:
     loop = Loop()
-    logs = loop.course.logs()
+    logs = loop.session.logs()
     assert set(logs) == {
         "nipq/step", "nipq/frozen", "nipq/average_weight_bits", "nipq/average_weight_bits_soft",
         "nipq/average_activation_bits", "nipq/average_activation_bits_soft",
     }  # fmt: skip
     assert logs["nipq/average_weight_bits"] == 5
     loop.steps(FREEZE)
-    logs = loop.course.logs()
+    logs = loop.session.logs()
     assert all(type(value) is float for value in logs.values())
     assert (logs["nipq/step"], logs["nipq/frozen"]) == (FREEZE, 1)
     assert 2 <= logs["nipq/average_weight_bits"] <= 4
@@ -125,7 +125,7 @@ def test_an_optimizer_that_the_trainer_built_before_prepare_is_refused_by_name()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     calibrate_(prepare_(model, X[:1]), [X])
     with pytest.raises(OrderError, match=r"it lacks .*alpha_raw.*Build it from nipq\.param_groups"):
-        Course(model, BUDGET, TOTAL, optimizer=optimizer, loader=[X])
+        QATSession(model, BUDGET, TOTAL, optimizer=optimizer, loader=[X])
 
 
 @pytest.fixture
@@ -142,15 +142,15 @@ def test_ddp_around_a_float_model_is_refused_and_around_a_prepared_one_is_looked
     with pytest.raises(
         OrderError, match=r"Sequential: expected DistributedDataParallel around a prepared model.*alpha_raw"
     ):
-        Course(wrapped, BUDGET, TOTAL, loader=[X])
+        QATSession(wrapped, BUDGET, TOTAL, loader=[X])
     with pytest.raises(OrderError, match=r"Sequential: expected DistributedDataParallel around a prepared model"):
         Search(wrapped, BUDGET, TOTAL)
     model = net()
     wrapped = DistributedDataParallel(model)
     loop = Loop(wrapped).steps(FREEZE + 2)
-    loop.course.finish()
-    assert loop.course.model is model
-    assert not any(name.startswith("module.") for name in loop.course.bits or {})
+    loop.session.finish()
+    assert loop.session.model is model
+    assert not any(name.startswith("module.") for name in loop.session.bits or {})
 
 
 def test_the_first_generation_of_fsdp_is_refused_by_name(group: None) -> None:
@@ -158,15 +158,21 @@ def test_the_first_generation_of_fsdp_is_refused_by_name(group: None) -> None:
         warnings.simplefilter("ignore")  # of torch's own, about a CPU
         wrapped = FullyShardedDataParallel(net(), device_id=torch.device("cpu"), use_orig_params=True)
     with pytest.raises(DistributedError, match=r"expected FSDP2 \(fully_shard\), found FullyShardedDataParallel"):
-        Course(wrapped, BUDGET, TOTAL, loader=[X])
+        QATSession(wrapped, BUDGET, TOTAL, loader=[X])
 
 
 SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: Course(net(), BUDGET, TOTAL), ConfigError, "expected a loader to measure its batch norms with"),
-    (lambda: Course(net(), BUDGET, TOTAL, loader=[X], finetune=1.0), ConfigError, "finetune from 0 to below 1"),
-    (lambda: Course(net(), BUDGET, 0, loader=[X]), ConfigError, "total_steps of at least 1"),
-    (lambda: Course(net(), AverageBits(weights=1.5), TOTAL, loader=[X]), BudgetError, "average weight bits"),
-    (lambda: Course(plain(), BUDGET, TOTAL), OrderError, "expected a prepared model"),
+    (
+        lambda: QATSession(net(), BUDGET, TOTAL),
+        ConfigError,
+        "a loader to calibrate the model",
+    ),
+    (lambda: QATSession(net(), BUDGET, TOTAL, loader=[X], finetune=1.5), ConfigError, "finetune from 0 to 1"),
+    (lambda: QATSession(net(), BUDGET, -1, loader=[X]), ConfigError, "total_steps of 0 or more"),
+    (lambda: QATSession(net(), BUDGET, TOTAL, loader=iter([X])), ConfigError, "read several times"),
+    (lambda: QATSession(net(), BUDGET, TOTAL, loader=[X], schedule="step"), ConfigError, "found 'step'"),
+    (lambda: QATSession(net(), AverageBits(weights=1.5), TOTAL, loader=[X]), BudgetError, "average weight bits"),
+    (lambda: QATSession(plain(), BUDGET, TOTAL), OrderError, "expected a prepared model"),
 ]
 
 
@@ -176,9 +182,9 @@ def test_settings_that_cannot_work_are_refused(build: partial[Any], error: type[
         build()
 
 
-def test_a_finished_or_closed_course_lets_go_of_the_optimizer() -> None:
+def test_a_finished_or_closed_session_lets_go_of_the_optimizer() -> None:
     loop = Loop()
-    loop.course.close()
+    loop.session.close()
     loop.steps(2)
-    assert loop.course.steps == 0
+    assert loop.session.steps == 0
     assert not loop.optimizer._optimizer_step_post_hooks

@@ -217,13 +217,13 @@ OPTIMIZER = {"lr": 0.05, "weight_decay": 0.1, "boundary_decay": 0.3, "boundary_m
 @pytest.mark.parametrize(
     ("changes", "field", "values"),
     [
-        ({}, "momentum", {"weights": 0.9, "no_decay": 0.9, "boundaries": 0.0, "bits": 0.5}),
-        ({}, "weight_decay", {"weights": 0.1, "no_decay": 0.0, "boundaries": 0.3, "bits": 0.0}),
-        ({"quantizer_optimizer": "adam"}, "betas", {"boundaries": (0.0, 0.999), "bits": (0.5, 0.999)}),
+        ({}, "momentum", {"weights": 0.9, "no_decay": 0.9, "ranges": 0.0, "bits": 0.5}),
+        ({}, "weight_decay", {"weights": 0.1, "no_decay": 0.0, "ranges": 0.3, "bits": 0.0}),
+        ({"quantizer_optimizer": "adam"}, "betas", {"ranges": (0.0, 0.999), "bits": (0.5, 0.999)}),
         (
             {"name": "adamw", "bits_momentum": None},
             "betas",
-            {"weights": (0.9, 0.999), "no_decay": (0.9, 0.999), "boundaries": (0.0, 0.999), "bits": (0.9, 0.999)},
+            {"weights": (0.9, 0.999), "no_decay": (0.9, 0.999), "ranges": (0.0, 0.999), "bits": (0.9, 0.999)},
         ),
     ],
 )

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.prepare.attention_net import MIX, SCORES, X, prepared
 from torch import Tensor, nn
 
 from nipq.config import Config
@@ -20,6 +19,7 @@ from nipq.export.modules import DeployedProduct, deployed_products
 from nipq.export.packed_write import save
 from nipq.prepare.layer_table import set_bits_
 from nipq.verify import verify
+from tests.prepare.attention_net import MIX, SCORES, X, prepared
 from tests.verify.planting import Graph, array_changed, first, rewritten, rungs
 
 onnx = pytest.importorskip("onnx")

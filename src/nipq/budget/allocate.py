@@ -68,8 +68,8 @@ def allocate_bits_(
         freeze: freeze the chosen bits, instead of starting learned ones there.
 
     Returns:
-        Loss that the noise of each tensor adds at its former bits, by its name (of the last round); empty where nothing was
-        measured by noise.
+        Loss that the noise of each tensor adds at its former bits, by its name (in the last round); empty where nothing
+        was measured by noise.
 
     Raises:
         BudgetError: if no allowed bit-widths keep the budget.

@@ -30,14 +30,13 @@ from nipq.budget.freeze import Assignment, freeze_to_
 from nipq.budget.solver import least_loss_bits
 from nipq.distributed import all_or_none, check_same_, from_rank_zero, gather_objects, inner, world_size
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
 from nipq.functional.uniform import quantize
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.batches import to_device
 from nipq.prepare.layer_table import layer_table
 from nipq.prepare.trace import ExampleInputs, call_model
-from nipq.qat.calibrate import SAMPLE_SIZE
 
 
 @dataclass(frozen=True)

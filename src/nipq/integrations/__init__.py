@@ -1,1 +1,1 @@
-"""Guests in the loops of Lightning, transformers and Accelerate: glue over :class:`nipq.Course`, one file for each."""
+"""Quantization-aware training inside Lightning, transformers and Accelerate: a :class:`nipq.QATSession` in each."""

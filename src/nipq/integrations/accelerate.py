@@ -2,19 +2,19 @@
 
 ::
 
-    nipq.calibrate_(nipq.prepare_(model, example_inputs), loader)
+    nipq.prepare_(model, example_inputs)
     optimizer = torch.optim.AdamW(nipq.param_groups(model, lr=1e-3, bits_lr=1e-2))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    course = AcceleratedCourse(accelerator, model, budget, total_steps, optimizer=optimizer)
+    session = AcceleratedSession(accelerator, model, budget, total_steps, optimizer=optimizer)
     for x, y in loader:
         with accelerator.accumulate(model):
-            accelerator.backward(criterion(model(x), y) + course.penalty())
+            accelerator.backward(criterion(model(x), y) + session.penalty())
             optimizer.step()
             optimizer.zero_grad()
-            course.step()
-    course.finish()
+            session.step()
+    session.finish()
 
-``accelerator.save_state`` and ``load_state`` take the course along, across the freeze, too.
+``accelerator.save_state`` and ``load_state`` take the session along, across the freeze, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 from nipq.budget.budget import Budget
 from nipq.errors import ConfigError, OrderError
 from nipq.integrations.shared import leave_bits_unclipped_, spread_seeds, supported
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 
 _library = supported("accelerate", least=(1, 1), extra="accelerate")
 
@@ -36,8 +36,8 @@ _library = supported("accelerate", least=(1, 1), extra="accelerate")
 _ENGINES = ("DEEPSPEED", "MEGATRON_LM")
 
 
-class AcceleratedCourse(Course):
-    """A :class:`nipq.Course` that knows an ``Accelerator``: its wrapped optimizers, its checkpoints, its trackers.
+class AcceleratedSession(QATSession):
+    """A :class:`nipq.QATSession` that knows an ``Accelerator``: its wrapped optimizers, its checkpoints, its trackers.
 
     :meth:`step` may be called in every micro-batch. Mixed precision and accumulation need nothing further. From here on
     ``accelerator.clip_grad_norm_`` leaves bits out, except under FSDP; see :func:`nipq.without_bits`.
@@ -48,10 +48,10 @@ class AcceleratedCourse(Course):
         budget: the limits.
         total_steps: optimizer steps of search and fine-tuning together, not micro-batches.
         optimizer: the optimizer that it prepared, or all of them.
-        **settings: of :class:`nipq.Course`; the ``loader`` for batch norms among them.
+        **settings: of :class:`nipq.QATSession`; the ``loader`` for batch norms among them.
 
     Raises:
-        OrderError: if the accelerator has a course already, or model or optimizer came before ``nipq.prepare_``.
+        OrderError: if the accelerator has a session already, or model or optimizer came before ``nipq.prepare_``.
         ConfigError: if the engine behind it is not supported.
     """
 
@@ -70,13 +70,13 @@ class AcceleratedCourse(Course):
             raise ConfigError(
                 f"accelerator: expected torch's own engine (DDP or FSDP2), found {engine}. Use one of them."
             )
-        if any(isinstance(other, Course) for other in accelerator._custom_objects):
+        if any(isinstance(other, QATSession) for other in accelerator._custom_objects):
             raise OrderError(
-                "accelerator: expected one course, found a second one. Go on with the first, or use a new Accelerator."
+                "accelerator: expected one session, found a second one. Go on with the first, or use a new Accelerator."
             )
         given = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
         own = [getattr(one, "optimizer", one) for one in given]  # steps of its wrapper are not always steps
-        super().__init__(model, budget, total_steps, optimizer=own, **settings)
+        super().__init__(model, budget, total_steps, optimizer=own, **({"schedule": None} | settings))
         self._accelerator = accelerator
         accelerator.register_for_checkpointing(self)
         leave_bits_unclipped_(accelerator, lambda: self)

@@ -5,7 +5,7 @@
     class Digits(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            self.net = nipq.calibrate_(nipq.prepare_(trained_network(), example_inputs), loader)
+            self.net = nipq.prepare_(trained_network(), example_inputs)
 
         def configure_optimizers(self):
             return torch.optim.AdamW(nipq.param_groups(self, lr=1e-3, bits_lr=1e-2))
@@ -32,7 +32,7 @@ import torch
 from nipq.budget.budget import Budget
 from nipq.errors import ConfigError, OrderError
 from nipq.integrations.shared import check_alone, gradient_of, spread_seeds, supported
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 
 #: A ``Trainer``, a ``LightningModule``, and what the one hands to the other.
 Given: TypeAlias = Any
@@ -54,7 +54,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
     """Takes the prepared module of a fit through search, freeze, fine-tune and finish.
 
     Steps are counted, saved, resumed and logged by themselves: ``nipq/...`` goes to the module's ``log_dict`` every
-    ``log_every_n_steps``. Checkpoints hold the course and the state of torch's random numbers. A ``WeightAveraging``
+    ``log_every_n_steps``. Checkpoints hold the session and the state of torch's random numbers. A ``WeightAveraging``
     callback has to stand in front of this one; its model is frozen along. At the freeze ``EarlyStopping`` and
     ``ModelCheckpoint`` start anew: a score of the search is that of another model.
 
@@ -64,10 +64,10 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         module: name of the part of the Lightning module that is called with a batch's inputs to measure batch norms;
             the Lightning module itself if left out.
         loader: batches for that; the trainer's training loader if left out.
-        **settings: of :class:`nipq.Course`.
+        **settings: of :class:`nipq.QATSession`.
 
     Attributes:
-        course: the course, from the start of the fit on.
+        session: the session, from the start of the fit on.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         loader: Iterable[Any] | None = None,
         **settings: Given,
     ) -> None:
-        self.course: Course | None = None
+        self.session: QATSession | None = None
         self._budget, self._total, self._module, self._loader, self._settings = (
             budget, total_steps, module, loader, settings
         )  # fmt: skip
@@ -94,7 +94,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         if not pl_module.automatic_optimization:
             raise ConfigError(
                 f"{type(pl_module).__name__}: expected automatic optimization, found manual. "
-                "Use nipq.Course in training_step; it takes a list of optimizers."
+                "Use nipq.QATSession in training_step; it takes a list of optimizers."
             )
         later = trainer.callbacks[trainer.callbacks.index(self) :]
         if any(isinstance(other, _library.callbacks.WeightAveraging) for other in later):
@@ -102,7 +102,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
                 "trainer: expected NipqCallback after WeightAveraging in callbacks, found it before. Exchange them: "
                 "the averaged model has to be in place when batch norms are measured at the end."
             )
-        self.course, self._resumed = None, None
+        self.session, self._resumed = None, None
         judges = (_library.callbacks.EarlyStopping, _library.callbacks.ModelCheckpoint)
         self._unscored = [
             (other, {name: value for name, value in deepcopy(other.state_dict()).items() if name in _SCORES})
@@ -113,13 +113,13 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
 
         @wraps(step)
         def with_penalty(*args: Given, **kwargs: Given) -> Given:
-            assert self.course is not None
-            return _plus(step(*args, **kwargs), gradient_of(self.course.penalty()))
+            assert self.session is not None
+            return _plus(step(*args, **kwargs), gradient_of(self.session.penalty()))
 
         @wraps(clip)
         def clip_others(*args: Given, **kwargs: Given) -> None:
-            assert self.course is not None
-            kept = [(bit, bit.grad) for bit in self.course.learned_bits]
+            assert self.session is not None
+            kept = [(bit, bit.grad) for bit in self.session.learned_bits]
             for bit, _ in kept:
                 bit.grad = None
             clip(*args, **kwargs)
@@ -129,23 +129,23 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
         pl_module.training_step, pl_module.configure_gradient_clipping = with_penalty, clip_others
 
     def on_fit_start(self, trainer: Given, pl_module: Given) -> None:
-        """Build the course: optimizers exist, the model is where it will be trained."""
+        """Build the session: optimizers exist, the model is where it will be trained."""
         total = trainer.estimated_stepping_batches if self._total is None else self._total
         if not 0 < total < float("inf"):
             raise ConfigError(f"NipqCallback: expected a fit of known length, found {total} steps. Give total_steps=.")
-        self.course = Course(
+        self.session = QATSession(
             pl_module.get_submodule(self._module),
             self._budget,
             int(total),
             optimizer=trainer.optimizers,
             loader=trainer.train_dataloader if self._loader is None else self._loader,
-            **self._settings,
+            **_settings(self._settings),
         )
         for other in trainer.callbacks:
             if isinstance(other, _library.callbacks.WeightAveraging):
-                self.course.follow(other._average_model)
+                self.session.follow(other._average_model)
         if self._resumed is not None:
-            self.course.load_state_dict(self._resumed["course"])
+            self.session.load_state_dict(self._resumed["session"])
 
     def on_train_start(self, trainer: Given, *_: Given) -> None:
         """Random numbers of the checkpoint, or of this rank."""
@@ -162,19 +162,19 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
 
     def on_train_batch_end(self, trainer: Given, *_: Given) -> None:
         """Go on, if the optimizer did."""
-        assert self.course is not None
-        before = self.course.stage
-        self.course.step()
-        if self.course.stage != before:
+        assert self.session is not None
+        before = self.session.stage
+        self.session.step()
+        if self.session.stage != before:
             for other, fresh in self._unscored:
                 other.load_state_dict(other.state_dict() | deepcopy(fresh))
         if trainer.log_every_n_steps and trainer.global_step % trainer.log_every_n_steps == 0:
-            self.log_dict(self.course.logs())
+            self.log_dict(self.session.logs())
 
     def on_train_end(self, *_: Given) -> None:
         """However early training ended, the model is frozen within the budget."""
-        assert self.course is not None
-        self.course.finish()
+        assert self.session is not None
+        self.session.finish()
 
     def on_fit_end(self, *_: Given) -> None:
         """The same where nothing was left to train: a fit resumed after its last step has no end of training."""
@@ -187,21 +187,26 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
     def on_exception(self, _trainer: Given, pl_module: Given, *_: Given) -> None:
         """Give the module's methods back, and let go of the optimizers."""
         _give_back(pl_module)
-        if self.course is not None:
-            self.course.close()
+        if self.session is not None:
+            self.session.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Course and random numbers, for the trainer's checkpoint."""
-        if self.course is None:
+        """QATSession and random numbers, for the trainer's checkpoint."""
+        if self.session is None:
             return {}
         cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        return {"course": self.course.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
+        return {"session": self.session.state_dict(), "rng": torch.get_rng_state(), "cuda_rng": cuda}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From the trainer's checkpoint; most strategies load it before ``on_fit_start``, some after."""
         self._resumed = state_dict or None
-        if self.course is not None and self._resumed is not None:
-            self.course.load_state_dict(self._resumed["course"])
+        if self.session is not None and self._resumed is not None:
+            self.session.load_state_dict(self._resumed["session"])
+
+
+def _settings(given: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a session whose learning rates are the trainer's."""
+    return {"schedule": None} | given
 
 
 def _give_back(pl_module: Given) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nipq.distributed import rank, rank_seed
 from nipq.errors import MissingDependencyError, OrderError, require
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession
 
 
 def supported(module: str, *, least: tuple[int, int], extra: str) -> ModuleType:
@@ -40,7 +40,7 @@ def supported(module: str, *, least: tuple[int, int], extra: str) -> ModuleType:
 
 
 def check_alone(guests: Iterable[object], kind: type) -> None:
-    """Refuse a second course in one trainer: each would freeze bits, and both would add a penalty.
+    """Refuse a second session in one trainer: each would freeze bits, and both would add a penalty.
 
     Args:
         guests: what the trainer holds.
@@ -71,14 +71,14 @@ def gradient_of(penalty: Tensor) -> Tensor:
     return penalty - penalty.detach()
 
 
-def leave_bits_unclipped_(accelerator: Any, course: Callable[[], Course | None]) -> None:  # noqa: ANN401  (untyped)
+def leave_bits_unclipped_(accelerator: Any, session: Callable[[], QATSession | None]) -> None:  # noqa: ANN401  (untyped)
     """Let an accelerator's ``clip_grad_norm_`` pass over bits, see :func:`nipq.qat.optim.without_bits`.
 
     Under FSDP it stays as it is, as it looks there for the very list of the model's parameters.
 
     Args:
         accelerator: changed in place.
-        course: gives the course of the moment.
+        session: gives the session of the moment.
     """
     inner = accelerator.clip_grad_norm_
     if getattr(accelerator.distributed_type, "name", "") == "FSDP":
@@ -87,7 +87,7 @@ def leave_bits_unclipped_(accelerator: Any, course: Callable[[], Course | None])
     @wraps(inner)
     def clip(parameters: Tensor | Iterable[Tensor], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-        present = course()
+        present = session()
         bits = set() if present is None else {id(parameter) for parameter in present.learned_bits}
         return inner([parameter for parameter in given if id(parameter) not in bits], *args, **kwargs)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import wraps
-from itertools import islice
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -29,9 +28,8 @@ from nipq.integrations.shared import check_alone, gradient_of, leave_bits_unclip
 from nipq.nn.layers import is_prepared
 from nipq.prepare.batches import inputs_of
 from nipq.prepare.prepare import prepare_
-from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import check_optimizer, drop_frozen_on_load_, param_groups
-from nipq.qat.session import Course
+from nipq.qat.session import QATSession, calibrate_and_allocate_, is_calibrated
 
 _library = supported("transformers", least=(5, 0), extra="hf")
 
@@ -39,9 +37,15 @@ _library = supported("transformers", least=(5, 0), extra="hf")
 Trainer: TypeAlias = Any
 Given: TypeAlias = Any
 
-#: Learning rates of bits and boundaries, at which those of MiniLM are learned in some hundred steps of Adam; rates that
-#: suit pretrained weights would leave them where they start.
-BITS_LR, BOUNDARY_LR = 0.02, 0.003
+#: Learning rates of bit-widths and clipping ranges, at which those of MiniLM are learned in some hundred steps of Adam;
+#: rates that suit pretrained weights would leave them where they start.
+BITS_LR, RANGE_LR = 0.02, 0.003
+
+#: Settings of a session that say how it starts.
+_START = {"allocation", "calibration_batches", "allocation_batches", "loss_fn", "seed"}
+
+#: Settings of a session whose state does not fit into the trainer's JSON file.
+_TENSORS = ("ema_decay", "oscillation")
 
 #: Settings by which optimizers of transformers bring groups of their own.
 _OWN_GROUPS = {"params", "model", "optimizer_dict"}
@@ -50,52 +54,53 @@ _OWN_GROUPS = {"params", "model", "optimizer_dict"}
 class NipqCallback(_library.TrainerCallback, _library.trainer_callback.ExportableState):  # type: ignore[misc, name-defined]  # known at run time only
     """Takes the trainer's model through search, freeze, fine-tune and finish; :func:`quantize` makes it.
 
-    ``nipq/...`` goes to ``trainer.log`` whenever the trainer logs. The course is saved in ``trainer_state.json``. At
+    ``nipq/...`` goes to ``trainer.log`` whenever the trainer logs. The session is saved in ``trainer_state.json``. At
     the freeze the best metric starts anew: a checkpoint of the search is no candidate for the best quantized model.
 
     Attributes:
-        course: the course, from the start of training on.
+        session: the session, from the start of training on.
     """
 
     def __init__(self, trainer: Trainer, budget: Budget, settings: dict[str, Any]) -> None:
-        self.course: Course | None = None
+        self.session: QATSession | None = None
         self._trainer, self._budget, self._settings = trainer, budget, settings
 
     def on_train_begin(self, _args: Given, state: Given, _control: Given, **_: Given) -> None:
-        """Build the course, and go on where the checkpoint was."""
+        """Build the session, and go on where the checkpoint was."""
         trainer = self._trainer
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        settings = {"optimizer": optimizer, "loader": _TrainBatches(trainer)} | self._settings
-        self.course = Course(trainer.model_wrapped, self._budget, state.max_steps, **settings)
+        given = {"optimizer": optimizer, "loader": _TrainBatches(trainer), "schedule": None}
+        settings = given | self._settings
+        self.session = QATSession(trainer.model_wrapped, self._budget, state.max_steps, **settings)
         if state.global_step == 0:
             spread_seeds()
             return
         saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved is None or saved["attributes"]["course"] is None:
+        if saved is None or saved["attributes"]["session"] is None:
             raise OrderError(
                 f"trainer: expected a checkpoint of a trainer that quantize() changed, found step {state.global_step} "
                 "of another one. Start from its weights instead: load them before quantize()."
             )
-        self.course.load_state_dict(saved["attributes"]["course"])
+        self.session.load_state_dict(saved["attributes"]["session"])
 
     def on_step_end(self, _args: Given, state: Given, control: Given, **_: Given) -> None:
         """Go on, if the optimizer did."""
-        assert self.course is not None
-        before = self.course.stage
-        self.course.step()
-        if self.course.stage != before:
+        assert self.session is not None
+        before = self.session.stage
+        self.session.step()
+        if self.session.stage != before:
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         if control.should_log:
-            self._trainer.log(dict(self.course.logs()))
+            self._trainer.log(dict(self.session.logs()))
 
     def on_train_end(self, *_: Given, **__: Given) -> None:
         """However early training ended, the model is frozen within the budget."""
-        assert self.course is not None
-        self.course.finish()
+        assert self.session is not None
+        self.session.finish()
 
     def state(self) -> dict[str, Any]:
         """What the trainer writes into its state file."""
-        return {"args": {}, "attributes": {"course": None if self.course is None else self.course.state_dict()}}
+        return {"args": {}, "attributes": {"session": None if self.session is None else self.session.state_dict()}}
 
 
 def quantize(
@@ -103,43 +108,47 @@ def quantize(
     budget: Budget,
     *,
     config: Config | None = None,
-    calibration_batches: int = 8,
     bits_lr: float = BITS_LR,
-    boundary_lr: float = BOUNDARY_LR,
+    range_lr: float = RANGE_LR,
     **settings: Given,
 ) -> NipqCallback:
-    """Let a trainer train a quantized model: prepare, calibrate, and join its loop.
+    """Let a trainer do quantization-aware training: prepare, calibrate, allocate bits, and join its loop.
 
     Args:
         trainer: a ``transformers.Trainer`` that has not trained yet.
         budget: the limits.
         config: settings of ``nipq.prepare_``; a model that is prepared already is left as it is.
-        calibration_batches: training batches for the first boundaries.
         bits_lr: peak learning rate of the bits; the trainer's schedule scales it.
-        boundary_lr: peak learning rate of the boundaries.
-        **settings: of :class:`nipq.Course`.
+        range_lr: peak learning rate of the clipping ranges.
+        **settings: of :class:`nipq.QATSession`.
 
     Returns:
-        The callback, with the course in it.
+        The callback, with the session in it.
 
     Raises:
         OrderError: if the trainer has such a callback, or wrapped the model, or its optimizer was built before.
         ConfigError: if an argument of the trainer does not go with it.
     """
+    if unfit := [name for name in _TENSORS if settings.get(name) is not None]:
+        raise ConfigError(
+            f"quantize: expected settings whose state the trainer can save, found {unfit[0]}. Leave it out, or train "
+            "in a loop of your own with nipq.QATSession."
+        )
     callback = NipqCallback(trainer, budget, settings)
     check_alone([*trainer.callback_handler.callbacks, callback], NipqCallback)
     _check(trainer)
     model = trainer.model
     if not any(map(is_prepared, model.modules())):
-        batches = [inputs_of(batch) for batch in islice(_TrainBatches(trainer), calibration_batches)]
-        prepare_(model, batches[0], config)
-        calibrate_(model, batches, calibration_batches)
+        prepare_(model, inputs_of(next(iter(_TrainBatches(trainer)))), config)
+    if not is_calibrated(model):  # here, for it has to be done before FSDP shards the model
+        own = {name: value for name, value in settings.items() if name in _START}
+        calibrate_and_allocate_(model, settings.get("loader", _TrainBatches(trainer)), budget, **own)
     if trainer.optimizer is not None:
         check_optimizer(model, trainer.optimizer)
         drop_frozen_on_load_(trainer.optimizer, model)
     trainer.compute_loss = _with_penalty(trainer, callback)
-    trainer.create_optimizer = _with_groups(trainer, bits_lr, boundary_lr)
-    leave_bits_unclipped_(trainer.accelerator, lambda: callback.course)
+    trainer.create_optimizer = _with_groups(trainer, bits_lr, range_lr)
+    leave_bits_unclipped_(trainer.accelerator, lambda: callback.session)
     trainer.add_callback(callback)
     return callback
 
@@ -173,7 +182,7 @@ def _check(trainer: Trainer) -> None:
         "restore_callback_states_from_checkpoint=False": (
             "True",
             trainer.args.restore_callback_states_from_checkpoint,
-            "Leave it out: the course is restored without it",
+            "Leave it out: the session is restored without it",
         ),
     }
     for expected, (found, wrong, advice) in unfit.items():
@@ -192,9 +201,9 @@ def _with_penalty(trainer: Trainer, callback: NipqCallback) -> Callable[..., Any
         num_items_in_batch: Given = None,
     ) -> Given:
         found = inner(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
-        if callback.course is None or not model.training:
+        if callback.session is None or not model.training:
             return found
-        term, parts = gradient_of(callback.course.penalty()), _undivided(trainer, num_items_in_batch)
+        term, parts = gradient_of(callback.session.penalty()), _undivided(trainer, num_items_in_batch)
         term = term if parts == 1 else term / parts  # two launches less in the usual step
         return (found[0] + term, found[1]) if return_outputs else found + term
 
@@ -209,7 +218,7 @@ def _undivided(trainer: Trainer, num_items: Given) -> int:
     return int(trainer.current_gradient_accumulation_steps) if scaled else 1
 
 
-def _with_groups(trainer: Trainer, bits_lr: float, boundary_lr: float) -> Callable[..., Optimizer]:
+def _with_groups(trainer: Trainer, bits_lr: float, range_lr: float) -> Callable[..., Optimizer]:
     inner = trainer.create_optimizer
 
     @wraps(inner)
@@ -223,7 +232,7 @@ def _with_groups(trainer: Trainer, bits_lr: float, boundary_lr: float) -> Callab
                 f"trainer: expected an optimizer that takes parameter groups, found {getattr(kind, '__name__', kind)}. "
                 "Build it from nipq.param_groups(model, lr=...) and give it to Trainer as optimizers=(optimizer, None)."
             )
-        groups = param_groups(own, settings["lr"], trainer.args.weight_decay, boundary_lr, bits_lr)
+        groups = param_groups(own, settings["lr"], trainer.args.weight_decay, range_lr=range_lr, bits_lr=bits_lr)
         trainer.optimizer = kind(groups, **settings)
         return trainer.optimizer
 

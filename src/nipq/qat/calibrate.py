@@ -23,16 +23,13 @@ from nipq.distributed import (
     world_size,
 )
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.clipping import even_stride
+from nipq.functional.clipping import SAMPLE_SIZE, even_stride
 from nipq.nn.init import start_input_boundary_, start_weight_boundary_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
 from nipq.prepare.batches import in_step, inputs_of, to_device
 from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
 from nipq.prepare.trace import call_model
-
-#: Values kept of each input over all batches; the squared error of a boundary is known to a per cent from far fewer.
-SAMPLE_SIZE = 65_536
 
 
 @torch.no_grad()

@@ -14,20 +14,19 @@ from nipq.errors import ConfigError, OrderError
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import quantizers
 
-#: Default learning rates of boundaries and bits, in units of the weights'. Boundaries: the release uses one rate for
-#: all. Bits: their range is a few units wide, so at the rate of the weights they would hardly move in a short run.
-BOUNDARY_RATE, BITS_RATE = 1.0, 1.0
+#: Default learning rates of clipping ranges and bit-widths, in units of the weights'; the release has one rate for all.
+RANGE_RATE, BITS_RATE = 1.0, 1.0
 
 #: How many names a message lists.
 _NAMED = 3
 
 
-def weight_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+def weight_groups(model: nn.Module, lr: float | None = None, weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Groups of everything that is no quantizer parameter, of a float or a prepared model.
 
     Args:
         model: any model.
-        lr: learning rate.
+        lr: learning rate; the optimizer's if left out.
         weight_decay: decay of tensors with two axes or more; norms, biases and other vectors get none.
 
     Returns:
@@ -35,38 +34,45 @@ def weight_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> lis
     """
     own = {id(p) for module in model.modules() if isinstance(module, TensorQuantizer) for p in module.parameters()}
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
+    rate = {} if lr is None else {"lr": lr}
     return _non_empty(
-        {"name": "weights", "params": [p for p in others if p.ndim > 1], "lr": lr, "weight_decay": weight_decay},
-        {"name": "no_decay", "params": [p for p in others if p.ndim <= 1], "lr": lr, "weight_decay": 0.0},
+        {"name": "weights", "params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay} | rate,
+        {"name": "no_decay", "params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0} | rate,
     )
 
 
 def param_groups(
     model: nn.Module,
-    lr: float,
+    lr: float | None = None,
     weight_decay: float = 0.0,
-    boundary_lr: float | None = None,
+    *,
+    range_lr: float | None = None,
     bits_lr: float | None = None,
-    boundary_decay: float = 0.0,
+    range_decay: float = 0.0,
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: weights, what is not decayed, boundaries, bit-widths.
+    """Parameter groups for an optimizer: weights, what is not decayed, clipping ranges, bit-widths.
 
-    Quantizer parameters get no weight decay: it would pull every boundary to softplus(0) and every bit-width to the
-    middle of its range. Only PACT asks for one, on the boundaries, which are its penalty on alpha where alpha is large
-    enough to equal alpha_raw.
+    ::
 
-    Paper: Q16 and Q17 in docs/paper_map.md.
+        torch.optim.SGD(nipq.param_groups(model), lr=0.02, momentum=0.9)
+
+    Without ``lr`` the optimizer's own rate holds for all groups, and those of ranges and bits carry a ``"lr_scale"``,
+    which :class:`nipq.QATSession` multiplies their rate with. Quantizer parameters get no weight decay: it would pull
+    every range to softplus(0) and every bit-width to the middle of its range. Only PACT asks for one, on the ranges,
+    which is its penalty on alpha where alpha is large enough to equal alpha_raw.
+
+    Paper: Q16 and Q17 in the paper map.
 
     Args:
         model: a prepared model.
-        lr: learning rate of weights, norms and biases.
+        lr: learning rate of weights, norms and biases; the optimizer's if left out.
         weight_decay: decay of weights with two axes or more.
-        boundary_lr: learning rate of boundaries; ``lr`` if left out, as in the release.
-        bits_lr: learning rate of bit-widths; ``lr`` if left out, as in the release.
-        boundary_decay: decay of boundaries, for PACT.
+        range_lr: learning rate of clipping ranges; :data:`RANGE_RATE` times that of the weights if left out.
+        bits_lr: learning rate of bit-widths; :data:`BITS_RATE` times that of the weights if left out.
+        range_decay: decay of clipping ranges, for PACT.
 
     Returns:
-        Up to four groups, named ``"weights"``, ``"no_decay"``, ``"boundaries"`` and ``"bits"``; empty ones left out,
+        Up to four groups, named ``"weights"``, ``"no_decay"``, ``"ranges"`` and ``"bits"``; empty ones left out,
         except that bits which were learned and are frozen leave an empty group, as :func:`drop_frozen_` does: groups do
         not depend on the place in training, so states of optimizers and schedulers fit when training resumes.
 
@@ -76,15 +82,30 @@ def param_groups(
     found = quantizers(model)
     learned = [(name, p) for q in found for name, p in q.named_parameters() if p.requires_grad]
     bits = list(dict.fromkeys(parameter for name, parameter in learned if name == "bit_raw"))  # some are shared
-    boundaries = [parameter for name, parameter in learned if name != "bit_raw"]  # alpha_raw, and LSQ+'s offset
-    boundary_lr = BOUNDARY_RATE * lr if boundary_lr is None else boundary_lr
-    bits_lr = BITS_RATE * lr if bits_lr is None else bits_lr
+    ranges = [parameter for name, parameter in learned if name != "bit_raw"]  # alpha_raw, and LSQ+'s offset
     groups = weight_groups(model, lr, weight_decay) + _non_empty(
-        {"name": "boundaries", "params": boundaries, "lr": boundary_lr, "weight_decay": boundary_decay}
+        {"name": "ranges", "params": ranges, "weight_decay": range_decay} | _rate(range_lr, lr, RANGE_RATE)
     )
     if bits or any(quantizer.is_frozen and quantizer.bit_range.fixed is None for quantizer in found):
-        groups.append({"name": "bits", "params": bits, "lr": bits_lr, "weight_decay": 0.0})
+        groups.append({"name": "bits", "params": bits, "weight_decay": 0.0} | _rate(bits_lr, lr, BITS_RATE))
     return groups
+
+
+def _rate(own: float | None, lr: float | None, ratio: float) -> dict[str, float]:
+    if own is not None:
+        return {"lr": own}
+    return {"lr_scale": ratio} if lr is None else {"lr": ratio * lr}
+
+
+def scale_rates_(*optimizers: Optimizer) -> None:
+    """Multiply the learning rate of groups that carry a ``"lr_scale"`` with it, once.
+
+    Args:
+        *optimizers: built from :func:`param_groups` without ``lr``.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.pop("lr_scale", 1.0)
 
 
 def without_bits(model: nn.Module) -> list[nn.Parameter]:

@@ -15,7 +15,7 @@ from nipq.qat.optim import check_optimizer, param_groups, weight_groups
 if TYPE_CHECKING:
     from nipq.train.config import OptimizerConfig
 
-QUANTIZER_GROUPS = ("boundaries", "bits")
+QUANTIZER_GROUPS = ("ranges", "bits")
 ADAM_BETAS = (0.9, 0.999)
 """Of torch."""
 FUSED = ("cuda",)
@@ -40,7 +40,14 @@ class Optimizers:
             boundary_lr, bits_lr = (
                 None if rate is None else rate * peak / config.lr for rate in (config.boundary_lr, config.bits_lr)
             )
-            found = param_groups(model, peak, config.weight_decay, boundary_lr, bits_lr, config.boundary_decay)
+            found = param_groups(
+                model,
+                peak,
+                config.weight_decay,
+                range_lr=boundary_lr,
+                bits_lr=bits_lr,
+                range_decay=config.boundary_decay,
+            )
             groups = [group for group in found if group["params"]]  # a stage builds anew: nothing waits for frozen bits
         else:
             groups = weight_groups(model, peak, config.weight_decay)
@@ -103,7 +110,7 @@ class Optimizers:
 
 def _momentum(config: OptimizerConfig, group: str) -> dict[str, Any]:
     """Settings of a group with a momentum of its own, for each kind of optimizer."""
-    momentum = {"boundaries": config.boundary_momentum, "bits": config.bits_momentum}.get(group)
+    momentum = {"ranges": config.boundary_momentum, "bits": config.bits_momentum}.get(group)
     if momentum is None:
         return {}
     if config.name == "sgd" and config.quantizer_optimizer == "same":

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.prepare.attention_net import MIX, SCORES, X, prepared
 from torch import Tensor, nn
 
 from nipq.config import Config
@@ -20,6 +19,7 @@ from nipq.prepare.layer_table import quantizers, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.verify import verify
+from tests.prepare.attention_net import MIX, SCORES, X, prepared
 
 pytest.importorskip("openvino")
 onnx = pytest.importorskip("onnx")
