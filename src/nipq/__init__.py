@@ -28,6 +28,7 @@ from nipq.export.packed_write import file_bytes, save
 from nipq.prepare.layer_table import set_bits_, set_phase_, temper_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
+from nipq.ptq.quantize import QuantizedModel, quantize
 from nipq.qat.batchnorm import reestimate_bn_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.ema import WeightAverage
@@ -56,6 +57,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "set_bits_",
     "set_phase_",
     "summary",
+    # Post-training quantization
+    "quantize",
+    "QuantizedModel",
     # In the training loop
     "param_groups",
     "check_optimizer",
