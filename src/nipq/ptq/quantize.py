@@ -337,7 +337,14 @@ def _check_loss(model: nn.Module, samples: Samples, loss_fn: LossFn, device: tor
     few = cut(first, 0, 2, sample_count(first))
     outputs = call_model(model, to_device(inputs_of(few), device))
     floats_in(outputs)
-    loss = loss_fn(outputs, to_device(targets_of(few), device))
+    targets = to_device(targets_of(few), device)
+    try:
+        loss = loss_fn(outputs, targets)
+    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        raise ConfigError(
+            f"loss_fn: expected a function of the model's outputs ({type(outputs).__name__}) and the targets, found "
+            f"that it fails on them: {error}. Try loss_fn(model(x), y) on a batch of the loader."
+        ) from error
     check_scalar(loss)
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(
