@@ -13,6 +13,7 @@ from torch import nn
 
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, Limit, check_feasible
+from nipq.budget.hawq import allocate_
 from nipq.budget.sensitivity import LossFn, noise_losses
 from nipq.budget.solver import least_loss_bits
 from nipq.distributed import check_same_, from_rank_zero
@@ -103,8 +104,6 @@ def allocate_bits_(
 def _allocate_by_curvature_(
     model: nn.Module, loader: Iterable[Any], budget: Budget, loss_fn: LossFn | None, seed: int
 ) -> None:
-    from nipq.budget.hawq import allocate_  # its Hessian code would slow `import nipq` down
-
     if loss_fn is None:
         raise ConfigError(
             'allocate_bits_: expected loss_fn with method="hawq", which needs the Hessian of the task\'s loss, found '
