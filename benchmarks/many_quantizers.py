@@ -68,7 +68,7 @@ def own_parts(layers: int, x: Tensor) -> Parts:
     return {
         "forward + backward": step, "penalty + backward": penalty, "search.step": search.step,
         "search.distance": search.distance, "optimizer.step": optimizer.step,
-        "temper_": lambda: nipq.temper_(tempered, 0.5),
+        "set_noise_mix_": lambda: nipq.set_noise_mix_(tempered, 0.5),
     }  # fmt: skip
 
 

@@ -33,9 +33,9 @@ from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.finish import metric_of
 from nipq.train.nested import count_of, pick
 from nipq.train.run_folder import RunFolder, installed_version
+from nipq.verify.archives import ProgramModule
 from nipq.verify.metrics import logits_of
 from nipq.verify.onnx import OnnxModule
-from nipq.verify.program import ProgramModule
 from nipq.verify.reference import AT_ONCE, run_model
 
 COMMAND = "python -m experiments.export.trained"

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import nipq
 from nipq.nn.layers import weight_quantizer
-from nipq.prepare.layer_table import temper_
+from nipq.prepare.layer_table import set_noise_mix_
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "scalar_toy.json"
@@ -97,7 +97,7 @@ def train(method: Method) -> Runs:
     flips, late, path = torch.zeros_like(level), torch.zeros_like(level), []
     for i in range(STEPS):
         if method.tempered:
-            temper_(layer, i / STEPS)
+            set_noise_mix_(layer, i / STEPS)
         loss = ((layer.weight - TARGETS) ** 2).sum() + calm.penalty()
         (gradient,) = torch.autograd.grad(loss, latent)
         share = torch.tensor([0.5 + 0.5 * math.cos(math.pi * i / STEPS), 1.0], dtype=torch.float64)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import nipq
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_range
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import layer_table
 from nipq.train.config_file import check_config
@@ -54,7 +54,7 @@ def low_boundary_(quantizer: TensorQuantizer, values: Tensor) -> None:
     """The best boundary at the low bit-width, so that the drop is the bits' and not the boundary's."""
     quantizer.freeze_bits_(LOW_BITS)
     axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
-    quantizer.set_alpha_(noise_optimal_boundary(values, float(LOW_BITS), quantizer.grid, channel_axis=axis))
+    quantizer.set_alpha_(noise_optimal_range(values, float(LOW_BITS), quantizer.grid, channel_axis=axis))
 
 
 def sensitivities(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict[str, dict[str, float]]]:

@@ -11,7 +11,7 @@ from torch import nn
 from nipq.analysis.lowered import lowered_bits, lowered_sweep
 from nipq.config import Config
 from nipq.errors import OrderError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_range
 from nipq.prepare.layer_table import layer_table
 from nipq.prepare.prepare import prepare_
 
@@ -56,7 +56,7 @@ def test_kept_boundaries_stay_and_fitted_ones_minimise_the_noise_error(network, 
         for row in rows:
             weight = row.layer.parametrizations.weight.original.detach()
             axis = 0 if row.weight.alpha_raw.numel() > 1 else None
-            fitted = noise_optimal_boundary(weight, float(row.weight.bits_rounded), row.weight.grid, channel_axis=axis)
+            fitted = noise_optimal_range(weight, float(row.weight.bits_rounded), row.weight.grid, channel_axis=axis)
             assert torch.allclose(row.weight.alpha, fitted, rtol=1e-5)
 
 
@@ -68,7 +68,7 @@ def test_inputs_are_fitted_on_what_the_quantized_network_computes(quantized, bat
         quantized(images)
     handle.remove()
     with lowered_bits(quantized, 1, boundaries="refit", batches=batches):
-        fitted = noise_optimal_boundary(torch.cat(kept), float(row.input.bits_rounded), row.input.grid)
+        fitted = noise_optimal_range(torch.cat(kept), float(row.input.bits_rounded), row.input.grid)
         assert torch.allclose(row.input.alpha, fitted, rtol=1e-5)
 
 

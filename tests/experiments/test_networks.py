@@ -24,7 +24,7 @@ def test_a_network_can_be_prepared_whole_and_trained(name: str) -> None:
     model, x = NETWORKS[name]().train(), images()
     assert not [finding for finding in validate(model, x[:1]) if finding.severity == "error"]
     layers = sum(isinstance(module, nn.Conv2d | nn.Linear) for module in model.modules())
-    prepare_(model, x[:1], Config(init="max", learn_input_boundary=True))
+    prepare_(model, x[:1], Config(init="max", learn_input_range=True))
     assert len(layer_table(model)) == layers
     calibrate_(model, [x])
     set_phase_(model, "noise")

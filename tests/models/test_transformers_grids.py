@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_range
 from nipq.functional.grid import SIGNED, Grid
 from nipq.functional.uniform import quantize
 from nipq.nn.init import SHIFTS
@@ -17,7 +17,7 @@ from nipq.prepare.layer_table import layer_table
 
 
 def error(x: Tensor, grid: Grid, bits: float) -> float:
-    return float((quantize(x, noise_optimal_boundary(x, bits, grid), bits, grid) - x).square().mean())
+    return float((quantize(x, noise_optimal_range(x, bits, grid), bits, grid) - x).square().mean())
 
 
 def check(model: nn.Module, batch: Any, name: str, shift: float, expected: str) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import nipq
+from nipq.prepare.batches import call_model
 from nipq.prepare.layer_table import layer_table
-from nipq.prepare.trace import call_model
 from nipq.prepare.validate import validate
 
 
@@ -58,7 +58,7 @@ def test_from_prepare_to_a_proven_file(subject: SimpleNamespace, tmp_path: Path)
     path = nipq.save(deployed, tmp_path / "model.nipq.safetensors")
     result = nipq.verify(model, deployed, [subject.batch], file=path)
     assert result, str(result)
-    assert [rung.name[:2] for rung in result.rungs] == ["E0", "E1", "E2", "E3"]
+    assert [check.name[:2] for check in result.checks] == ["E0", "E1", "E2", "E3"]
     loaded = nipq.load(path, subject.build())
     with torch.no_grad():
         assert torch.equal(number(call_model(loaded, subject.batch)), number(call_model(deployed, subject.batch)))

@@ -179,7 +179,7 @@ def test_from_search_to_file(tied: bool, granularity: str, tmp_path: Path) -> No
     path = nipq.save(deployed, tmp_path / "model.nipq.safetensors")
     result = nipq.verify(model, deployed, [IDS], file=path)
     assert result, str(result)
-    assert [rung.name[:2] for rung in result.rungs] == ["E0", "E1", "E2", "E3"]
+    assert [check.name[:2] for check in result.checks] == ["E0", "E1", "E2", "E3"]
     assert torch.equal(nipq.load(path, Language(tied=tied))(IDS), deployed(IDS))
     assert deployed.words.weight_codes.dtype == torch.int8
     assert (deployed.words.tied_to == "head" or deployed.head.tied_to == "words") == tied

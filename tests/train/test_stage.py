@@ -49,8 +49,8 @@ def test_tempering_ends_at_the_true_error(
     kind: str, make_config: Make, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shares: list[float] = []
-    temper = stage.temper_
-    monkeypatch.setattr(stage, "temper_", lambda model, share: (shares.append(share), temper(model, share)))
+    temper = stage.set_noise_mix_
+    monkeypatch.setattr(stage, "set_noise_mix_", lambda model, share: (shares.append(share), temper(model, share)))
     stages = {**SHORT, "search": {"epochs": 2}, "finetune": {"epochs": 1, "phase": "noise"}}
     trainer = until(Trainer(make_config(stages=stages, data=DATA, tempering=kind)), "search")
     shares.clear()

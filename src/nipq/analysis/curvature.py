@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from nipq.analysis.hessian import hessian, labelled
 from nipq.analysis.network import LossFn, differentiable, float_twin, on_input, stored_weights
 from nipq.errors import ConfigError
-from nipq.prepare.trace import ExampleInputs, call_model
+from nipq.prepare.batches import ExampleInputs, call_model
 
 #: Up to this many parameters the Hessian is formed and its eigenvalues are those of the matrix.
 DENSE = 64

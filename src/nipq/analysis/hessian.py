@@ -16,8 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from nipq.analysis.network import LossFn
 from nipq.errors import ConfigError, require
-from nipq.prepare.batches import inputs_of, to_device
-from nipq.prepare.trace import ExampleInputs, call_model
+from nipq.prepare.batches import ExampleInputs, call_model, inputs_of, to_device
 
 
 @dataclass(frozen=True)

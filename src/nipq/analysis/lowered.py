@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from nipq.analysis.network import Scores, differentiable, input_samples, intact
 from nipq.analysis.sweep import Point, Sweep
 from nipq.errors import OrderError
-from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.packing import FEWEST_BITS
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.batches import call_model, inputs_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
-from nipq.prepare.trace import call_model
 
 Boundaries = Literal["kept", "refit"]
 
@@ -67,7 +66,7 @@ def lowered_bits(
             if quantizer.name in values:
                 axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
                 x = values[quantizer.name]
-                quantizer.set_alpha_(noise_optimal_boundary(x, float(bits), quantizer.grid, channel_axis=axis))
+                quantizer.set_alpha_(noise_optimal_range(x, float(bits), quantizer.grid, channel_axis=axis))
         yield
 
 

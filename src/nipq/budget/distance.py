@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from nipq.config import Phase
 from nipq.distributed import inner, reduce_mean_
 from nipq.errors import ConfigError, NonFiniteError
-from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.batches import ExampleInputs, call_model, evaluating, inputs_of, tensors_in, to_device
 from nipq.prepare.layer_table import phase_of, quantizers, set_phase_
-from nipq.prepare.trace import ExampleInputs, call_model, tensors_in
 
 #: Least variance that an output is divided by, so that a constant output has a finite distance.
 LEAST_VARIANCE = 1e-12
@@ -175,15 +174,12 @@ def rounding(model: nn.Module) -> Iterator[None]:
     Args:
         model: a prepared model.
     """
-    modes = {module: module.training for module in model.modules()}
     phases = {quantizer: quantizer.phase for quantizer in quantizers(model)}
     set_phase_(model, Phase.ROUND)  # leaves phase int, in which batch norms are folded away
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
-        for module, training in modes.items():
-            module.training = training
         if Phase.INT in phases.values():
             set_phase_(model, Phase.INT)
         else:

@@ -33,8 +33,7 @@ from nipq.errors import ConfigError, DistributedError, NonFiniteError, OrderErro
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import inputs_of, to_device
-from nipq.prepare.trace import call_model
+from nipq.prepare.batches import call_model, evaluating, inputs_of, to_device
 
 #: A loss of outputs and targets, a scalar.
 LossFn = Callable[[Any, Any], Tensor]
@@ -75,17 +74,11 @@ def noise_losses(
         DistributedError: if ranks read different numbers of batches, or one of them failed.
     """
     found: list[list[float]] = []
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()  # batch norms evaluate, so that their statistics stay
-        with all_or_none("allocate_bits_"):
-            for number, batch in enumerate(islice(loader, batches)):
-                found.append(_slopes(inner(model), quantizers, batch, loss_fn, rank_seed(seed + number)))
-            if not found:
-                raise ConfigError("allocate_bits_: expected batches, found an empty loader. Give one that yields some.")
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), all_or_none("allocate_bits_"):  # batch norms evaluate, so that their statistics stay
+        for number, batch in enumerate(islice(loader, batches)):
+            found.append(_slopes(inner(model), quantizers, batch, loss_fn, rank_seed(seed + number)))
+        if not found:
+            raise ConfigError("allocate_bits_: expected batches, found an empty loader. Give one that yields some.")
     counts = gather_objects(len(found))
     if len(set(counts)) > 1:
         raise DistributedError(
@@ -180,7 +173,7 @@ def _probed(quantizers: list[TensorQuantizer], sign: float, seed: int) -> Iterat
             raise OrderError(
                 f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_ before."
             )
-        alpha = quantizer._spread(quantizer.alpha.detach(), x.ndim)
+        alpha = quantizer.spread(quantizer.alpha.detach(), x.ndim)
         noise = sign * uniform_noise(x.detach(), generator)
         return noise_proxy(x, alpha, bits[quantizer.name], noise, quantizer.grid)
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError, NonFiniteError
-from nipq.prepare.batches import inputs_of
-from nipq.prepare.trace import tensors_in
+from nipq.prepare.batches import inputs_of, tensors_in
 
 #: Samples in a batch of the measurements; larger batches of the loader are cut, smaller ones stay.
 BATCH = 32

@@ -17,8 +17,7 @@ from nipq.budget.budget import Budget
 from nipq.budget.distance import floats_in, output_distance
 from nipq.budget.sensitivity import LossFn, check_scalar, targets_of
 from nipq.errors import NonFiniteError
-from nipq.prepare.batches import inputs_of, to_device
-from nipq.prepare.trace import call_model
+from nipq.prepare.batches import call_model, inputs_of, to_device
 from nipq.qat.batchnorm import batchnorms
 from nipq.qat.optim import param_groups
 from nipq.qat.session import QATSession

@@ -15,9 +15,8 @@ from nipq.budget.distance import OutputJudge, float_outputs, rounding
 from nipq.distributed import check_same_, inner, reduce_sum_
 from nipq.distributed.sync_batchnorm import synced
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.batches import in_step, to_device
+from nipq.prepare.batches import call_model, in_step, to_device
 from nipq.prepare.layer_table import quantizers
-from nipq.prepare.trace import call_model
 
 #: Statistics of the batches themselves, or the present ones moved by what quantization changes on the batches.
 Statistics = Literal["absolute", "relative"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nipq.distributed import part
 from nipq.errors import NonFiniteError
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.trace import call_model
+from nipq.prepare.batches import call_model
 from nipq.train.nested import Nested, all_finite
 
 ADVICE = "lower optimizer.lr or boundary_lr, check the input data, then continue from the last checkpoint with --resume"

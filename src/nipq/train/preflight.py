@@ -13,9 +13,9 @@ from torch import nn
 
 from nipq.budget.budget import AverageBits, BitOps, Budget, FeasibleRange, ModelSize, check_feasible
 from nipq.errors import ConfigError, require
+from nipq.prepare.batches import call_model
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import call_model
 from nipq.train.nested import Nested, shape_of
 
 if TYPE_CHECKING:

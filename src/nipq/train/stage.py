@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nipq.budget.budget import Budget
 from nipq.config import Phase
-from nipq.prepare.layer_table import quantizers, set_phase_, temper_
+from nipq.prepare.layer_table import quantizers, set_noise_mix_, set_phase_
 from nipq.qat.ema import WeightAverage
 from nipq.qat.oscillation import Oscillations
 from nipq.qat.search import Search
@@ -72,7 +72,7 @@ class Stage:
         self.optimizers.scale(self.schedule.factor(epoch, step / self.steps))
         if self.name == "search" and self.config.tempering != "none":
             place = epoch * self.steps + step
-            temper_(self.model, tempering_share(self.config.tempering, place, self.epochs * self.steps))
+            set_noise_mix_(self.model, tempering_share(self.config.tempering, place, self.epochs * self.steps))
 
     def penalty(self, loss: Tensor) -> Tensor:
         """The loss with all that is added to the task's: the price of bits, and the dampening of oscillations."""
@@ -148,4 +148,4 @@ def enter_phase_(model: nn.Module, config: TrainConfig, stage: str) -> None:
     noisy = stage == "search" or (stage == "finetune" and config.stages.finetune.phase == "noise")
     set_phase_(model, Phase.NOISE if noisy else Phase.ROUND)
     if config.tempering != "none":
-        temper_(model, 0.0 if stage == "search" else 1.0)
+        set_noise_mix_(model, 0.0 if stage == "search" else 1.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError
-from nipq.prepare.trace import call_model
+from nipq.prepare.batches import call_model
 from nipq.train.batches import Batch
 from nipq.train.nested import Nested, moved
 

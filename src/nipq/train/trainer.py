@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from nipq.distributed import all_or_none, check_same_, is_distributed, rank_seed
 from nipq.errors import ConfigError, DistributedError, NonFiniteError
+from nipq.prepare.batches import call_model
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import call_model
 from nipq.train.batches import Split
 from nipq.train.checkpoint import Checkpoint, Progress, whole_state
 from nipq.train.data import load_data

@@ -27,7 +27,7 @@ Make = Callable[..., tuple[nn.Module, list[Any]]]
 
 
 def numbers(result: VerifyResult, name: str) -> dict[str, Any]:
-    return next(rung.numbers for rung in result.rungs if rung.name.startswith(name))
+    return next(check.numbers for check in result.checks if check.name.startswith(name))
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def numbers(result: VerifyResult, name: str) -> dict[str, Any]:
     ],
     ids=["default", "channel", "weights only", "partly float"],
 )
-def test_what_convert_makes_passes_every_rung(made: Make, config: Config, tmp_path: Path) -> None:
+def test_what_convert_makes_passes_every_check(made: Make, config: Config, tmp_path: Path) -> None:
     model, data = made(config)
     deployed = convert(model)
     path = save(deployed, tmp_path / "model")
     result = verify(model, deployed, data, file=path)
     assert result, str(result)
     assert result.first_difference is None
-    assert [rung.name[:2] for rung in result.rungs] == ["E0", "E1", "E2", "E3"]
+    assert [check.name[:2] for check in result.checks] == ["E0", "E1", "E2", "E3"]
     assert numbers(result, "E0")["bytes_found"] == path.stat().st_size
     assert numbers(result, "E3") == {"codes_apart": 0, "output_difference": 0.0}
 
@@ -181,7 +181,7 @@ def test_a_model_without_floating_outputs_is_refused() -> None:
         logits_of({"classes": torch.zeros(3, dtype=torch.int64)})
 
 
-# ---------------------------------------------------------------------- limits of the rungs
+# ---------------------------------------------------------------------- limits of the checks
 
 
 def test_several_artifacts_climb_side_by_side(trained: Any, tmp_path: Path) -> None:
@@ -189,9 +189,9 @@ def test_several_artifacts_climb_side_by_side(trained: Any, tmp_path: Path) -> N
     path = save(convert(model), tmp_path / "model.nipq.safetensors")
     result = verify(model, convert(model), path, str(path), loader=data)
     assert result, str(result)
-    assert [rung.artifact for rung in result.rungs] == ["deployed model"] * 4 + ["model.nipq.safetensors"] * 8
+    assert [check.artifact for check in result.checks] == ["deployed model"] * 4 + ["model.nipq.safetensors"] * 8
     assert "model.nipq.safetensors" in str(result)
-    packed = result.rungs[4].numbers
+    packed = result.checks[4].numbers
     assert packed["bytes_promised"] == packed["bytes_found"] == path.stat().st_size
 
 
@@ -201,7 +201,7 @@ def test_a_packed_file_alone_is_compared_to_the_last_bit(made: Make, trained: An
     path = save(convert(other), tmp_path / "model.nipq.safetensors")
     result = verify(model, path, loader=data)
     assert str(result.first_difference).startswith("model.nipq.safetensors: stem: weight bits")
-    assert not any(rung.passed for rung in result.rungs if rung.name in ("E0 static", "E1 layers", "E3 exact"))
+    assert not any(check.passed for check in result.checks if check.name in ("E0 static", "E1 layers", "E3 exact"))
 
 
 def test_a_file_from_before_there_was_a_checksum_keeps_its_promise(trained: Any, tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_a_file_from_before_there_was_a_checksum_keeps_its_promise(trained: Any,
     path.write_bytes(to_bytes(tensors, {"nipq": text}))
     result = verify(model, path, loader=data)
     assert result, str(result)
-    assert result.rungs[0].numbers["bytes_promised"] == path.stat().st_size == file_bytes(convert(model)) - 80
+    assert result.checks[0].numbers["bytes_promised"] == path.stat().st_size == file_bytes(convert(model)) - 80
 
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_others(trained: Any, tmp_path: Path) -> None:
@@ -221,8 +221,8 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(trained: Any, tmp_p
     broken.write_bytes(b"nothing")
     path = save(convert(model), tmp_path / "model.nipq.safetensors")
     result = verify(model, broken, path, loader=data, metric=lambda _model, _loader: 1.0)
-    assert [rung.passed for rung in result.rungs] == [False, True, True, True, True]
-    assert result.rungs[0].claim == "the file can be read"
+    assert [check.passed for check in result.checks] == [False, True, True, True, True]
+    assert result.checks[0].claim == "the file can be read"
     assert "expected a whole safetensors file" in str(result.first_difference)
 
 

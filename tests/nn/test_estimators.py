@@ -11,15 +11,21 @@ from torch import Tensor, nn
 from nipq.config import Config, Method
 from nipq.errors import ConfigError, OrderError
 from nipq.export.convert import convert
-from nipq.functional.baselines import sawb_boundary
-from nipq.nn.layers import OffsetInputQuantizer
-from nipq.prepare.layer_table import layer_table, quantizers, set_phase_, temper_
+from nipq.functional.baselines import sawb_range
+from nipq.nn.estimators import ESTIMATORS
+from nipq.nn.quantizer import OffsetInputQuantizer
+from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups
 
 METHODS = get_args(Method)
 NOISY = ("nipq", "diffq")
+
+
+def test_every_method_of_the_config_has_an_estimator() -> None:
+    assert set(ESTIMATORS) == set(METHODS)
+    assert all(estimator.method == method for method, estimator in ESTIMATORS.items())
 
 
 @pytest.fixture
@@ -107,7 +113,7 @@ def test_weights_of_diffq_and_pact_follow_the_tensor(x: Tensor) -> None:
         with torch.no_grad():
             weight.mul_(3)
         model.eval()(x)
-        expected = weight.abs().max() if method == "diffq" else sawb_boundary(weight.detach(), 3)
+        expected = weight.abs().max() if method == "diffq" else sawb_range(weight.detach(), 3)
         assert torch.allclose(row.weight.alpha, expected)
 
 
@@ -156,11 +162,11 @@ def test_an_offset_starts_at_the_lowest_value_and_travels_in_the_state(x: Tensor
 
 def test_a_share_of_one_is_the_true_quantizer(x: Tensor) -> None:
     model = prepared(x, "nipq").train()
-    temper_(model, 1.0)
+    set_noise_mix_(model, 1.0)
     tempered = model(x)
     set_phase_(model, "round")
     assert torch.allclose(tempered, model(x), atol=1e-5)
-    temper_(model, 0.0)
+    set_noise_mix_(model, 0.0)
     set_phase_(model, "noise")
     assert not torch.allclose(model(x), model(x))
     assert not any("error_share" in name for name in model.state_dict())
@@ -169,4 +175,4 @@ def test_a_share_of_one_is_the_true_quantizer(x: Tensor) -> None:
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_a_share_out_of_range_is_refused(share: float, x: Tensor) -> None:
     with pytest.raises(ConfigError, match="expected a share from 0 to 1"):
-        temper_(prepared(x, "nipq"), share)
+        set_noise_mix_(prepared(x, "nipq"), share)
