@@ -13,6 +13,7 @@ from nipq.cli.doctor import examine, show_examination, show_tuned
 from nipq.cli.export import export_model
 from nipq.cli.inspection import show_inspection
 from nipq.cli.output import FAILURE, JsonFlag, reporting
+from nipq.cli.quantize import quantize_command
 from nipq.cli.show import show_run
 from nipq.cli.train import run_train
 from nipq.cli.verify import verify_folder
@@ -26,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command("quantize")(quantize_command)
 
 
 def main() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nipq.budget.allocate import allocate_bits_, uniform_bits_
 from nipq.budget.freeze import freeze_bits_
 from nipq.budget.hawq import allocate_
-from nipq.budget.sensitivity import start_bits_
 from nipq.config import Phase
 from nipq.distributed import from_rank_zero
 from nipq.prepare.layer_table import quantizers, set_phase_
@@ -22,7 +22,6 @@ from nipq.train.batches import Few, Split
 from nipq.train.guard import check_state
 from nipq.train.nested import Nested, moved
 from nipq.train.seeds import seed_of
-from nipq.train.uniform import uniform_bits_
 
 if TYPE_CHECKING:
     from nipq.budget.budget import Budget
@@ -72,7 +71,7 @@ def leave_float(run: Run) -> None:
         calibrate(run)  # boundaries belong to bit-widths
     elif budget is not None and config.bit_start == "noise" and _learns_bits(run):
         with run.autocast():
-            start_bits_(model, _answered(run, batches), run.objective.compare, budget, seed=key)
+            allocate_bits_(model, _answered(run, batches), budget, run.objective.compare, seed=key)
         calibrate(run)
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from nipq.budget.allocate import uniform_bits_
 from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, costs
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError
 from nipq.prepare.layer_table import layer_table
 from nipq.prepare.prepare import prepare_
 from nipq.train.models import digits_net
-from nipq.train.uniform import uniform_bits_
 
 
 def prepared(config: Config | None = None) -> nn.Module:
