@@ -175,18 +175,18 @@ def quantize(
     set_phase_(student, Phase.ROUND)
     if budget is not None:
         check_feasible(student, budget)
-    course = _Stages(student, found, seed, progress or (lambda _name: None))
-    course.bits(budget)
-    course.batchnorm()
+    stages = _Stages(student, found, seed, progress or (lambda _name: None))
+    stages.bits(budget)
+    stages.batchnorm()
     if epochs:
         teacher = copy.deepcopy(model).eval()
-        student = course.train(teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr)
+        student = stages.train(teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr)
     set_phase_(student.eval(), Phase.ROUND)
     deployed = convert(student)
     total = summary(student)
     report = QuantizationReport(
         model=type(model).__name__,
-        stages=tuple(course.stages),
+        stages=tuple(stages.stages),
         weight_bits=total.weight_bits,
         activation_bits=total.activation_bits,
         file_bytes=file_bytes(deployed),
