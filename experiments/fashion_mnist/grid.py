@@ -113,7 +113,7 @@ def cells() -> Iterator[tuple[str, int, float | None]]:
 def run_cell(network: str, seed: int, bits: float | None, data: Path, runs: Path) -> None:
     """Train one cell to the end and write its result file, whole or not at all."""
     from nipq.train import run
-    from nipq.train.config_file import check_config
+    from nipq.train.config import check_config
 
     name = cell_name(network, seed, bits)
     config = float_config(network, seed, data) if bits is None else budget_config(network, seed, bits, data, runs)

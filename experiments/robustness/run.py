@@ -35,9 +35,9 @@ from nipq.analysis.network import is_quantized
 from nipq.analysis.perturbation import perturbation_sweep
 from nipq.prepare.layer_table import set_phase_
 from nipq.prepare.prepare import prepare_
+from nipq.train.batches import pick
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
-from nipq.train.nested import pick
 from nipq.train.run_folder import RunFolder, write_text
 from nipq.train.task import Task
 

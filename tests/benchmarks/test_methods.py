@@ -7,7 +7,7 @@ from torch import nn
 
 import nipq
 from benchmarks import methods
-from nipq.train.methods import METHODS
+from nipq.train.config import METHODS
 
 
 @pytest.mark.parametrize("word", [methods.FLOAT, *METHODS])

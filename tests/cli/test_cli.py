@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from nipq.cli import app, demo
 from nipq.cli.doctor import OPTIONAL
-from nipq.train.config_file import check_config, load_config
+from nipq.train.config import check_config, load_config
 from nipq.train.pipeline import run
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,7 @@ import yaml
 from nipq.compare.cells import expand
 from nipq.compare.grid import Grid, load_grid
 from nipq.errors import ConfigError
-from nipq.train.config_file import check_config
-from nipq.train.merging import merged
-from nipq.train.methods import METHODS
+from nipq.train.config import METHODS, check_config, merged
 
 GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
 MakeGrid = Callable[..., Grid]

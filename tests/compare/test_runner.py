@@ -16,7 +16,7 @@ from nipq.compare.grid import Grid
 from nipq.compare.record import CompareFolder
 from nipq.compare.runner import environments, run_cells
 from nipq.errors import ConfigError
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 
 MakeGrid = Callable[..., Grid]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nipq.train import checkpoint, pipeline
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from tests.distributed.common_noise import common_noise as common_noise_
 
 SETTINGS: dict[str, Any] = {

@@ -14,7 +14,7 @@ from torch import nn
 
 from nipq.errors import ConfigError, DistributedError
 from nipq.train import parallel
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from nipq.train.parallel import explained, is_first, is_launched, pick_device, process_group
 from tests.distributed.ranks import ROOT
 from tests.distributed.runs import SETTINGS

@@ -18,7 +18,7 @@ from nipq.errors import ConfigError, DistributedError, FileFormatError
 from nipq.nn import quantizer
 from nipq.train import checkpoint, optimizers
 from nipq.train import trainer as trainer_module
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from nipq.train.pipeline import run
 from nipq.train.trainer import Trainer
 from tests.distributed.ranks import Ranks

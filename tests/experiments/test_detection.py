@@ -260,7 +260,7 @@ def test_the_network_answers_at_a_quarter_of_the_size_and_can_be_prepared_whole(
 def test_a_run_learns_from_tiles_and_proves_its_model(
     scenery: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nipq.train.finish._plots", lambda *_: None)  # they would take most of the time
+    monkeypatch.setattr("nipq.train.pipeline._plots", lambda *_: None)  # they would take most of the time
     save_file(CenterNet().state_dict(), tmp_path / "float.safetensors")
     network = {
         "factory": "experiments.tasks.centernet:CenterNet",

@@ -146,7 +146,7 @@ def test_a_run_trains_on_characters_and_proves_its_model(
     shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr("nipq.train.finish._plots", lambda *_: None)  # they would take most of the time
+    monkeypatch.setattr("nipq.train.pipeline._plots", lambda *_: None)  # they would take most of the time
     model = {"factory": "experiments.tasks.decoder:llama", "kwargs": SMALL}
     config = {
         "task": "experiments.tasks.decoder:next_character_task",

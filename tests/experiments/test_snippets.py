@@ -137,7 +137,7 @@ def test_a_run_trains_on_tokens_and_proves_its_model(
     target: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    monkeypatch.setattr("nipq.train.finish._plots", lambda *_: None)  # they would take most of the time
+    monkeypatch.setattr("nipq.train.pipeline._plots", lambda *_: None)  # they would take most of the time
     config = {
         "task": "classification" if target == "sentiment" else "experiments.tasks.minilm:rating_task",
         "model": {

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import check_config
+from nipq.train.config import TrainConfig, check_config
 from nipq.train.pipeline import run
 from nipq.train.trainer import Trainer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nipq.errors import ConfigError
-from nipq.train.config_file import check_config, dump_config, load_config, parse_overrides
+from nipq.train.config import check_config, dump_config, load_config, parse_overrides
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = {"model": {"factory": "resnet18"}, "data": {"kind": "digits"}, "budget": {"model_size": "1 MB"}}

@@ -214,7 +214,7 @@ def test_targets_that_are_no_classes_are_held_out_at_random(targets: torch.Tenso
     ("settings", "message"),
     [
         ({"factory": "no_such_package:data"}, r"no data\.factory 'no_such_package:data'"),
-        ({"factory": "nipq.train.seeds:seed_of"}, "must return Sources, it gave int"),
+        ({"factory": "nipq.train.batches:seed_of"}, "must return Sources, it gave int"),
     ],
 )
 def test_custom_factory_that_is_none(settings: dict[str, str], message: str) -> None:

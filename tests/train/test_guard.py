@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nipq.errors import NonFiniteError
 from nipq.prepare.layer_table import layer_table
 from nipq.prepare.prepare import prepare_
-from nipq.train.guard import check_state, non_finite_loss
+from nipq.train.checks import check_state, non_finite_loss
 from nipq.train.models import digits_net
 
 EXAMPLE = torch.randn(2, 1, 8, 8)

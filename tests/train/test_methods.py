@@ -12,9 +12,7 @@ from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers
 from nipq.train import merging
-from nipq.train.config_file import check_config, dump_config, load_config
-from nipq.train.merging import merged
-from nipq.train.methods import METHODS
+from nipq.train.config import METHODS, check_config, dump_config, load_config, merged
 from nipq.train.trainer import Trainer
 
 BASE: dict[str, Any] = {"model": {"factory": "resnet18"}, "data": {"kind": "digits"}, "budget": {"model_size": "1 MB"}}

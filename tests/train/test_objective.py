@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError
 from nipq.train.batches import Sources, TensorSplit
-from nipq.train.classification import Classification
-from nipq.train.objective import Objective
-from nipq.train.task import Task, predictions
+from nipq.train.task import Classification, Objective, Task, predictions
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])

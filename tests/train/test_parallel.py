@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.train import optimizers
 from nipq.train.batches import TensorSplit, slice_of
+from nipq.train.checks import Tally, non_finite_loss
 from nipq.train.config import OptimizerConfig, TrainConfig
-from nipq.train.guard import non_finite_loss
-from nipq.train.image_folder import FolderSplit
+from nipq.train.data import FolderSplit
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
-from nipq.train.tally import Tally
 from nipq.train.trainer import LOOK_EVERY, Trainer
 
 Make = Callable[..., TrainConfig]

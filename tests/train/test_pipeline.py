@@ -15,8 +15,7 @@ from nipq.errors import BudgetError, ConfigError, FileFormatError, NonFiniteErro
 from nipq.train import pipeline
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
-from nipq.train.finish import verify_run
-from nipq.train.pipeline import run
+from nipq.train.pipeline import run, verify_run
 from nipq.train.run_folder import RunFolder
 from nipq.train.trainer import Trainer
 

@@ -17,8 +17,7 @@ import pytest
 
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import layer_table
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import load_config
+from nipq.train.config import TrainConfig, load_config
 from nipq.train.pipeline import run
 from nipq.train.trainer import Trainer
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import check_config
 from nipq.train.schedule import Schedule, schedule_of
+
+from nipq.train.config import TrainConfig, check_config
 
 
 def config(**optimizer: object) -> TrainConfig:

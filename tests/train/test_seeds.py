@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nipq.train.seeds import seed_of
+from nipq.train.batches import seed_of
 
 
 def test_seeds_differ_by_part_and_place() -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from nipq.train.passage import calibrate
+from nipq.train.schedule import tempering_share
 
 from nipq.budget.budget import costs
 from nipq.config import Phase
@@ -16,10 +18,8 @@ from nipq.prepare.layer_table import quantizers
 from nipq.train import passage, stage
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
-from nipq.train.passage import calibrate
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
-from nipq.train.schedule import tempering_share
 from nipq.train.trainer import Trainer
 
 Make = Callable[..., TrainConfig]

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nipq.cli.output import answer
 from nipq.cli.results import results_table
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from nipq.train.pipeline import run
 
 BITS = 4.0

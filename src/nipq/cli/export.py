@@ -15,10 +15,10 @@ from nipq.cli.output import answer
 from nipq.errors import ConfigError
 from nipq.export.api import Format, export
 from nipq.export.packed_read import load
+from nipq.train.batches import pick
 from nipq.train.config import ModelConfig
 from nipq.train.data import load_data
 from nipq.train.factory import build_model
-from nipq.train.nested import pick
 from nipq.train.run_folder import RunFolder
 
 

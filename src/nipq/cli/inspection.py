@@ -11,8 +11,7 @@ from nipq.cli.output import answer
 from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.report.inspect import inspect
-from nipq.train.config import ModelConfig
-from nipq.train.config_file import parse_overrides
+from nipq.train.config import ModelConfig, parse_overrides
 from nipq.train.factory import build_model
 
 

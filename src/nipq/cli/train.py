@@ -8,7 +8,7 @@ from rich.console import Console
 
 from nipq.cli.output import answer
 from nipq.cli.results import results_table
-from nipq.train.config_file import load_config, parse_overrides
+from nipq.train.config import load_config, parse_overrides
 from nipq.train.parallel import is_first
 from nipq.train.pipeline import run
 

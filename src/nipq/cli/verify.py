@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from nipq.cli.output import answer
-from nipq.train.finish import verify_run
+from nipq.train.pipeline import verify_run
 from nipq.train.run_folder import RunFolder
 
 

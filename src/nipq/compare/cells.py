@@ -14,10 +14,7 @@ from dataclasses import dataclass
 
 from nipq.compare.grid import FLOAT, Grid, Tree, unknown
 from nipq.errors import ConfigError
-from nipq.train.config import BudgetConfig
-from nipq.train.config_file import check_config
-from nipq.train.merging import merged
-from nipq.train.methods import METHODS
+from nipq.train.config import METHODS, BudgetConfig, check_config, merged
 
 #: What makes a float cell of the shared settings, under the grid's own ``float`` overrides: no budget, no teacher, no
 #: training of bits. It is rounded to 8 bits at its end, which shows that the model can be quantized at all.

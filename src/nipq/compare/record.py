@@ -13,8 +13,7 @@ from typing import Any
 from nipq.compare.cells import Cell
 from nipq.compare.grid import Tree
 from nipq.errors import ConfigError, FileFormatError
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import check_config
+from nipq.train.config import TrainConfig, check_config
 from nipq.train.run_folder import FREE_FIELDS, RunFolder, flat
 
 STAGES = ("float", "search", "finetune")

@@ -16,22 +16,21 @@ from torch import Tensor
 
 from nipq.errors import ConfigError, FileFormatError
 from nipq.files import written_whole
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import dump_config, load_config
+from nipq.train.config import TrainConfig, dump_config, load_config
 
 PACKAGES = ("nipq", "torch", "torchvision", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn")
+#: Fields that may differ between a run and its continuation.
 FREE_FIELDS = (
     ("data", "path"), ("data", "workers"), ("device",), ("checkpoint_every",),
     ("parallel", "strategy"), ("parallel", "timeout"),
 )  # fmt: skip
-"""What may differ between a run and its continuation."""
 
 
 class RunFolder:
     """Paths and files of one run.
 
     Args:
-        path: The folder.
+        path: the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -55,7 +54,7 @@ class RunFolder:
         """Refuse a folder that holds anything.
 
         Raises:
-            ConfigError: If it does.
+            ConfigError: if it does.
         """
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             what = "already holds a run" if self.holds_run() else "is not empty"
@@ -71,7 +70,7 @@ class RunFolder:
             config: Written to ``config.yaml``.
 
         Raises:
-            ConfigError: If the folder holds anything.
+            ConfigError: if the folder holds anything.
         """
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,7 @@ class RunFolder:
         """The config of the run.
 
         Raises:
-            ConfigError: If no run was started here.
+            ConfigError: if no run was started here.
         """
         if not self.holds_run():
             raise ConfigError(
@@ -101,7 +100,7 @@ class RunFolder:
             config: The config given for the continuation.
 
         Raises:
-            ConfigError: Naming the fields that differ; where the data lie, workers, device and the checkpoint interval
+            ConfigError: naming the fields that differ; where the data lie, workers, device and the checkpoint interval
                 may, and so may what several processes do.
         """
         old, new = (flat(c.model_dump(mode="json")) for c in (self.read_config(), config))
@@ -132,7 +131,7 @@ class RunFolder:
         """Keep the rows that belong to the checkpoint, dropping those written after it.
 
         Raises:
-            FileFormatError: If the file has fewer rows than the checkpoint counts.
+            FileFormatError: if the file has fewer rows than the checkpoint counts.
         """
         rows = self.rows()
         if len(rows) < count:
