@@ -5,10 +5,10 @@ A trailing underscore changes the model in place; a plain verb returns something
 
 from __future__ import annotations
 
+from nipq.budget.allocate import allocate_bits_
 from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
 from nipq.budget.freeze import freeze_bits_
 from nipq.budget.hawq import allocate_
-from nipq.budget.sensitivity import allocate_bits_
 from nipq.config import BitRange, Config, Phase, Rule
 from nipq.errors import (
     BudgetError,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import nipq
-from nipq.budget import sensitivity as bit_start
+from nipq.budget import sensitivity
 from nipq.distributed import rank, world_size
 from nipq.distributed.fsdp import shard_
 from nipq.errors import ConfigError, DistributedError
@@ -143,7 +143,7 @@ def different(step: str) -> None:
     elif step == "batch norm":
         nipq.reestimate_bn_(model, own(batches(1)))
     elif step == "start":
-        nipq.start_bits_(model, own(batches(1)), cross_entropy, BUDGET)
+        nipq.allocate_bits_(model, own(batches(1)), BUDGET, cross_entropy)
     else:
         nipq.allocate_(model, own(batches(1)), cross_entropy, BUDGET)
 
@@ -190,7 +190,7 @@ def test_a_budget_out_of_reach_is_an_error_on_every_rank(ranks: Ranks) -> None:
 def started(count: int = 0) -> tuple[dict[str, float], dict[str, Tensor]]:
     model = prepared()
     given = own(batches(16))
-    losses = nipq.start_bits_(model, given[: len(given) - count * rank()], cross_entropy, BUDGET)
+    losses = nipq.allocate_bits_(model, given[: len(given) - count * rank()], BUDGET, cross_entropy)
     return losses, state(model)
 
 
@@ -203,14 +203,14 @@ def test_bits_start_where_the_mean_over_ranks_says(ranks: Ranks, monkeypatch: py
     first, second = ranks(started)
     assert first[0] == second[0]
     same(first[1], second[1])
-    slopes, theirs = bit_start._slopes, ranks(seeds)[1]
+    slopes, theirs = sensitivity._slopes, ranks(seeds)[1]
 
     def by_halves(model: nn.Module, quantizers: Any, batch: Any, loss_fn: Any, seed: int) -> list[float]:
         halves = ((slice(0, 8), seed), (slice(8, 16), theirs[seed]))
         found = [slopes(model, quantizers, (batch[0][part], batch[1][part]), loss_fn, own) for part, own in halves]
         return [(a + b) / 2 for a, b in zip(*found, strict=True)]
 
-    monkeypatch.setattr(bit_start, "_slopes", by_halves)
+    monkeypatch.setattr(sensitivity, "_slopes", by_halves)
     losses, ended = started()
     assert first[0] == pytest.approx(losses, rel=1e-4)
     close(ended, first[1], 1e-5)
@@ -219,7 +219,7 @@ def test_bits_start_where_the_mean_over_ranks_says(ranks: Ranks, monkeypatch: py
 def test_different_numbers_of_batches_are_named(ranks: Ranks) -> None:
     for _, error in ranks.outcomes(started, 3):
         assert isinstance(error, DistributedError)
-        assert "start_bits_: expected as many batches on every rank, found [16, 13]. Pass batches=13." in str(error)
+        assert "allocate_bits_: expected as many batches on every rank, found [16, 13]. Pass batches=13." in str(error)
 
 
 def allocated() -> dict[str, int]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import nipq
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import AverageBits, BitOps, ModelSize
-from nipq.budget.sensitivity import start_bits_
+from nipq.budget.allocate import allocate_bits_
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import layer_table, set_bits_
@@ -144,7 +144,8 @@ def test_bits_fixed_for_one_are_fixed_for_all_and_states_and_copies_keep_the_gro
 
 def test_the_start_at_the_budget_measures_the_whole_group() -> None:
     model = prepared()
-    losses = start_bits_(model, [(X, X)], nn.functional.mse_loss, AverageBits(weights=4, activations=4), batches=1)
+    budget = AverageBits(weights=4, activations=4)
+    losses = allocate_bits_(model, [(X, X)], budget, nn.functional.mse_loss, batches=1)
     assert {"1.key.weight", "1.value.weight", "1.query.weight"} < losses.keys()
 
 

@@ -197,7 +197,7 @@ def test_a_start_from_noise_computes_its_losses_as_training_does(
     amp: str | None, make_config: Make, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bool] = []
-    monkeypatch.setattr(passage, "start_bits_", lambda *_, **__: found.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(passage, "allocate_bits_", lambda *_, **__: found.append(torch.is_autocast_enabled("cpu")))
     stages = {"float": {"epochs": 0}, "search": {"epochs": 1}, "finetune": {"epochs": 0}}
     until(Trainer(make_config(stages=stages, data=DATA, bit_start="noise", amp=amp)), "search")
     assert found == [amp is not None]

@@ -54,9 +54,9 @@ class Limit:
     denominator: int
     accounting: str
 
-    def exact_cost(self, weight_bits: Sequence[int], activation_bits: Sequence[int]) -> Fraction:
-        """Cost of whole bit-widths without any rounding error, in ``unit``."""
-        total = self._whole(self.form.constant)
+    def exact_cost(self, weight_bits: Sequence[int | Fraction], activation_bits: Sequence[int | Fraction]) -> Fraction:
+        """Cost of bit-widths without any rounding error, in ``unit``."""
+        total: int | Fraction = self._whole(self.form.constant)
         total += sum(self._whole(c) * b for c, b in zip(self.form.weight.tolist(), weight_bits, strict=True))
         layers = zip(
             self.form.activation.tolist(),

@@ -111,7 +111,7 @@ def freeze_to_(model: nn.Module, bits: Sequence[int], limits: Sequence[Limit] = 
     return assignment
 
 
-def assign(choices: Choices, soft: NDArray[np.float64], limits: Sequence[Limit]) -> list[int]:
+def assign(choices: Choices[int], soft: NDArray[np.float64], limits: Sequence[Limit]) -> list[int]:
     """The allowed bit-widths with the least implied noise whose costs keep every limit, exactly.
 
     A tensor that no limit prices takes the allowed bit-width nearest to its soft one.

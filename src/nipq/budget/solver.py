@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +31,9 @@ from nipq.budget.budget import Limit
 from nipq.errors import BudgetError
 from nipq.functional.cost import cost
 
-Choices = Sequence[tuple[int, ...]]
+#: Exact numbers, as costs are checked without rounding.
+Bits = TypeVar("Bits", int, Fraction)
+Choices = Sequence[tuple[Bits, ...]]
 
 #: Relative gap to the proven optimum at which the solver may stop, and seconds after which it must; it then has an
 #: answer that keeps the budget, perhaps not the best one. Only bit-operations of large models come near the time.
@@ -39,7 +42,9 @@ GAP, SECONDS = 1e-3, 10.0
 logger = logging.getLogger(__name__)
 
 
-def least_loss_bits(choices: Choices, losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]) -> list[int]:
+def least_loss_bits(
+    choices: Choices[Bits], losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]
+) -> list[Bits]:
     """The allowed bit-widths with the least summed loss whose costs keep every limit, exactly.
 
     Args:
@@ -82,7 +87,7 @@ def prices(limits: Sequence[Limit], at: NDArray[np.float64]) -> NDArray[np.float
     return found
 
 
-def _solve(choices: Choices, losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]) -> list[int]:
+def _solve(choices: Choices[Bits], losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]) -> list[Bits]:
     """Nearly the best bit-widths, up to the solver's tolerances; the fewest bits if it finds none in time."""
     first = np.concatenate([[0], np.cumsum([len(allowed) for allowed in choices])])
     pairs = _Pairs(choices, first, limits)
@@ -127,9 +132,7 @@ def _solve(choices: Choices, losses: Sequence[NDArray[np.float64]], limits: Sequ
         return [allowed[0] for allowed in choices]
     if result.status == 1:
         logger.warning("the solver stopped after %g s, %.2g above the proven optimum", SECONDS, result.mip_gap)
-    return [
-        int(allowed[int(np.argmax(result.x[s : s + len(allowed)]))]) for s, allowed in zip(first, choices, strict=False)
-    ]
+    return [allowed[int(np.argmax(result.x[s : s + len(allowed)]))] for s, allowed in zip(first, choices, strict=False)]
 
 
 @contextmanager
@@ -151,7 +154,7 @@ def _silent() -> Iterator[None]:
 class _Pairs:
     """Variables for the products in the limits: one for each pair of bit-widths of a layer's weight and input."""
 
-    def __init__(self, choices: Choices, first: NDArray[np.int64], limits: Sequence[Limit]) -> None:
+    def __init__(self, choices: Choices[Any], first: NDArray[np.int64], limits: Sequence[Limit]) -> None:
         self.choices = choices
         self.start: dict[int, int] = {}
         self.links: list[list[tuple[int, float]]] = []
@@ -189,7 +192,7 @@ class _Pairs:
         ]
 
 
-def _linear_terms(limit: Limit, choices: Choices, first: NDArray[np.int64]) -> list[tuple[int, float]]:
+def _linear_terms(limit: Limit, choices: Choices[Bits], first: NDArray[np.int64]) -> list[tuple[int, float]]:
     coefficients = torch.cat([limit.form.weight, limit.form.activation]).tolist()
     return [
         (int(first[place]) + k, coefficient * bits)
@@ -200,8 +203,8 @@ def _linear_terms(limit: Limit, choices: Choices, first: NDArray[np.int64]) -> l
 
 
 def _lower(
-    bits: list[int], choices: Choices, losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]
-) -> list[int]:
+    bits: list[Bits], choices: Choices[Bits], losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]
+) -> list[Bits]:
     """Take bits away until every limit is kept in exact arithmetic, each time where it adds the least loss.
 
     A solution of the programme is above by no more than the solver's tolerance, so one bit somewhere is enough.
@@ -219,10 +222,10 @@ def _lower(
     return bits
 
 
-def _exact(limit: Limit, bits: Sequence[int]) -> Fraction:
+def _exact(limit: Limit, bits: Sequence[Bits]) -> Fraction:
     weights = len(limit.form.weight)
     return limit.exact_cost(bits[:weights], bits[weights:])
 
 
-def _allowed(limit: Limit, bits: Sequence[int]) -> bool:
+def _allowed(limit: Limit, bits: Sequence[Bits]) -> bool:
     return limit.allows(_exact(limit, bits))

@@ -37,7 +37,7 @@ def shard_(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **settin
 
     Call it on a prepared and calibrated model (a float one is sharded as usual), then build the optimizer. Bits may be
     frozen afterwards; ``nipq.Search``, ``nipq.WeightAverage``, ``nipq.calibrate_`` and ``nipq.reestimate_bn_`` work on
-    the sharded model, ``nipq.start_bits_`` and ``nipq.allocate_`` go before. Deploy from the full state dict.
+    the sharded model, ``nipq.allocate_bits_`` and ``nipq.allocate_`` go before. Deploy from the full state dict.
 
     Args:
         model: the model; its parameters become ``DTensor`` in place.

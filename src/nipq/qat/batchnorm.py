@@ -1,23 +1,28 @@
-"""Batch-norm statistics of the quantized network, measured anew, with a way back."""
+"""Batch-norm statistics of the quantized network: measured anew or moved, kept where that helps, with a way back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nipq.budget.distance import float_outputs, floats_in, output_distance
 from nipq.config import Phase
-from nipq.distributed import check_same_, inner
+from nipq.distributed import check_same_, inner, reduce_mean_, reduce_sum_
 from nipq.distributed.sync_batchnorm import synced
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.batches import in_step, to_device
+from nipq.prepare.batches import in_step, inputs_of, to_device
 from nipq.prepare.layer_table import quantizers, set_phase_
-from nipq.prepare.trace import call_model
+from nipq.prepare.trace import ExampleInputs, call_model
+
+#: Statistics of the batches themselves, or the present ones moved by what quantization changes on the batches.
+Statistics = Literal["absolute", "relative"]
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -67,7 +72,10 @@ class BatchNormUpdate:
 
 
 class _Pooled:
-    """Mean and variance of all values seen, joined exactly: the mean of means, and the law of total variance."""
+    """Mean and variance of all values that reach a batch norm, joined exactly over batches.
+
+    The mean of means, and the law of total variance.
+    """
 
     def __init__(self, module: _BatchNorm) -> None:
         self.module = module
@@ -76,34 +84,116 @@ class _Pooled:
         self.mean = torch.zeros_like(module.running_mean, dtype=torch.float64)  # type: ignore[arg-type]  # it has statistics
         self.squares = torch.zeros_like(self.mean)
 
-    def add(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
-        """Join one batch, whose statistics the module just stored (its momentum is 1)."""
-        count = round(args[0].numel() // args[0].shape[1] * self.ranks)
-        mean, var = self.module.running_mean, self.module.running_var
-        assert mean is not None
-        assert var is not None
+    def join(self, mean: Tensor, var: Tensor, count: int) -> None:
+        """Join the mean and the unbiased variance of ``count`` values of each channel."""
         delta = mean.double() - self.mean
         total = self.count + count
         self.squares += var.double() * (count - 1) + delta**2 * (self.count * count / total)
         self.mean += delta * (count / total)
         self.count = total
 
+    def add(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+        """Join one batch, whose statistics the module just stored (its momentum is 1)."""
+        mean, var = self.module.running_mean, self.module.running_var
+        assert mean is not None
+        assert var is not None
+        self.join(mean, var, round(args[0].numel() // args[0].shape[1] * self.ranks))
+
+    def reduce_(self) -> None:
+        """Join what the ranks have pooled, each of its own batches."""
+        count = self.mean.new_tensor(float(self.count))
+        total, sums = count.clone(), self.mean * count
+        reduce_sum_([total, sums])
+        mean = sums / total.clamp(min=1)
+        self.squares += count * (self.mean - mean) ** 2
+        reduce_sum_([self.squares])
+        self.mean, self.count = mean, round(float(total))
+
+    @property
+    def var(self) -> Tensor:
+        """Unbiased variance of each channel."""
+        return self.squares / (self.count - 1)
+
+
+class _Relative:
+    """Statistics of one batch norm, moved by what quantization does to them on the same batch.
+
+    With mean m and variance v of a batch in the quantized network, and m_f, v_f in the float network, the batch norm
+    evaluates with running_mean + m - m_f and running_var (v + eps) / (v_f + eps), so that the ones after it see what it
+    will make of the batch.
+    """
+
+    def __init__(self, module: _BatchNorm) -> None:
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        self.module = module
+        self.before = module.running_mean.clone(), module.running_var.clone()
+        self.float, self.quantized = _Pooled(module), _Pooled(module)
+        self._floats: list[tuple[Tensor, Tensor]] = []
+        self.quantizing = False
+
+    def look(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Note a batch of the float network, or move the statistics for the same batch of the quantized one."""
+        x = args[0].detach().float()
+        axes = [axis for axis in range(x.ndim) if axis != 1]
+        mean, var, count = x.mean(axes), x.var(axes), x.numel() // x.shape[1]
+        if not self.quantizing:
+            self._floats.append((mean, var))
+            self.float.join(mean, var, count)
+            return
+        self.quantized.join(mean, var, count)
+        self._move(mean, var, *self._floats.pop(0))
+
+    def store(self) -> None:
+        """Move the statistics by all batches of all ranks."""
+        self.float.reduce_()
+        self.quantized.reduce_()
+        if self.float.count > 1:
+            self._move(self.quantized.mean, self.quantized.var, self.float.mean, self.float.var)
+
+    def put_back(self) -> None:
+        """Give the float network its own statistics for the next batch."""
+        self.quantizing = False
+        self._floats.clear()
+        for buffer, value in zip((self.module.running_mean, self.module.running_var), self.before, strict=True):
+            assert buffer is not None
+            buffer.copy_(value)
+
+    def _move(self, mean: Tensor, var: Tensor, float_mean: Tensor, float_var: Tensor) -> None:
+        assert self.module.running_mean is not None
+        assert self.module.running_var is not None
+        eps = self.module.eps
+        self.module.running_mean.copy_(self.before[0] + (mean - float_mean))
+        self.module.running_var.copy_(self.before[1] * ((var + eps) / (float_var + eps)))
+
 
 @torch.no_grad()
-def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None = None) -> BatchNormUpdate:
-    """Replace running means and variances by those of the quantized network over some batches.
+def reestimate_bn_(
+    model: nn.Module,
+    loader: Iterable[Any],
+    batches: int | None = None,
+    *,
+    statistics: Statistics = "absolute",
+) -> BatchNormUpdate:
+    """Adapt running means and variances to the quantized network over some batches.
 
-    Every quantizer evaluates its true quantizer, dropout is off, and only batch norms are in training mode, so each one
-    sees what the ones before it make of the batch. The batches are pooled exactly: the mean over all values, and their
-    unbiased variance, within and between batches. Modes and phases are restored. With several ranks a batch is what all
-    of them give at once, and the rank with the fewest batches says how many are read.
+    Every quantizer evaluates its true quantizer and dropout is off. ``"absolute"`` replaces the statistics by those of
+    these batches: only batch norms are in training mode, so each one sees what the ones before it make of the batch,
+    and the batches are pooled exactly, mean over all values, and unbiased variance, within and between batches. Use
+    it with the data that the network was trained on. ``"relative"`` moves the statistics by the difference between the
+    quantized and the float network on the same samples, which leaves alone how these samples differ from the training
+    data: mean + m_q - m_f, and variance (v_q + eps) / (v_f + eps). Use it with few samples, or others than in training.
 
-    Paper: the batch-norm update, Q15 and Q20 in docs/paper_map.md.
+    Modes and phases are restored. With several ranks a batch is what all of them give at once (relative statistics are
+    of each rank's batches, joined at the end), and the rank with the fewest batches says how many are read.
+
+    Paper: the batch-norm update, Q15 and Q20 in docs/paper_map.md; relative statistics are not in it.
 
     Args:
         model: a prepared model with batch norms.
         loader: batches, see :func:`nipq.prepare.batches.inputs_of`; augmented as in training, if training was.
         batches: how many batches to read; all if left out.
+        statistics: see above.
 
     Returns:
         A handle with the shift of each layer and ``undo()``.
@@ -113,49 +203,160 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
         ConfigError: if the model has no batch norm with running statistics, or the loader is empty.
         DistributedError: if ranks hold different models, or one of them failed or is gone.
     """
-    owners = quantizers(model)
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
-    }
+    if statistics not in get_args(Statistics):
+        raise ConfigError(f"reestimate_bn_: expected statistics 'absolute' or 'relative', found {statistics!r}.")
+    quantizers(model)  # raises for a model that is not prepared
+    found = batchnorms(model)
     if not found:
         raise ConfigError(
             f"{type(model).__name__}: expected a batch norm with running statistics, found none. Leave this call out."
         )
     check_same_(model, "reestimate_bn_")
     before = {name: (module, _values(module)) for name, module in found.items()}
-    momenta = {module: module.momentum for module in found.values()}
-    modes = {module: module.training for module in model.modules()}
-    phases = {quantizer: quantizer.phase for quantizer in owners}
-    pooled = [_Pooled(module) for module in found.values()]
-    set_phase_(model, Phase.ROUND)  # leaves phase int, in which batch norms are folded away
-    model.eval()
-    handles = []
-    read = 0
+    measure = _absolute if statistics == "absolute" else _relative
     try:
-        for statistics in pooled:
-            statistics.module.train()
-            statistics.module.momentum = 1.0
-            handles.append(statistics.module.register_forward_hook(statistics.add))
-        device = next(model.parameters()).device
-        with synced(model):
-            for inputs, ranks in in_step(islice(loader, batches), "reestimate_bn_"):
-                for statistics in pooled:
-                    statistics.ranks = ranks
-                call_model(inner(model), to_device(inputs, device))
-                read += 1
-        if read == 0:
-            raise ConfigError("reestimate_bn_: expected at least one batch, found an empty loader.")
-        for statistics in pooled:
-            _store(statistics, read)
+        with _rounding(model):
+            read = measure(model, list(found.values()), islice(loader, batches))
+            if read == 0:
+                raise ConfigError("reestimate_bn_: expected at least one batch, found an empty loader.")
     except BaseException:
         for norm, values in before.values():
             _put_back(norm, values)
         raise
+    return BatchNormUpdate(before, read)
+
+
+def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Batch norms of a model that keep running statistics, by name.
+
+    Args:
+        model: any model.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+
+
+@dataclass(frozen=True)
+class BatchNormChoice:
+    """Which batch-norm statistics a model kept.
+
+    Attributes:
+        kept: ``"none"`` (those it had), ``"relative"`` or ``"absolute"``.
+        distances: of each choice, the distance of the outputs from the float network's on the held-out batches.
+        update: the change, with ``undo()``; None if nothing was kept.
+    """
+
+    kept: Statistics | Literal["none"]
+    distances: dict[str, float]
+    update: BatchNormUpdate | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {"kept": self.kept, "distances": dict(self.distances)}
+
+    def __str__(self) -> str:
+        """One line."""
+        found = ", ".join(f"{name} {distance:.4g}" for name, distance in self.distances.items())
+        return f"batch norms: kept {self.kept}; distance from float on held-out samples: {found}"
+
+
+@torch.no_grad()
+def reestimate_bn_if_better_(
+    model: nn.Module,
+    loader: Iterable[Any],
+    held_out: Iterable[Any],
+    batches: int | None = None,
+    *,
+    candidates: Sequence[Statistics] = ("relative", "absolute"),
+    reference: nn.Module | None = None,
+) -> BatchNormChoice:
+    """Re-estimate batch norms, and keep it only where it brings the outputs nearer to the float network's.
+
+    Each of ``candidates`` is measured from the statistics that the model has now, and judged by
+    :func:`nipq.budget.distance.output_distance` on batches that it did not see. The nearest stays, or none.
+
+    Args:
+        model: a prepared model.
+        loader: batches to measure statistics with, as for :func:`reestimate_bn_`.
+        held_out: other batches, to judge by; read once.
+        batches: how many of ``loader`` to read; all if left out.
+        candidates: ways of re-estimation to try.
+        reference: the float network in evaluation mode; if left out, the model in phase ``"float"`` with the statistics
+            that it has now. Give it when the weights were trained since.
+
+    Returns:
+        What was kept, with the distances. A model without batch norms keeps ``"none"``.
+
+    Raises:
+        As :func:`reestimate_bn_`; ConfigError also if ``held_out`` is empty.
+    """
+    if not batchnorms(model):
+        return BatchNormChoice("none", {})
+    judge = OutputJudge(model, held_out, reference)
+    distances = {"none": judge.distance()}
+    kept: Statistics | Literal["none"] = "none"
+    for statistics in candidates:
+        update = reestimate_bn_(model, loader, batches, statistics=statistics)
+        distances[statistics] = judge.distance()
+        if distances[statistics] < distances[kept]:
+            kept = statistics
+        update.undo()
+    best = None if kept == "none" else reestimate_bn_(model, loader, batches, statistics=kept)
+    return BatchNormChoice(kept, distances, best)
+
+
+class OutputJudge:
+    """Distance of a prepared model's outputs from those of the float network, on batches that are kept.
+
+    Args:
+        model: a prepared model.
+        batches: inputs, see :func:`nipq.prepare.batches.inputs_of`; read once, on this rank.
+        reference: the float network in evaluation mode; if left out, the model in phase ``"float"`` as it is now.
+
+    Raises:
+        ConfigError: if there is no batch.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], reference: nn.Module | None = None) -> None:
+        self._model = model
+        self._kept: list[tuple[ExampleInputs, list[Tensor]]] = []
+        device = next(model.parameters()).device
+        with _rounding(model), torch.no_grad():
+            for batch in batches:
+                inputs = to_device(inputs_of(batch), device)
+                truth = (
+                    float_outputs(inner(model), inputs)
+                    if reference is None
+                    else floats_in(call_model(reference, inputs))
+                )
+                self._kept.append((inputs, truth))
+        if not self._kept:
+            raise ConfigError("expected at least one held-out batch to judge by, found none. Give some.")
+
+    @torch.no_grad()
+    def distance(self) -> float:
+        """Mean over the batches of :func:`nipq.budget.distance.output_distance`, true quantizers; of all ranks."""
+        with _rounding(self._model):
+            found = [output_distance(call_model(inner(self._model), inputs), truth) for inputs, truth in self._kept]
+        mean = torch.stack(found).double().mean().cpu()
+        reduce_mean_([mean])
+        return float(mean)
+
+
+@contextmanager
+def _rounding(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and true quantizers; modes, momenta and phases are restored."""
+    modes = {module: module.training for module in model.modules()}
+    momenta = {module: module.momentum for module in batchnorms(model).values()}
+    phases = {quantizer: quantizer.phase for quantizer in quantizers(model)}
+    set_phase_(model, Phase.ROUND)  # leaves phase int, in which batch norms are folded away
+    model.eval()
+    try:
+        yield
     finally:
-        for handle in handles:
-            handle.remove()
         for norm, momentum in momenta.items():
             norm.momentum = momentum
         for module, training in modes.items():
@@ -165,22 +366,71 @@ def reestimate_bn_(model: nn.Module, loader: Iterable[Any], batches: int | None 
         else:
             for quantizer, phase in phases.items():
                 quantizer.phase = phase
-    return BatchNormUpdate(before, read)
 
 
-def _store(statistics: _Pooled, batches: int) -> None:
-    """Write pooled statistics into their batch norm."""
-    module = statistics.module
+def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[Any]) -> int:
+    """Replace the statistics by those of some batches; gives back how many were read."""
+    pooled = [_Pooled(norm) for norm in norms]
+    handles = [statistics.module.register_forward_hook(statistics.add) for statistics in pooled]
+    device = next(model.parameters()).device
+    read = 0
+    try:
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        with synced(model):
+            for inputs, ranks in in_step(loader, "reestimate_bn_"):
+                for statistics in pooled:
+                    statistics.ranks = ranks
+                call_model(inner(model), to_device(inputs, device))
+                read += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    for statistics in pooled if read else ():
+        _check_reached(statistics)
+        _store(statistics.module, statistics.mean, statistics.var)
+        if statistics.module.num_batches_tracked is not None:
+            statistics.module.num_batches_tracked.fill_(read)
+    return read
+
+
+def _relative(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[Any]) -> int:
+    """Move the statistics by what quantization changes on some batches; gives back how many were read."""
+    moved = [_Relative(norm) for norm in norms]
+    handles = [one.module.register_forward_pre_hook(one.look) for one in moved]
+    device = next(model.parameters()).device
+    read = 0
+    try:
+        for batch, _ in in_step(loader, "reestimate_bn_"):
+            inputs = to_device(batch, device)
+            for one in moved:
+                one.put_back()
+            float_outputs(inner(model), inputs)
+            for one in moved:
+                one.quantizing = True
+            call_model(inner(model), inputs)
+            read += 1
+    finally:
+        for handle in handles:
+            handle.remove()
+    for one in moved if read else ():
+        _check_reached(one.quantized)
+        one.store()
+    return read
+
+
+def _check_reached(statistics: _Pooled) -> None:
     if statistics.count == 0:
         raise OrderError(
             "reestimate_bn_: expected the batches to reach every batch norm, found one that none did. "
             "Give batches that use the whole model."
         )
-    values = {"running_mean": statistics.mean, "running_var": statistics.squares / (statistics.count - 1)}
-    for name, value in values.items():
+
+
+def _store(module: _BatchNorm, mean: Tensor, var: Tensor) -> None:
+    for name, value in (("running_mean", mean), ("running_var", var)):
         getattr(module, name).copy_(value)
-    if module.num_batches_tracked is not None:
-        module.num_batches_tracked.fill_(batches)
 
 
 def _values(module: _BatchNorm) -> dict[str, Tensor]:

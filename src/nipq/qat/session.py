@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
+from nipq.budget.allocate import allocate_bits_
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.freeze import freeze_bits_, freeze_to_
-from nipq.budget.sensitivity import LossFn, allocate_bits_
+from nipq.budget.sensitivity import LossFn
 from nipq.config import Phase
 from nipq.distributed import check_same_, is_sharded
 from nipq.distributed.fsdp import check_wrapper, unwrapped, waits_for_all
