@@ -11,7 +11,7 @@ from nipq.budget.budget import costs
 from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers
-from nipq.train import merging
+from nipq.train import config as config_module
 from nipq.train.config import METHODS, check_config, dump_config, load_config, merged
 from nipq.train.trainer import Trainer
 
@@ -65,7 +65,7 @@ def test_unknown_method_lists_the_known_ones(wrong: object) -> None:
 
 
 def test_close_method_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "METHODS", {"nipq": {}, "straight": {}})
+    monkeypatch.setattr(config_module, "METHODS", {"nipq": {}, "straight": {}})
     with pytest.raises(ConfigError, match="did you mean 'straight'"):
         check_config({**BASE, "method": "strait"})
 

@@ -67,7 +67,6 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
-@pytest.mark.timeout(1800)  # three more processes: quick alone, slow on a machine that does other work
 def test_kill_and_resume_gives_the_same_numbers(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(SETTINGS, encoding="utf-8")
@@ -78,17 +77,16 @@ def test_kill_and_resume_gives_the_same_numbers(tmp_path: Path) -> None:
     # Killed in the float stage within an epoch, then in the search while a checkpoint is half written.
     for count, half in ((5, False), (7, True)):
         process = start(path, broken, count, half)
-        assert process.wait(timeout=600) == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
     assert not (broken / "results.json").exists()
 
     # Killed from outside, whenever that happens to be.
     before = len(rows(broken))
     process = start(path, broken)
-    deadline = time.monotonic() + 600
-    while len(rows(broken)) <= before and time.monotonic() < deadline and process.poll() is None:
+    while len(rows(broken)) <= before and process.poll() is None:
         time.sleep(0.01)
     process.kill()
-    assert process.wait(timeout=600) == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
 
     results = run(config, broken, resume=True, quiet=True)
     assert {**results, "seconds": 0} == {**expected, "seconds": 0}
@@ -110,10 +108,10 @@ def test_a_layer_that_was_float_is_not_continued_as_a_quantized_one(
     stages = {"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1, "lr": 0.01}}
     config = make_config(stages=stages, data={"kind": "digits", "batch_size": 32, "train_limit": 64})
     checkpoint = copy.deepcopy(until(Trainer(config), "search").checkpoint())
-    assert Trainer(config, checkpoint).progress.stage == "search"
-    frozen = until(Trainer(config, checkpoint), "finetune").checkpoint()
-    assert Trainer(config, frozen).progress.stage == "finetune"
-    name = layer_table(Trainer(config, checkpoint).model)[-1].name
+    assert Trainer(config, copy.deepcopy(checkpoint)).progress.stage == "search"
+    frozen = until(Trainer(config, copy.deepcopy(checkpoint)), "finetune").checkpoint()
+    assert Trainer(config, copy.deepcopy(frozen)).progress.stage == "finetune"
+    name = layer_table(Trainer(config, copy.deepcopy(checkpoint)).model)[-1].name
     checkpoint.model[f"{name}.weight"] = checkpoint.model[f"{name}.parametrizations.weight.original"]
     for key in list(checkpoint.model):
         if key.startswith((f"{name}.parametrizations.", f"{name}.quantization.")):

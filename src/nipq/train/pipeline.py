@@ -145,8 +145,7 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
         if progress.step == total:  # before the last step of a search freezes the bits that its row is about
             row = _row(trainer)
             progress.rows += 1
-            progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, [0.0, 0.0, 0.0]
-            trainer.begin_epoch()
+            trainer.close_epoch()
         trainer.follow()
         if every and progress.step and progress.step % every == 0:
             trainer.gather()

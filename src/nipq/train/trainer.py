@@ -174,9 +174,10 @@ class Trainer:
             self.look()
         self.progress.sums = self.tally.gather()
 
-    def begin_epoch(self) -> None:
-        """Forget the sums of the epoch before."""
-        self.tally = Tally(self.device, self.progress.sums)
+    def close_epoch(self) -> None:
+        """Go on to the next epoch, whose sums start at zero."""
+        self.progress.epoch, self.progress.step, self.progress.sums = self.progress.epoch + 1, 0, [0.0, 0.0, 0.0]
+        self.tally = Tally(self.device)
 
     def batches(self) -> Iterator[Batch]:
         """The rest of the present epoch's training batches."""
@@ -232,7 +233,7 @@ class Trainer:
         """Build the optimizers, and the float stage's average or the session, that the present stage trains with."""
         self.session, self.network, self._average = None, self.model, None
         self.optimizers, self._schedulers = [], []
-        self.begin_epoch()
+        self.tally = Tally(self.device, self.progress.sums)
         if self.progress.stage == "float" and self.epochs:
             self._enter_float(checkpoint)
         elif self.progress.stage in ("search", "finetune"):

@@ -36,7 +36,7 @@ def test_boundary_is_named(model: nn.Module) -> None:
     quantizer = layer_table(model)[2].weight
     with torch.no_grad():
         quantizer.alpha_raw.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=f"now.*the boundary of {quantizer.name}"):
+    with pytest.raises(NonFiniteError, match=f"now.*the clipping range of {quantizer.name}"):
         check_state(model, "now")
 
 
