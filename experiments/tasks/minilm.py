@@ -3,7 +3,8 @@
     python -m experiments.tasks.minilm FOLDER runs/minilm_sentiment/runs/published.safetensors
 
 writes the published sentence encoder, which FOLDER holds, for ``model.weights``. All linear layers and what they read
-are quantized; embeddings, layer norms and the products of attention stay float, see :func:`nipq.prepare.validate.validate`.
+are quantized; embeddings, layer norms and the products of attention stay float, see
+:func:`nipq.prepare.validate.validate`.
 """
 
 from __future__ import annotations

@@ -162,9 +162,15 @@ def test_the_first_generation_of_fsdp_is_refused_by_name(group: None) -> None:
 
 
 SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: QATSession(net(), BUDGET, TOTAL), ConfigError, "expected a loader to measure its batch norms with"),
-    (lambda: QATSession(net(), BUDGET, TOTAL, loader=[X], finetune=1.0), ConfigError, "finetune from 0 to below 1"),
-    (lambda: QATSession(net(), BUDGET, 0, loader=[X]), ConfigError, "total_steps of at least 1"),
+    (
+        lambda: QATSession(net(), BUDGET, TOTAL),
+        ConfigError,
+        "a loader to calibrate the model",
+    ),
+    (lambda: QATSession(net(), BUDGET, TOTAL, loader=[X], finetune=1.5), ConfigError, "finetune from 0 to 1"),
+    (lambda: QATSession(net(), BUDGET, -1, loader=[X]), ConfigError, "total_steps of 0 or more"),
+    (lambda: QATSession(net(), BUDGET, TOTAL, loader=iter([X])), ConfigError, "read several times"),
+    (lambda: QATSession(net(), BUDGET, TOTAL, loader=[X], schedule="step"), ConfigError, "found 'step'"),
     (lambda: QATSession(net(), AverageBits(weights=1.5), TOTAL, loader=[X]), BudgetError, "average weight bits"),
     (lambda: QATSession(plain(), BUDGET, TOTAL), OrderError, "expected a prepared model"),
 ]

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 
 from nipq.analysis.hessian import hessian, labelled
@@ -249,6 +248,8 @@ def _estimate(values: Tensor, count: int) -> Trace:
 
 
 def _top_eigenvalue(operator: Any, tolerance: float, seed: int) -> float:  # noqa: ANN401
+    from scipy.sparse.linalg import eigsh  # here, as scipy is slow to import
+
     size = operator.shape[0]
     if size <= DENSE:
         matrix = operator @ torch.eye(size, dtype=operator.dtype, device=operator.device)

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from nipq.analysis.network import Scores, differentiable, input_samples, intact
 from nipq.analysis.sweep import Point, Sweep
 from nipq.errors import OrderError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
 from nipq.functional.packing import FEWEST_BITS
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.batches import inputs_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
 from nipq.prepare.trace import call_model
-from nipq.qat.calibrate import SAMPLE_SIZE
 
 Boundaries = Literal["kept", "refit"]
 

@@ -1,4 +1,4 @@
-"""Every bit-width of a prepared model in one vector: what budgets, the search and the snap compute with."""
+"""Every bit-width of a prepared model in one vector, for budgets, search and freeze."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nipq.prepare.layer_table import LayerRow
 class BitTable:
     """The tensors that have a bit-width, weights first and each once, and their bits as one vector.
 
-    Built from the rows of :func:`nipq.prepare.layer_table.layer_table`. The vector is computed for all tensors together: one
-    concatenation, one sigmoid, no value read back to the host.
+    Built from the rows of :func:`nipq.prepare.layer_table.layer_table`. The vector is computed for all tensors
+    together: one concatenation, one sigmoid, no value read back to the host.
 
     Args:
         rows: the prepared layers.
@@ -89,7 +89,7 @@ class BitTable:
             frozen = next(quantizer.name for quantizer in self._learned if quantizer.is_frozen)
             raise OrderError(
                 f"{frozen}: expected a bit-width that is still learned, found one that was frozen since. "
-                "A search ends when bits are frozen; build a new nipq.Search to go on with the others."
+                "A search ends when bits are frozen; build a new Search to go on with the others."
             ) from None
         # Ends as tensors instead of numbers: the same formula, for tensors of different ranges at once.
         low, high = self._tensors["low"], self._tensors["high"]

@@ -1,8 +1,6 @@
-"""One limit on one model: a cost form with a number that it may not exceed, its range, and what a model costs.
+"""Budgets of the finished model: average bits, bytes of the file, bit-operations; costs and feasible ranges.
 
-Limits on the finished model: average bits, bytes, bit-operations; and whether any bits keep them.
-
-Every limit is one :class:`~nipq.functional.cost.CostForm`. The penalty, the report, the feasible range and the snap
+Every limit is one :class:`~nipq.functional.cost.CostForm`. The penalty, the report, the feasible range and the freeze
 read only that form, so they cannot count differently.
 """
 
@@ -83,7 +81,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class LimitCost:
-    """What a model costs under one limit.
+    """Cost of a model under one limit.
 
     Attributes:
         name: as in :class:`Limit`.
@@ -171,7 +169,7 @@ def feasible_range(limit: Limit, rows: Sequence[LayerRow]) -> FeasibleRange:
 
 
 def limit_cost(limit: Limit, table: BitTable) -> LimitCost:
-    """What the model costs now under one limit.
+    """Cost of the model now under one limit.
 
     Args:
         limit: the limit.
@@ -365,7 +363,7 @@ class AverageBits(Budget):
     sum M b / sum M over the layers' inputs, M the elements for one sample, **without the model's own input**, which has
     the bits of its source (an image has 8). Layers and inputs that stay float are counted in neither.
 
-    Paper: the average-bit objective, Q12 in docs/paper_map.md.
+    Paper: the average-bit objective, Q12 in the paper map.
 
     Args:
         weights: average over weights, bits; None leaves them free.
@@ -464,7 +462,7 @@ class BitOps(Budget):
     sum MACs * weight bits * input bits over the quantized layers, first and last included. An input that stays float
     counts 8 bits if it is the model's own (an image arrives in bytes), else 32.
 
-    Paper: the BOPs objective, B3 and Q13 in docs/paper_map.md.
+    Paper: the BOPs objective, B3 and Q13 in the paper map.
 
     Args:
         operations: single bit-operations, or text with a prefix: ``"5.3 G"`` is 5.3e9.
@@ -539,7 +537,7 @@ def check_feasible(model: nn.Module, budget: Budget) -> list[FeasibleRange]:
 
 
 def costs(model: nn.Module, budget: Budget) -> list[LimitCost]:
-    """What a prepared model costs now under each limit, with continuous and with rounded bit-widths.
+    """Costs of a prepared model now under each limit, with continuous and with rounded bit-widths.
 
     Raises:
         OrderError: if the model is not prepared.

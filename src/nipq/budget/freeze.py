@@ -1,8 +1,8 @@
-"""From learned, continuous bit-widths to whole ones that keep the budget exactly: an integer programme.
+"""Freeze: from learned, continuous bit-widths to whole ones that keep the budget exactly.
 
 At the learned optimum, one more bit anywhere buys as much accuracy as its price (reverse water-filling). Noise power
 falls as 4^-b, so the power that tensor q had at its learned b*_q is, up to one common factor, its price c_q = sum over
-limits of d cost / d b_q / target at that point, and at b bits it is c_q 4^(b*_q - b). The snap minimises the sum::
+limits of d cost / d b_q / target at that point, and at b bits it is c_q 4^(b*_q - b). The freeze minimises the sum::
 
     min  sum_q c_q 4^(b*_q - b_q)     b_q in the allowed bit-widths,  every cost <= its limit
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Assignment:
-    """What ``freeze_bits_`` decided.
+    """Bit-widths chosen by ``freeze_bits_``.
 
     Attributes:
         bits: whole bit-width of each tensor, by its full name.

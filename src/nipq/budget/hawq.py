@@ -1,4 +1,4 @@
-"""Bits from curvature instead of from training: a rival to the search, after HAWQ.
+"""HAWQ: bit-widths allocated by the curvature (Hessian trace) of the float network, a baseline for learned bits.
 
 A tensor that is changed by e raises the loss by e^T H e / 2 to second order, at a minimum. With an error spread evenly
 over directions this is tr H ||e||^2 / (2 N), so the loss that tensor q is charged with at b bits is::
@@ -6,9 +6,9 @@ over directions this is tr H ||e||^2 / (2 N), so the loss that tensor q is charg
     Omega_q(b) = tr(H_q) / N_q * ||Q_b(w_q) - w_q||^2
 
 HAWQ-v2 (arXiv 1911.03852) defines it for weights, and for activations with the Hessian in the activation, trace and
-squared error of one sample averaged over samples; HAWQ-v3 (arXiv 2011.10680) chooses the bits by an integer programme,
-min sum_q Omega_q(b_q) within the budget. H is taken at the float weights, Q_b has the boundary of least noise error
-at b bits (T6 in docs/paper_map.md), and what both share is left out: the factor 1/2.
+squared error of one sample averaged over samples; HAWQ-v3 (arXiv 2011.10680) chooses the bits by an integer linear
+programme, min sum_q Omega_q(b_q) within the budget. H is taken at the float weights, Q_b has the clipping range of
+least noise error at b bits (T6 in the paper map), and what both share is left out: the factor 1/2.
 """
 
 from __future__ import annotations
@@ -30,25 +30,24 @@ from nipq.budget.freeze import Assignment, freeze_to_
 from nipq.budget.solver import least_loss_bits
 from nipq.distributed import all_or_none, check_same_, from_rank_zero, gather_objects, inner, world_size
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
 from nipq.functional.uniform import quantize
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.batches import to_device
 from nipq.prepare.layer_table import layer_table
 from nipq.prepare.trace import ExampleInputs, call_model
-from nipq.qat.calibrate import SAMPLE_SIZE
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What a tensor's bits are worth.
+    """Sensitivity of the loss to the bit-width of one tensor.
 
     Attributes:
         name: full name of the tensor.
         trace: of its block of the Hessian, with the standard error of the estimate.
         errors: mean squared error of the quantizer, by bit-width.
-        losses: what the integer programme sums, by bit-width: trace times mean squared error. A trace below its own
+        losses: the summands of the ILP, by bit-width: trace times mean squared error. A trace below its own
             standard error, a negative one for instance, counts as the standard error.
     """
 
@@ -74,12 +73,12 @@ def allocate_(
 ) -> Assignment:
     """Freeze the bit-widths that add the least loss, by the curvature of the float network, within the budget.
 
-    Call it after ``prepare_`` and ``calibrate_`` on a trained float network, and calibrate again afterwards: boundaries
-    belong to bit-widths. No limit is ever exceeded. Fixed bit-widths stay as they are; a tensor that no limit counts
-    gets its most bits, for they cost nothing. With several ranks each reads its share of the samples, and all compute
-    with all of them.
+    Call it after ``prepare_`` and ``calibrate_`` on a trained float network, and calibrate again afterwards: clipping
+    ranges belong to bit-widths. No limit is ever exceeded. Fixed bit-widths stay as they are; a tensor that no limit
+    counts gets its most bits, for they cost nothing. With several ranks each reads its share of the samples, and all
+    compute with all of them.
 
-    Paper: not in it; a rival of section 2. Equation and sources in the module's text.
+    Paper: not in it; a baseline of its section 2. Equation and sources in the module's text.
 
     Args:
         model: a prepared and calibrated model, in any phase.
@@ -146,7 +145,7 @@ def sensitivities(
     for quantizer in table.quantizers:
         if not quantizer.calibrated:
             raise OrderError(
-                f"{quantizer.name}: expected a calibrated model, found a boundary that was never set. "
+                f"{quantizer.name}: expected a calibrated model, found a clipping range that was never set. "
                 "Call nipq.calibrate_(model, loader) first; it also chooses the inputs' grids."
             )
     names = {module: name for name, module in model.named_modules()}

@@ -1,6 +1,6 @@
-"""Whole bit-widths of least loss within a budget: an integer programme over a table of losses.
+"""ILP solver: whole bit-widths of least summed loss within a budget.
 
-For every tensor q and each of its allowed bit-widths b a loss l_q(b) is given, whatever it stands for; found are::
+For every tensor q and each of its allowed bit-widths b a loss l_q(b) is given. The integer linear programme is::
 
     min  sum_q l_q(b_q)     b_q in the allowed bit-widths,  every cost <= its limit
 
@@ -24,8 +24,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import coo_array
 
 from nipq.budget.budget import Limit
 from nipq.errors import BudgetError
@@ -62,8 +60,8 @@ def least_loss_bits(
     for limit in limits:
         if not _allowed(limit, fewest):
             raise BudgetError(
-                f"snap: expected {limit.name} of at least {float(_exact(limit, fewest)):,.10g} {limit.unit}, the cost "
-                f"of the fewest bits; found {limit.target:,.10g}. Raise the limit, or allow fewer bits."
+                f"budget: expected {limit.name} of at least {float(_exact(limit, fewest)):,.10g} {limit.unit}, the "
+                f"cost of the fewest bits; found {limit.target:,.10g}. Raise the limit, or allow fewer bits."
             )
     return _lower(_solve(choices, losses, limits), choices, losses, limits)
 
@@ -89,6 +87,10 @@ def prices(limits: Sequence[Limit], at: NDArray[np.float64]) -> NDArray[np.float
 
 def _solve(choices: Choices[Bits], losses: Sequence[NDArray[np.float64]], limits: Sequence[Limit]) -> list[Bits]:
     """Nearly the best bit-widths, up to the solver's tolerances; the fewest bits if it finds none in time."""
+    # Here, as scipy would be a fifth of the time that ``import nipq`` takes.
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
     first = np.concatenate([[0], np.cumsum([len(allowed) for allowed in choices])])
     pairs = _Pairs(choices, first, limits)
     variables = pairs.end

@@ -9,6 +9,7 @@ Wrappers that trainers put around a model: looked through, and refused when they
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakSet
@@ -16,7 +17,6 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nipq.distributed import check_same_, is_sharded, reduce_mean_
@@ -55,6 +55,8 @@ def shard_(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **settin
             "shard_: expected a process group, found none. Start the program with torchrun or accelerate launch and "
             "call torch.distributed.init_process_group first."
         )
+    from torch.distributed.fsdp import fully_shard  # here, as it brings sympy and takes longer than torch itself
+
     check_same_(model, "shard_")
     # Gathered weights are given back after every forward, the root's as well: who looks at a parameter between steps
     # (weight averages, checkpoints) then sees the same tensor every time.
@@ -168,7 +170,9 @@ def check_wrapper(model: nn.Module) -> None:
         DistributedError: for the first generation of FSDP, or naming a quantizer that sharding left to its rank.
     """
     bare = unwrapped(model)
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+    # A model can only hold one if its module, which is slow to import, has been imported.
+    first_generation = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(module, first_generation) for module in model.modules()):
         raise DistributedError(
             f"{type(bare).__name__}: expected FSDP2 (fully_shard), found FullyShardedDataParallel, which flattens "
             "parameters and shards boundaries and bit-widths with them. Use nipq.distributed.fsdp.shard_ on the bare model."

@@ -108,8 +108,8 @@ def stochastic_round_bits(bits: Tensor, choices: tuple[int, ...], draw: Tensor |
     Args:
         bits: bit-width, any shape.
         choices: allowed whole bit-widths, ascending, at least one.
-        draw: random numbers in [0, 1), shape of bits, such as ``nipq.functional.counter_rng.unit_draw`` gives; from torch's
-            own generator if left out.
+        draw: random numbers in [0, 1), shape of bits, such as ``nipq.functional.counter_rng.unit_draw`` gives; from
+            torch's own generator if left out.
 
     Returns:
         Whole numbers held as floats, shape of bits; d/d bits is 1.

@@ -37,7 +37,7 @@ from nipq.qat.session import QATSession
 #: A ``Trainer``, a ``LightningModule``, and what the one hands to the other.
 Given: TypeAlias = Any
 
-#: What callbacks that compare scores keep of the best ones.
+#: State of the best score in callbacks that compare scores.
 _SCORES = (
     "best_score", "wait_count", "best_model_score", "best_model_path", "best_k_models", "kth_best_model_path",
     "kth_value",
@@ -215,7 +215,7 @@ def _give_back(pl_module: Given) -> None:
 
 
 def _plus(output: Given, term: torch.Tensor) -> Given:
-    """What ``training_step`` may return, with the penalty in its loss."""
+    """The output of ``training_step`` with the penalty in its loss."""
     if output is None:
         return None
     return {**output, "loss": output["loss"] + term} if isinstance(output, Mapping) else output + term

@@ -1,4 +1,4 @@
-"""What all integrations share: versions that they were written for, a seed for each rank, one guest at a time."""
+"""Shared helpers of the integrations: supported versions, a seed for each rank, one callback per trainer."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def supported(module: str, *, least: tuple[int, int], extra: str) -> ModuleType:
     return found
 
 
-def check_alone(guests: Iterable[object], kind: type) -> None:
+def check_alone(callbacks: Iterable[object], kind: type) -> None:
     """Refuse a second session in one trainer: each would freeze bits, and both would add a penalty.
 
     Args:
-        guests: what the trainer holds.
+        callbacks: those of the trainer.
         kind: the class of ours.
 
     Raises:
         OrderError: if more than one is of that class.
     """
-    found = sum(isinstance(guest, kind) for guest in guests)
+    found = sum(isinstance(callback, kind) for callback in callbacks)
     if found > 1:
         raise OrderError(f"trainer: expected one {kind.__name__}, found {found}. Remove the others.")
 
@@ -67,7 +67,7 @@ def spread_seeds(steps: int = 0) -> None:
 
 
 def gradient_of(penalty: Tensor) -> Tensor:
-    """Zero with the gradient of the penalty: what a trainer logs as its loss stays the loss of the task."""
+    """Zero with the gradient of the penalty: the loss that a trainer logs stays the loss of the task."""
     return penalty - penalty.detach()
 
 

@@ -99,7 +99,7 @@ class NipqCallback(_library.TrainerCallback, _library.trainer_callback.Exportabl
         self.session.finish()
 
     def state(self) -> dict[str, Any]:
-        """What the trainer writes into its state file."""
+        """State that the trainer writes into its state file."""
         return {"args": {}, "attributes": {"session": None if self.session is None else self.session.state_dict()}}
 
 

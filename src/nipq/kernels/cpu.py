@@ -62,10 +62,13 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no type
 def available() -> bool:
     """Whether there are compiled kernels; a constant to ``torch.compile``."""
     return library() is not None
+
+
+# All that ``torch.compiler.assume_constant_result`` does, but for importing the compiler, which takes two seconds.
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _compiled() -> Path:

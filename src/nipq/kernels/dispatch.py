@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-import nipq.kernels.cpu as cpu
-import nipq.kernels.triton as triton_proxy
-import nipq.kernels.triton as triton_rounding
 from nipq.functional.grid import Grid, GridKind
+from nipq.kernels import cpu
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
 
 
@@ -32,13 +31,14 @@ class Backend(NamedTuple):
 
 
 _CPU = Backend(cpu.supported, cpu.proxy_forward, cpu.proxy_backward, cpu.round_forward, cpu.round_backward)
-_CUDA = Backend(
-    triton_proxy.supported,
-    triton_proxy.proxy_forward,
-    triton_proxy.proxy_backward,
-    triton_rounding.round_forward,
-    triton_rounding.round_backward,
-)
+
+
+@cache
+def _cuda() -> Backend:
+    """The kernels for GPUs; imported when a tensor is on one, as Triton is slow to import."""
+    from nipq.kernels import triton as cuda
+
+    return Backend(cuda.supported, cuda.proxy_forward, cuda.proxy_backward, cuda.round_forward, cuda.round_backward)
 
 
 def backend(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend | None:
@@ -51,7 +51,7 @@ def backend(x: Tensor, alpha: Tensor, channel_axis: int) -> Backend | None:
     """
     if x.is_cuda and torch.compiler.is_compiling():
         return None  # there the compiler fuses the plain operations into what makes x
-    kernels = _CUDA if x.is_cuda else _CPU
+    kernels = _cuda() if x.is_cuda else _CPU
     return kernels if kernels.supported(x, alpha, channel_axis) else None
 
 

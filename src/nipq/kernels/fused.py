@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import nipq.functional.uniform as uniform
-import nipq.kernels.dispatch as operators
+from nipq.functional import uniform
 from nipq.functional.bitwidth import bits_from_raw, round_bits, stochastic_round_bits
 from nipq.functional.clipping import alpha_from_raw
 from nipq.functional.counter_rng import counter_noise, is_dense, unit_draw
@@ -21,6 +20,7 @@ from nipq.functional.grid import Grid
 from nipq.functional.noise import ErrorTable, table_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import widened
+from nipq.kernels import dispatch as operators
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.dispatch import Backend, backend
 

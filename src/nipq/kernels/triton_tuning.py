@@ -13,11 +13,16 @@ from nipq.errors import MissingDependencyError
 from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
-from nipq.kernels.triton import proxy_backward, proxy_forward, triton
+from nipq.kernels.triton import proxy_backward, proxy_forward
 from nipq.kernels.triton_tiles import ALLOWED, Sizes, keep_sizes, on_trial
 
 #: What is timed: activations of half a batch in half precision with one boundary, and weights with one per channel.
 ACTIVATIONS, WEIGHTS = (64, 256, 56, 56), (1024, 512, 3, 3)
+
+try:
+    import triton
+except ImportError:
+    triton = None
 
 Stopwatch = Callable[[Callable[[], object]], float]
 

@@ -1,4 +1,4 @@
-"""First boundaries and grids of the inputs, from data."""
+"""Calibrate activation clipping ranges and grids from data, and weight ranges from the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from nipq.distributed import (
     world_size,
 )
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.clipping import even_stride
+from nipq.functional.clipping import SAMPLE_SIZE, even_stride
 from nipq.nn.init import start_input_boundary_, start_weight_boundary_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
@@ -31,26 +31,23 @@ from nipq.prepare.batches import in_step, inputs_of, to_device
 from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
 from nipq.prepare.trace import call_model
 
-#: Values kept of each input over all batches; the squared error of a boundary is known to a per cent from far fewer.
-SAMPLE_SIZE = 65_536
-
 
 @torch.no_grad()
 def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.Module:
-    """Start every boundary afresh: the inputs' grids and boundaries from data, the weights' from the weights.
+    """Calibrate all clipping ranges: the inputs' grids and ranges from data, the weights' ranges from the weights.
 
     Runs the float model (evaluation mode, phase ``"float"``) and keeps an evenly spaced sample of each input. Modes and
-    phase are restored. Boundaries are set for the bit-widths of the moment, so calibrate after ``set_bits_`` and after
+    phase are restored. Ranges are set for the bit-widths of the moment, so calibrate after ``set_bits_`` and after
     loading a float checkpoint. A layer that these batches never reach is an error, not a silent default.
 
-    With several ranks each gives batches of its own and all end with the same grids and boundaries: those of the
+    With several ranks each gives batches of its own and all end with the same grids and ranges: those of the
     samples of all of them. Where the ranks' batches are equal slices of larger ones, they are what one process takes
     from these.
 
     Args:
         model: a prepared model.
-        loader: batches, see :func:`inputs_of`; only the first ``batches`` are read, on each rank. Of a sharded model
-            the rank with the fewest says how many.
+        loader: batches, see :func:`nipq.prepare.batches.inputs_of`; only the first ``batches`` are read, on each rank.
+            Of a sharded model the rank with the fewest says how many.
         batches: how many batches to read, at least 1.
 
     Returns:

@@ -1,4 +1,4 @@
-"""An exponential moving average of a model in training, quantizer parameters and batch-norm statistics included."""
+"""Exponential moving average (EMA) of a model in training, quantizer parameters and batch norms included."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nipq.errors import ConfigError
 class WeightAverage:
     """Average of parameters over the steps of training: average <- decay * average + (1 - decay) * model.
 
-    It starts as a copy of the model. Averaged are all floating parameters, boundaries and bit-widths as the raw
+    It starts as a copy of the model. Averaged are all floating parameters, clipping ranges and bit-widths as the raw
     parameters that are trained (so the average of what was inside their ranges stays inside), and the running
     statistics of batch norms. Half-precision parameters are averaged in float32. Parameters that leave the model, such
     as bit-widths when they are frozen, leave the average; new ones enter with their present value. Each rank averages

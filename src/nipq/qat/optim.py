@@ -152,7 +152,7 @@ def check_optimizer(model: nn.Module, *optimizers: Optimizer) -> None:
 
 
 def check_float32(model: nn.Module) -> None:
-    """Refuse boundaries and bits in half precision.
+    """Refuse clipping ranges and bit-widths in half precision.
 
     Args:
         model: a prepared model.
@@ -163,8 +163,9 @@ def check_float32(model: nn.Module) -> None:
     for quantizer in quantizers(model):
         if quantizer.alpha_raw.dtype in (torch.float16, torch.bfloat16):
             raise ConfigError(
-                f"{quantizer.name}: expected boundaries and bits in float32, found {quantizer.alpha_raw.dtype}; "
-                "half precision would swallow their steps. Train with autocast (mixed precision) instead."
+                f"{quantizer.name}: expected clipping ranges and bit-widths in float32, found "
+                f"{quantizer.alpha_raw.dtype}; half precision would swallow their steps. "
+                "Train with autocast (mixed precision) instead."
             )
 
 

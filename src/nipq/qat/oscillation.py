@@ -1,7 +1,7 @@
-"""Weights that swing between two levels: measured, dampened, or frozen.
+"""Oscillating weights in quantization-aware training: measured, dampened, or frozen.
 
-Under straight-through gradients a weight whose best value lies between two levels is pushed over the rounding boundary
-from both sides and never comes to rest (T1 in ``docs/paper_map.md``). The remedies are those of "Overcoming
+Under straight-through gradients a weight whose best value lies between two levels is pushed over the rounding threshold
+from both sides and never comes to rest (T1 in the paper map). The remedies are those of "Overcoming
 Oscillations in Quantization-Aware Training" (arXiv 2203.11086); the constants are those of its published code.
 """
 
@@ -20,14 +20,18 @@ from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import WeightQuantizer
 from nipq.prepare.layer_table import weight_table
 
-MOMENTUM = 0.01  # of the frequency and of the mean code: both look back over about 100 steps
-ANNEAL_FROM = 0.25  # share of training before dampening or freezing begins
-FREEZE_START = 0.1  # frequency above which weights are frozen at first; falls to the final value
-OSCILLATING = 0.005  # frequency above which a weight counts as oscillating in reports
+#: Momentum of the frequency and of the mean code: both look back over about 100 steps.
+MOMENTUM = 0.01
+#: Share of training before dampening or freezing begins.
+ANNEAL_FROM = 0.25
+#: Frequency above which weights are frozen at first; falls to the final value.
+FREEZE_START = 0.1
+#: Frequency above which a weight counts as oscillating in reports.
+OSCILLATING = 0.005
 
 
 class Oscillations:
-    """Watches the weights of a model from inside anybody's loop, and calms those that oscillate.
+    """Tracks weights that oscillate between two levels during training, and dampens or freezes them.
 
     ::
 

@@ -86,5 +86,6 @@ def resume_(schedulers: Sequence[LambdaLR], steps: int) -> None:
     """
     for scheduler in schedulers:
         scheduler.last_epoch = steps
-        for group, rate in zip(scheduler.optimizer.param_groups, scheduler.get_lr(), strict=True):
-            group["lr"] = rate
+        bases = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, rate, factor in bases:
+            group["lr"] = rate * factor(steps)

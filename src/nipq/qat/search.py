@@ -1,4 +1,4 @@
-"""The price of exceeding a limit, found while training: a feedback loop with a fixed time scale and no fixed unit.
+"""Search for bit-widths under a budget: a penalty whose prices a feedback controller finds while training.
 
 A budget is a constraint, so its penalty has to carry a Lagrange multiplier that nobody knows beforehand; it differs by
 orders of magnitude between networks and optimizers. The controller moves the price of each limit until the cost
@@ -18,9 +18,8 @@ the size of the model, the unit of the cost and the length of training do not ma
 growing until the cost has reached its reference, and then overshoots it. On the toy networks of the test, over a wider
 grid of which 183 cases can reach their target (300 to 3000 steps, SGD and Adam, constant and cosine rates, losses of
 1e-3 to 1 at 4 bits), 77 ended more than 1 % off without it and 8 with it. Six of those are SGD on the steepest loss,
-where the average swings by 2 to 7 % at a fixed price, too; the other two end 1.6 % off. The snap then keeps the budget.
-
-The search for bit-widths under a budget: a term for the loss, and a step after every optimizer step.
+where the average swings by 2 to 7 % at a fixed price, too; the other two end 1.6 % off. The freeze then keeps the
+budget.
 """
 
 from __future__ import annotations

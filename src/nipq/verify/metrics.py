@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.special import pdtrik
 from torch import Tensor
 
 from nipq.errors import ConfigError
@@ -269,6 +268,8 @@ def most_by_chance(expected: float) -> int:
     Args:
         expected: the count's mean.
     """
+    from scipy.special import pdtrik  # here, as scipy is slow to import
+
     return max(1, math.ceil(float(pdtrik(1 - FALSE_ALARMS, expected))))
 
 
