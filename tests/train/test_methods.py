@@ -89,6 +89,7 @@ def test_every_method_trains_and_keeps_the_budget(
         model={"factory": "nipq.train.models:digits_net", "kwargs": {"width": 4}},
         data={"kind": "digits", "batch_size": 32, "train_limit": 64},
         stages={"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1}},
+        optimizer={"lr": 0.01},
     )
     trainer = until(Trainer(config), "done")
     assert trainer.budget is not None

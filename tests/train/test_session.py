@@ -48,7 +48,7 @@ def test_the_noise_mix_reaches_the_true_error(make_config: Make, until: Until) -
     shares = []
     for _ in range(2):
         for batch in trainer.batches():
-            shares.append({float(q.error_share) for q in quantizers(trainer.model) if q.error_share is not None})
+            shares.append({float(q.error_share or 0) for q in quantizers(trainer.model)})
             trainer.step(*batch)
             if trainer.progress.step == 4:
                 trainer.close_epoch()
