@@ -184,19 +184,3 @@ def _probed(quantizers: list[TensorQuantizer], sign: float, seed: int) -> Iterat
     finally:
         for quantizer in quantizers:
             quantizer.__dict__.pop("forward", None)
-
-
-def allocate_bits_(
-    model: nn.Module,
-    loader: Iterable[Any],
-    budget: Budget,
-    loss_fn: LossFn | None = None,
-    *,
-    method: str = "noise",
-    batches: int = 32,
-    seed: int = 0,
-) -> dict[str, float]:
-    """Allocate the first bit-widths at the budget."""
-    if loss_fn is None or method != "noise":
-        return {}
-    return start_bits_(model, loader, loss_fn, budget, batches=batches, seed=seed)
