@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from nipq.cli.output import JsonFlag, answer, reporting
 from nipq.cli.results import results_table
 from nipq.train.run_folder import RunFolder
+
+#: Width of a terminal in which every table fits.
+MOST_COLUMNS = 1000
 
 
 def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: JsonFlag = False) -> None:
@@ -35,7 +37,8 @@ def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: J
             return
         console.print(results_table(results, title=f"{folder}: {config.model.factory}"))
         table = _layer_table(layers)
-        console.print(table, width=max(console.width, console.measure(table).minimum))
+        needed = Console(width=MOST_COLUMNS).measure(table).maximum
+        Console(width=max(console.width, needed)).print(table)
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
@@ -44,7 +47,7 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:
     """Layers within 80 columns where their names allow it; a longer name makes lines longer and is never split."""
-    table = Table(title="layers", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table = Table(title="layers", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column("layer", no_wrap=True, overflow="ignore")
     table.add_column("kind", no_wrap=True)
     for heading in ("W bits", "A bits", "W range", "A range", "weights", "MMAC"):
