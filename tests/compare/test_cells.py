@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from nipq.compare.cells import expand
 from nipq.compare.grid import Grid, load_grid
@@ -166,13 +164,6 @@ def test_a_file_that_is_no_grid_is_refused(text: str, message: str, tmp_path: Pa
 def test_example_grids_expand(path: Path) -> None:
     grid = load_grid(path)
     assert len(expand(grid)) >= len(grid.seeds) * (1 + len(grid.budgets))
-
-
-def test_the_page_shows_the_example_grid() -> None:
-    """What ``docs/compare.md`` shows is the file that it tells to run."""
-    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
-    assert yaml.safe_load(shown) == yaml.safe_load((GRIDS[0].parent / "digits.yaml").read_text(encoding="utf-8"))
 
 
 def test_merging_changes_none_of_its_arguments() -> None:
