@@ -40,7 +40,7 @@ def training(word: str) -> Training:
         return Training(model, x, y, torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9))
     settings = METHODS[word]
     fields = dict(settings.get("quantization", {}))
-    learned = settings.get("allocation", "learned") == "learned"
+    learned = settings.get("allocation", "noise") in ("noise", "middle")
     if not learned:
         fields |= {"weight_bits": BITS, "activation_bits": BITS}
     nipq.prepare_(model, x[:1], nipq.Config.model_validate(fields))

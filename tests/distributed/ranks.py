@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[2]
 WORLD = 2
-PATIENCE = 60
+PATIENCE = 600
 
 
 class Ranks:

@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer": {"lr": 0.02, "bits_lr": 0.1},
     "batchnorm_batches": 2,
     "calibration_batches": 2,
-    "bit_start": "middle",
+    "allocation": "middle",
     "ema_decay": 0.8,
     "device": "cpu",
     "threads": 1,

@@ -31,7 +31,7 @@ def test_run_leaves_everything(finished: Path) -> None:
     expected = {
         "config.yaml", "environment.json", "metrics.jsonl", "checkpoint.pt", "trained.pt", "float.pt", "layers.csv",
         "layers.json", "model.nipq.safetensors", "verify.json", "results.json", "plots/bits_per_layer.png",
-        "plots/history.png", "plots/boundaries.png",
+        "plots/history.png", "plots/ranges.png",
     }  # fmt: skip
     assert expected <= names
     assert any(name.startswith("tensorboard/events") for name in names)
@@ -157,7 +157,7 @@ def test_weights_alone(make_config: Make, tmp_path: Path) -> None:
     results = run(config, tmp_path / "run", quiet=True)
     assert results["verified"]
     assert results["average_bits"]["weights"] <= 4
-    assert (tmp_path / "run" / "plots" / "boundaries.png").is_file()
+    assert (tmp_path / "run" / "plots" / "ranges.png").is_file()
 
 
 def test_everything_switched_on(make_config: Make, tmp_path: Path) -> None:

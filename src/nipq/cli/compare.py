@@ -34,13 +34,13 @@ def run_compare(
     """Run the cells of a grid that are not done, then write, draw and print the table of those that are.
 
     Args:
-        path: Grid file.
-        folder: Where everything goes.
-        data: Folder of the data.
-        workers: Cells side by side.
-        table_only: Train nothing.
-        overwrite: Discard results of another config.
-        as_json: Print JSON; progress goes to standard error.
+        path: grid file.
+        folder: where everything goes.
+        data: folder of the data.
+        workers: cells side by side.
+        table_only: train nothing.
+        overwrite: discard results of another config.
+        as_json: print JSON; progress goes to standard error.
 
     Returns:
         Whether every cell of the grid that should have run has its result.

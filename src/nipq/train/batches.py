@@ -79,15 +79,7 @@ def moved(value: Any, device: torch.device, *, channels_last: bool = False) -> A
 
 
 def slice_of(count: int, index: int, parts: int) -> slice:
-    """One of several equal slices of a batch.
-
-    Args:
-        count: samples of the batch.
-        index: number of the slice, from 0.
-        parts: number of slices.
-
-    Raises:
-        ConfigError: if the batch cannot be divided.
+    """The samples of slice ``index`` of ``parts`` equal ones of a batch; ConfigError if it cannot be divided.
 
     Example:
         >>> slice_of(6, 1, 2)
@@ -169,11 +161,7 @@ class Part(Split):
         return len(self.split)
 
     def epoch(self, key: int, start: int = 0) -> Iterator[Batch]:
-        """This slice of the training batches.
-
-        Raises:
-            ConfigError: if a batch cannot be divided.
-        """
+        """This slice of the training batches."""
         for inputs, targets in self.split.epoch(key, start):
             samples = slice_of(count_of(inputs), self.index, self.parts)
             yield pick(inputs, samples), pick(targets, samples)
@@ -321,16 +309,7 @@ def tensor_splits(
 
 
 def stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """Mask of the given fraction of every class, rounded up.
-
-    Args:
-        labels: [N] int64.
-        fraction: in [0, 1].
-        seed: of the choice.
-
-    Returns:
-        [N] bool.
-    """
+    """Mask, [N] bool, of a fraction in [0, 1] of every class of ``labels`` [N] int64, rounded up; seeded."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(int(labels.max()) + 1):

@@ -35,7 +35,7 @@ PLACEHOLDER = {"shard", "shape", "dtype"}
 
 @dataclass
 class Progress:
-    """How far a run has come. Everything that is not in a state dict and cannot be derived from the config.
+    """Progress of a run: everything that is not in a state dict and cannot be derived from the config.
 
     Attributes:
         stage: ``float``, ``search``, ``finetune`` or ``done``.
@@ -80,7 +80,7 @@ class Checkpoint:
         """Write the file; a kill leaves the old or the new one. All processes call it, the first one writes.
 
         Args:
-            path: The file.
+            path: the file.
         """
         parts: dict[str, Tensor] = {}
         content = {f.name: _apart(getattr(self, f.name), f.name, parts) for f in fields(self) if f.name != "progress"}
@@ -108,7 +108,7 @@ class Checkpoint:
         """Read a checkpoint.
 
         Args:
-            path: The file.
+            path: the file.
 
         Returns:
             The checkpoint, on the CPU.

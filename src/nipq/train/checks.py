@@ -32,14 +32,7 @@ ADVICE = "lower optimizer.lr or range_lr, check the input data, then continue fr
 
 
 def make_budget(config: BudgetConfig) -> Budget:
-    """Build the budget of a config: all of its limits joined.
-
-    Args:
-        config: the ``budget`` section.
-
-    Raises:
-        ConfigError: if a size or a number of operations cannot be read.
-    """
+    """Build the budget of a config: all of its limits joined; ConfigError if one cannot be read."""
     parts: list[Budget] = []
     average = config.average_bits
     if average is not None:
@@ -54,7 +47,7 @@ def make_budget(config: BudgetConfig) -> Budget:
 def preflight(
     model: nn.Module, example: Nested, config: TrainConfig, budget: Budget | None, check: Callable[[Any], None]
 ) -> list[FeasibleRange]:
-    """Check before the first step that model, data, settings and budget fit: run the model once, prepare a copy of it.
+    """Check before the first step that model, data, settings and budget fit: run the model, prepare a copy of it.
 
     Args:
         model: the float model on the CPU.
@@ -67,8 +60,7 @@ def preflight(
         The range within reach of each limit.
 
     Raises:
-        ConfigError: if the model does not take the inputs, its outputs are refused, or bits are to be allocated
-            without a budget.
+        ConfigError: if they do not fit each other.
         BudgetError: if the budget is out of reach, naming the range.
         NotQuantizableError: if the model cannot be prepared.
         MissingDependencyError: if the allocation needs a package that is not there.
@@ -177,15 +169,7 @@ def non_finite_state(model: nn.Module) -> str | None:
 
 
 def check_state(model: nn.Module, when: str) -> None:
-    """Refuse a model that holds a number that is not finite.
-
-    Args:
-        model: the model.
-        when: the place in the run, for the message.
-
-    Raises:
-        NonFiniteError: naming the first clipping range or tensor that is not finite.
-    """
+    """Raise NonFiniteError, with the place in the run, for a model that holds a number that is not finite."""
     found = non_finite_state(model)
     if found is not None:
         raise NonFiniteError(f"expected finite numbers {when}, found NaN or infinity in {found}; {ADVICE}")

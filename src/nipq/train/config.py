@@ -27,7 +27,7 @@ NOISY = ("nipq", "diffq")
 
 
 class ModelConfig(Settings):
-    """Which network to build and which float weights to start from.
+    """The network to build and the float weights to start from.
 
     Attributes:
         factory: a torchvision name such as ``resnet18``, or an import path ``package.module:callable``.
@@ -42,7 +42,7 @@ class ModelConfig(Settings):
 
 
 class DataConfig(Settings):
-    """Where images come from and how they are cut into batches.
+    """The data set and its batches.
 
     Attributes:
         kind: ``digits`` (inside scikit-learn), ``fashion_mnist`` (a folder of idx files), ``image_folder``
@@ -180,7 +180,7 @@ class OptimizerConfig(Settings):
 
 
 class OscillationConfig(Settings):
-    """What calms weights that swing between two levels, see :class:`nipq.qat.oscillation.Oscillations`.
+    """Remedies for weights that swing between two levels, see :class:`nipq.qat.oscillation.Oscillations`.
 
     Attributes:
         dampen: final weight of the pull to the middle of the bin; ``None`` for none.
@@ -206,7 +206,7 @@ class TeacherConfig(ModelConfig):
 
 
 class ParallelConfig(Settings):
-    """What several processes do with a run; without effect on a single one.
+    """Settings of a run in several processes; without effect on a single one.
 
     Attributes:
         strategy: ``ddp`` keeps the whole model on every rank; ``fsdp`` shards it while a stage trains.
@@ -223,7 +223,7 @@ class TrainConfig(Settings):
     """Everything a run depends on; the same config and seed give the same numbers on the same machine.
 
     Attributes:
-        method: A word of :data:`METHODS`; its settings apply where this config gives none.
+        method: a word of :data:`METHODS`; its settings apply where this config gives none.
         task: ``classification``, or ``package.module:callable``, called with this config for a
             :class:`~nipq.train.task.Task`.
         model: the network.
@@ -241,7 +241,7 @@ class TrainConfig(Settings):
         teacher: distillation, or ``None``.
         ema_decay: decay of the weight average that replaces the weights at the end of a stage, or ``None``.
         batchnorm_batches: batches for re-estimating batch-norm statistics after freezing; 0 leaves them alone.
-        calibration_batches: batches that set the first boundaries.
+        calibration_batches: batches that set the first clipping ranges.
         verify_batches: test batches on which the deployed model is compared with the trained one.
         label_smoothing: of the cross entropy.
         parallel: what several processes do, see :class:`ParallelConfig`.

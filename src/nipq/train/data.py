@@ -38,25 +38,22 @@ RESIZE_RATIO = 256 / 224
 
 
 def load_data(config: DataConfig, seed: int) -> Sources:
-    """Load the data set that a config names.
+    """Load the splits of the data set that a config names.
 
     Args:
         config: the ``data`` section.
         seed: decides about the training samples that are held out for validation.
-
-    Returns:
-        Train, validation and test splits.
 
     Raises:
         ConfigError: if the folder or a file is missing or not what it should be.
         MissingDependencyError: if the data set's package is not installed.
     """
     if config.kind == "digits":
-        return digits(config, seed)
+        return _digits(config, seed)
     if config.kind == "fashion_mnist":
-        return fashion_mnist(config, seed)
+        return _fashion_mnist(config, seed)
     if config.kind == "image_folder":
-        return image_folder(config, seed)
+        return _image_folder(config, seed)
     assert config.factory is not None
     found = import_callable(config.factory, "data.factory")(config, seed)
     if not isinstance(found, Sources):
@@ -64,16 +61,8 @@ def load_data(config: DataConfig, seed: int) -> Sources:
     return found
 
 
-def digits(config: DataConfig, seed: int) -> Sources:
-    """The 1,797 gray 8x8 digits inside scikit-learn; a fixed, stratified fifth of them is the test split.
-
-    Args:
-        config: the ``data`` section.
-        seed: decides about the training images that are held out for validation.
-
-    Returns:
-        The splits, standardised with the training images' mean and deviation.
-    """
+def _digits(config: DataConfig, seed: int) -> Sources:
+    """The 1,797 gray 8x8 digits inside scikit-learn; a fixed, stratified fifth of them is the test split."""
     datasets = require("sklearn.datasets", extra="vision", purpose="the digits data")
     data = datasets.load_digits()
     images = torch.tensor(data.images, dtype=torch.float32)[:, None]
@@ -82,19 +71,8 @@ def digits(config: DataConfig, seed: int) -> Sources:
     return _standardised(images[~test], labels[~test], images[test], labels[test], config, seed, shift=1, flip=False)
 
 
-def fashion_mnist(config: DataConfig, seed: int) -> Sources:
-    """Fashion-MNIST, 60,000 + 10,000 gray 28x28 images, from a folder of idx files.
-
-    Args:
-        config: the ``data`` section; ``path`` is searched with its subfolders.
-        seed: decides about the training images that are held out for validation.
-
-    Returns:
-        The splits, standardised with the training images' mean and deviation.
-
-    Raises:
-        ConfigError: if the folder or one of the four files is missing or damaged.
-    """
+def _fashion_mnist(config: DataConfig, seed: int) -> Sources:
+    """60,000 + 10,000 gray 28x28 images from a folder of idx files, searched with its subfolders."""
     if config.path is None:
         raise ConfigError(f"expected data.path for fashion_mnist, found none; {FASHION_HELP}")
     root = Path(config.path)
@@ -133,6 +111,7 @@ def _standardised(
     images: Tensor, labels: Tensor, test_images: Tensor, test_labels: Tensor, config: DataConfig, seed: int,
     *, shift: int, flip: bool,
 ) -> Sources:  # fmt: skip
+    """Splits standardised with the training images' mean and deviation."""
     mean, deviation = images.mean(), images.std()
     train, test = ((images - mean) / deviation, labels), ((test_images - mean) / deviation, test_labels)
     return tensor_splits(train, test, config, seed, shift=shift, flip=flip, classes=int(labels.max()) + 1)
@@ -141,19 +120,8 @@ def _standardised(
 # ---------------------------------------------------------------------- image folders
 
 
-def image_folder(config: DataConfig, seed: int) -> Sources:
-    """Images from ``path/train`` and ``path/val``; ``val`` is the test split, validation is cut from ``train``.
-
-    Args:
-        config: the ``data`` section.
-        seed: decides about the training images that are held out for validation.
-
-    Returns:
-        The splits.
-
-    Raises:
-        ConfigError: if a folder is missing, holds no images, or the two folders disagree on the classes.
-    """
+def _image_folder(config: DataConfig, seed: int) -> Sources:
+    """Images from ``path/train`` and ``path/val``; ``val`` is the test split, validation is cut from ``train``."""
     if config.path is None:
         raise ConfigError(f"expected data.path for image_folder, found none; {FOLDER_HELP}")
     train, test = (_open(Path(config.path) / name) for name in ("train", "val"))

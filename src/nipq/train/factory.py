@@ -52,17 +52,7 @@ def build_model(config: ModelConfig, *, with_weights: bool = True) -> nn.Module:
 
 
 def find_factory(name: str) -> Callable[..., Any]:
-    """Find the callable that a name stands for.
-
-    Args:
-        name: a torchvision model's name, or ``package.module:callable``.
-
-    Returns:
-        The callable.
-
-    Raises:
-        ConfigError: if there is no such model, module or callable.
-    """
+    """Find the callable behind a torchvision model's name or ``package.module:callable``; else ConfigError."""
     if ":" in name:
         return import_callable(name, "model factory")
     models = require("torchvision.models", extra="vision", purpose="torchvision's networks")
@@ -78,18 +68,7 @@ def find_factory(name: str) -> Callable[..., Any]:
 
 
 def import_callable(path: str, what: str) -> Callable[..., Any]:
-    """Import the callable at a path.
-
-    Args:
-        path: ``package.module:callable``.
-        what: its role, for the message.
-
-    Returns:
-        The callable.
-
-    Raises:
-        ConfigError: if there is no such module or callable.
-    """
+    """Import ``package.module:callable``; ``what`` is its role, for the message of the ConfigError if there is none."""
     module_name, _, attribute = path.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
@@ -99,17 +78,7 @@ def import_callable(path: str, what: str) -> Callable[..., Any]:
 
 
 def build_task(config: TrainConfig) -> Task:
-    """Build the task that a config names.
-
-    Args:
-        config: the run's config; a task's callable is called with it.
-
-    Returns:
-        The task.
-
-    Raises:
-        ConfigError: if there is no such task, or the callable returns something else.
-    """
+    """Build the task of a run; ConfigError if there is none, or its callable returns something else."""
     if config.task == "classification":
         temperature = 1.0 if config.teacher is None else config.teacher.temperature
         return Classification(config.label_smoothing, temperature)

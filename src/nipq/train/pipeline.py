@@ -37,7 +37,7 @@ from nipq.train.checkpoint import Checkpoint
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.parallel import accelerated
-from nipq.train.plots import Histogram, plot_bits, plot_boundaries, plot_history
+from nipq.train.plots import Histogram, plot_bits, plot_history, plot_ranges
 from nipq.train.run_folder import RunFolder, write_state, write_table, write_text
 from nipq.train.trainer import Trainer
 from nipq.verify import VerifyResult, verify
@@ -61,10 +61,10 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
     ``accelerate launch`` in several processes, they share every batch, and the first one writes and returns for all.
 
     Args:
-        config: What to do; see :class:`~nipq.train.config.TrainConfig`.
-        folder: Where everything is written; new or empty unless ``resume``.
-        resume: Continue the run in ``folder``; a finished run gives its results again, an empty folder starts afresh.
-        quiet: Show nothing on the terminal.
+        config: what to do; see :class:`~nipq.train.config.TrainConfig`.
+        folder: where everything is written; new or empty unless ``resume``.
+        resume: continue the run in ``folder``; a finished run gives its results again, an empty folder starts afresh.
+        quiet: show nothing on the terminal.
 
     Returns:
         The results, as in ``results.json``: scores of each named state (``float``, ``frozen``, ``bn``,
@@ -222,16 +222,7 @@ def _line(row: dict[str, Any], epochs: int, metric: str) -> str:
 
 
 def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, Any]:
-    """Write everything that a finished run leaves; the results file comes last, so its presence means complete.
-
-    Args:
-        trainer: A run whose stage is ``done``.
-        place: Its folder.
-        reporter: For one line per step.
-
-    Returns:
-        The results.
-    """
+    """Write everything that a finished run leaves; the results file comes last, so its presence means complete."""
     model = trainer.model.eval()
     table = summary(model)
     layers = table.to_dict()["layers"]
@@ -267,11 +258,11 @@ def verify_run(place: RunFolder, files: Sequence[Path] = ()) -> VerifyResult:
     """Load a finished run's trained and packed models from its folder and compare them again.
 
     Args:
-        place: The run's folder.
-        files: What was exported from the run, to be compared as well.
+        place: the run's folder.
+        files: exports of the run, to be compared as well.
 
     Returns:
-        What :func:`nipq.verify.verify` found; true when every rung holds.
+        The result of :func:`nipq.verify.verify`; true when every level holds.
 
     Raises:
         ConfigError: if the folder holds no finished run.
@@ -317,7 +308,7 @@ def _plots(trainer: Trainer, place: RunFolder, layers: list[dict[str, Any]]) -> 
         if rows := place.rows():
             plot_history(rows, place.plots / "history.png", trainer.task.metric, trainer.task.unit)
         inputs = moved(pick(next(iter(trainer.data.test))[0], slice(64)), trainer.device)
-        plot_boundaries(histograms(trainer.model, inputs), place.plots / "boundaries.png")
+        plot_ranges(histograms(trainer.model, inputs), place.plots / "ranges.png")
     except MissingDependencyError as error:
         return str(error)
     return None
@@ -325,15 +316,7 @@ def _plots(trainer: Trainer, place: RunFolder, layers: list[dict[str, Any]]) -> 
 
 @torch.no_grad()
 def histograms(model: nn.Module, inputs: Nested) -> list[Histogram]:
-    """Weights and inputs of some layers, spread evenly over the depth, with their quantizers.
-
-    Args:
-        model: A prepared model whose bits are frozen.
-        inputs: Of the model; what the layers' inputs are recorded from.
-
-    Returns:
-        First the weights, then the inputs of the same layers.
-    """
+    """Weights, then inputs, of some layers spread over the depth, with their quantizers, recorded from ``inputs``."""
     layers = [row for row in layer_table(model) if not row.spec.is_product]
     rows = [row for row in layers if row.input is not None] or layers  # with weights alone no layer has an input
     chosen = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, PANELS)})]
@@ -376,9 +359,9 @@ class Reporter:
     """Shows a run on the terminal and in TensorBoard; with ``quiet`` only the latter.
 
     Args:
-        tensorboard: Folder of the event files; ``None`` for none.
-        step: Training steps that earlier parts of the run have logged; later ones are dropped from the display.
-        quiet: Show nothing on the terminal.
+        tensorboard: folder of the event files; ``None`` for none.
+        step: training steps that earlier parts of the run have logged; later ones are dropped from the display.
+        quiet: show nothing on the terminal.
     """
 
     def __init__(self, tensorboard: Path | None, step: int = 0, *, quiet: bool = False) -> None:

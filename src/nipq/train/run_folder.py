@@ -1,4 +1,4 @@
-"""The folder that a run writes into: what is in it, and that nothing in it is lost."""
+"""The folder of a run: its files, written whole, never overwritten, continued under the same config only."""
 
 from __future__ import annotations
 
@@ -51,11 +51,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
 
     def check_free(self) -> None:
-        """Refuse a folder that holds anything.
-
-        Raises:
-            ConfigError: if it does.
-        """
+        """Raise ConfigError for a folder that holds anything."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             what = "already holds a run" if self.holds_run() else "is not empty"
             raise ConfigError(
@@ -64,14 +60,7 @@ class RunFolder:
             )
 
     def start(self, config: TrainConfig) -> None:
-        """Claim an empty folder for a new run.
-
-        Args:
-            config: Written to ``config.yaml``.
-
-        Raises:
-            ConfigError: if the folder holds anything.
-        """
+        """Claim an empty folder for a new run; ConfigError if it holds anything."""
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.environment, json.dumps(environment(), indent=2) + "\n")
@@ -82,11 +71,7 @@ class RunFolder:
         return self.config.is_file()
 
     def read_config(self) -> TrainConfig:
-        """The config of the run.
-
-        Raises:
-            ConfigError: if no run was started here.
-        """
+        """The config of the run; ConfigError if no run was started here."""
         if not self.holds_run():
             raise ConfigError(
                 f"expected a run folder, found no config.yaml in {self.path}; name a folder made by nipq train"
@@ -97,7 +82,7 @@ class RunFolder:
         """Refuse to continue a run under another config.
 
         Args:
-            config: The config given for the continuation.
+            config: the config given for the continuation.
 
         Raises:
             ConfigError: naming the fields that differ; where the data lie, workers, device and the checkpoint interval
@@ -163,7 +148,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its config: versions and machine."""
+    """Versions and machine: all that the numbers of a run depend on besides its config."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
