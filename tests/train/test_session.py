@@ -7,15 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from nipq.budget.budget import costs
+from nipq.budget.budget import AverageBits, costs
 from nipq.config import Phase
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import quantizers
+from nipq.prepare.prepare import prepare_
 from nipq.qat import session
 from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
+from nipq.qat.session import QATSession, calibrate_and_allocate_
+from nipq.train.batches import Few, moved, seed_of
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
+from nipq.train.data import load_data
+from nipq.train.models import digits_net
+from nipq.train.optim import schedule_of
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
 from nipq.train.trainer import Trainer, _SessionLoader
@@ -178,3 +186,55 @@ def test_allocation_needs_a_budget(allocation: str, make_config: Make) -> None:
         Trainer(make_config(budget=None, allocation=allocation))
     fixed = {"weight_bits": 3, "activation_bits": 5}
     assert Trainer(make_config(budget=None, allocation=allocation, quantization=fixed)).budget is None
+
+
+def test_a_run_is_a_plain_loop_around_a_session(make_config: Make, until: Until) -> None:
+    """Data, seeds and schedule of the run, the loop of the README: equal losses, bits and weights."""
+    stages = {"float": {"epochs": 0}, "search": {"epochs": 9}, "finetune": {"epochs": 4, "lr": 0.01}}  # 52 steps
+    config = make_config(stages=stages, data=DATA)
+    trainer = until(Trainer(config), "search")
+    losses = []
+    while trainer.progress.epoch < trainer.epochs:
+        for batch in trainer.batches():
+            before = trainer.tally.look()[0]
+            trainer.step(*batch)
+            losses.append((trainer.tally.look()[0] - before) / 32)
+            if trainer.progress.step == 4:
+                trainer.close_epoch()
+            trainer.follow()
+    trainer.advance()
+    assert trainer.progress.stage == "done"
+
+    seed = config.seed
+    torch.manual_seed(seed_of(seed, "model"))
+    model = digits_net(width=8)
+    data = load_data(config.data, seed)
+    prepare_(model, next(iter(data.test))[0][:1], config.quantization)
+    cpu = torch.device("cpu")  # the strides of a batch decide about its kernels, and so about its rounding errors
+    loader = [(moved(x, cpu), y) for x, y in Few(data.train, 4, seed_of(seed, "calibration"))]
+    settings = {"calibration_batches": 2, "seed": seed_of(seed, "allocation")}
+    calibrate_and_allocate_(model, loader, AverageBits(4, 4), cross_entropy, **settings)
+    optimizer = torch.optim.SGD(param_groups(model, 0.05, 1e-4), lr=0.05, momentum=0.9, nesterov=True)
+    session = QATSession(
+        model, AverageBits(4, 4), 52, loader=loader, loss_fn=cross_entropy, optimizer=optimizer, finetune=16 / 52,
+        schedule=schedule_of(config, ["search", "finetune"], 4), batchnorm_batches=3,
+    )  # fmt: skip
+    model.train()
+    found = []
+    for stage, epochs in (("search", 9), ("finetune", 4)):
+        for epoch in range(epochs):
+            for step, (x, y) in enumerate(data.train.epoch(seed_of(seed, "data", stage, epoch))):
+                torch.manual_seed(seed_of(seed, stage, epoch, step))
+                loss = cross_entropy(model(moved(x, cpu)), y)
+                (loss + session.penalty()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                session.step()
+                found.append(loss.item())
+        if stage == "search":
+            optimizer.state.clear()  # a new curve starts without momentum
+    session.finish()
+    assert found == pytest.approx(losses, rel=1e-6)
+    assert [q.bits_rounded for q in quantizers(model)] == [q.bits_rounded for q in quantizers(trainer.model)]
+    states = model.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())
