@@ -2,7 +2,7 @@
 
 python -m benchmarks.methods --overwrite        # results/methods.jsonl, in about two minutes
 
-Every word of ``nipq.train.methods`` trains the same network from the same weights on the same batch, in turn, on one
+Every word of ``nipq.train.config`` trains the same network from the same weights on the same batch, in turn, on one
 thread; a ratio is that of one round's times, and what is kept is its median and quartiles. The teacher of the grid,
 which costs all methods the same, is left out. Methods of one width have 3 bits, the others a search for 3 on average.
 """
@@ -19,9 +19,8 @@ from benchmarks.networks import in_layout
 from benchmarks.timing import interleaved, quartiles, ratio
 from benchmarks.variants import FLOAT, RATE, STEPS, Training
 from nipq.train.compare import load_grid
-from nipq.train.config import ModelConfig
+from nipq.train.config import METHODS, ModelConfig
 from nipq.train.factory import build_model
-from nipq.train.methods import METHODS
 
 GRID = Path(__file__).parents[1] / "experiments/rivals/fashion_mobilenet_v2.yaml"
 BITS, BATCH = 3, 128
@@ -41,7 +40,7 @@ def training(word: str) -> Training:
         return Training(model, x, y, torch.optim.SGD(model.parameters(), lr=RATE, momentum=0.9))
     settings = METHODS[word]
     fields = dict(settings.get("quantization", {}))
-    learned = settings.get("allocation", "learned") == "learned"
+    learned = settings.get("allocation", "noise") in ("noise", "middle")
     if not learned:
         fields |= {"weight_bits": BITS, "activation_bits": BITS}
     nipq.prepare_(model, x[:1], nipq.Config.model_validate(fields))

@@ -18,9 +18,7 @@ from typing import Any
 import yaml
 
 from nipq.train import run
-from nipq.train.config_file import check_config
-from nipq.train.merging import merged
-from nipq.train.methods import METHODS
+from nipq.train.config import METHODS, check_config, merged
 from nipq.train.records import Records
 
 #: A run that trains the float network and nothing else.

@@ -21,9 +21,9 @@ from experiments.export.records import origin, parser, stored, write
 from experiments.shown import Record
 from nipq.export.modules import deployed_layers
 from nipq.functional.packing import payload_bytes
+from nipq.train.batches import pick
 from nipq.train.data import load_data
 from nipq.train.factory import build_model
-from nipq.train.nested import pick
 from nipq.train.run_folder import RunFolder
 
 SEED, SIZE = 0, 64

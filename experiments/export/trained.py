@@ -28,11 +28,10 @@ from experiments.shown import Record
 from nipq.export.openvino import openvino_model
 from nipq.export.runtimes import faithful_session
 from nipq.prepare.layer_table import layer_table
-from nipq.train.batches import Few
+from nipq.train.batches import Few, count_of, pick
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
-from nipq.train.finish import metric_of
-from nipq.train.nested import count_of, pick
+from nipq.train.pipeline import metric_of
 from nipq.train.run_folder import RunFolder, installed_version
 from nipq.verify.archives import ProgramModule
 from nipq.verify.metrics import logits_of

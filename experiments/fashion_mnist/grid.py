@@ -75,12 +75,12 @@ def budget_config(network: str, seed: int, bits: float, data: Path, runs: Path) 
             "lr": 0.02,
             "weight_decay": 5e-4,
             "quantizer_optimizer": "adam",
-            "boundary_lr": 0.003,
+            "range_lr": 0.003,
             "bits_lr": 0.02,
             "final": 0.0,
         },
         "teacher": NETWORKS[network] | {"weights": weights, "weight": 1.0},
-        "bit_start": "middle",
+        "allocation": "middle",
         "batchnorm_batches": 50,
         "channels_last": True,
         "threads": 1,
@@ -111,7 +111,7 @@ def cells() -> Iterator[tuple[str, int, float | None]]:
 def run_cell(network: str, seed: int, bits: float | None, data: Path, runs: Path) -> None:
     """Train one cell to the end and append its record; a float cell whose weights were lost keeps the one it has."""
     from nipq.train import run
-    from nipq.train.config_file import check_config
+    from nipq.train.config import check_config
 
     name = cell_name(network, seed, bits)
     config = float_config(network, seed, data) if bits is None else budget_config(network, seed, bits, data, runs)

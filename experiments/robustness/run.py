@@ -32,10 +32,10 @@ from experiments.robustness.perturbation import lowered_sweep, perturbation_swee
 from nipq.budget.hessian import curvature, is_quantized
 from nipq.prepare.layer_table import set_phase_
 from nipq.prepare.prepare import prepare_
+from nipq.train.batches import pick
 from nipq.train.compare import CompareFolder
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
-from nipq.train.nested import pick
 from nipq.train.records import Record, Records
 from nipq.train.run_folder import RunFolder
 from nipq.train.task import Task

@@ -29,7 +29,7 @@ import nipq
 from nipq.functional.clipping import noise_optimal_range
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import layer_table
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from nipq.train.data import load_data
 from nipq.train.factory import build_model
 from nipq.train.records import Record, Records

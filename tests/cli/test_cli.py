@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -14,9 +16,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import nipq
 from nipq.cli import app, demo
+from nipq.cli.app import COMMANDS
 from nipq.cli.doctor import OPTIONAL
-from nipq.train.config_file import check_config, load_config
+from nipq.train.config import check_config, load_config
 from nipq.train.pipeline import run
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +75,37 @@ def test_module_runs_as_a_program() -> None:
     done = subprocess.run([sys.executable, "-m", "nipq", "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0
     assert "doctor" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], []], ids=["version", "help", "completion"])
+def test_the_command_line_starts_without_torch(arguments: list[str]) -> None:
+    """Help, version and completion of command names load neither torch nor any command."""
+    code = """
+import sys
+from nipq.cli import main
+try:
+    main()
+finally:
+    heavy = {"torch", "numpy", "scipy", "nipq.train", "nipq.qat"} & set(sys.modules)
+    print("LOADED", sorted(heavy))
+"""
+    complete = {"_NIPQ_COMPLETE": "complete_bash", "COMP_WORDS": "nipq v", "COMP_CWORD": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), **({} if arguments else complete)}
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.argv = ['nipq', *{arguments}]\n{code}"],
+        capture_output=True, text=True, check=False, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "LOADED []" in done.stdout
+    said = {"--version": f"nipq {nipq.__version__}", "--help": "doctor"}.get("".join(arguments), "verify")
+    assert said in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_loads_and_explains_its_options(name: str) -> None:
+    status, output = call(name, "--help")
+    assert status == 0
+    assert "--json" in output
 
 
 def test_doctor() -> None:
@@ -183,7 +218,26 @@ def test_show(finished: Path) -> None:
     assert answer["layers"][0]["name"] == "stem"
     status, output = call("show", finished)
     assert status == 0
-    assert "classifier" in output
+    lines = output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert {layer["name"] for layer in answer["layers"]} <= {line.split()[0] for line in lines if line.strip()}
+
+
+def test_show_never_splits_a_name(finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    layers = json.loads((folder / "layers.json").read_text(encoding="utf-8"))
+    layers[0]["name"] = "bert.encoder.layer.0.attention.self.attention_products.probability_value"
+    (folder / "layers.json").write_text(json.dumps(layers), encoding="utf-8")
+    assert layers[0]["name"] in call("show", folder)[1]
+
+
+def test_epochs_are_a_line_each_where_output_is_redirected(settings: Path, tmp_path: Path) -> None:
+    _, output = call("train", settings, "--run", tmp_path / "run")
+    lines = [line for line in output.splitlines() if line.startswith(("float 1", "search 1", "fine-tune 1"))]
+    assert len(lines) == 3
+    assert all("train loss" in line and "val accuracy" in line for line in lines)
+    assert "activation bits" in lines[1]
 
 
 def test_show_of_a_run_under_way(settings: Path, tmp_path: Path) -> None:
@@ -222,8 +276,6 @@ def test_verify_of_an_unfinished_run(settings: Path, tmp_path: Path) -> None:
 
 
 def test_verify_notices_another_model(finished: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     content = bytearray((folder / "model.nipq.safetensors").read_bytes())
@@ -258,4 +310,3 @@ def test_demo_promises_are_about_the_test_images() -> None:
 def test_demo_keeps_its_promises(tmp_path: Path) -> None:
     status, answer = call_json("demo", "--run", tmp_path / "run")
     assert (status, answer["ok"]) == (0, True)
-    assert answer["wall_seconds"] > 0

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from nipq.cli import app
 from nipq.export import arrays_reference as reference
 from nipq.export.packed_read import load
-from nipq.train.config_file import load_config
+from nipq.train.config import load_config
 from nipq.train.models import digits_net
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder

@@ -10,9 +10,7 @@ import pytest
 
 from nipq.errors import ConfigError
 from nipq.train.compare import Grid, expand, load_grid
-from nipq.train.config_file import check_config
-from nipq.train.merging import merged
-from nipq.train.methods import METHODS
+from nipq.train.config import METHODS, check_config, merged
 
 GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
 MakeGrid = Callable[..., Grid]

@@ -12,7 +12,7 @@ import pytest
 
 from nipq.errors import ConfigError, FileFormatError
 from nipq.train.compare import Cell, CompareFolder, Grid, environments, expand, run_cells
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 
 MakeGrid = Callable[..., Grid]
 

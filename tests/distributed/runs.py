@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nipq.train import checkpoint, pipeline
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from tests.distributed.common_noise import common_noise as common_noise_
 
 SETTINGS: dict[str, Any] = {
@@ -21,7 +21,7 @@ SETTINGS: dict[str, Any] = {
     "optimizer": {"lr": 0.02, "bits_lr": 0.1},
     "batchnorm_batches": 2,
     "calibration_batches": 2,
-    "bit_start": "middle",
+    "allocation": "middle",
     "ema_decay": 0.8,
     "device": "cpu",
     "threads": 1,

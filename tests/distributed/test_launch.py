@@ -14,8 +14,8 @@ from torch import nn
 
 from nipq.errors import ConfigError, DistributedError
 from nipq.train import parallel
-from nipq.train.config_file import check_config
-from nipq.train.parallel import explained, is_first, is_launched, pick_device, process_group
+from nipq.train.config import check_config
+from nipq.train.parallel import _has_cuda, accelerated, explained, is_first, is_launched
 from tests.distributed.ranks import ROOT
 from tests.distributed.runs import SETTINGS
 
@@ -24,7 +24,7 @@ model: {factory: "nipq.train.models:digits_net", kwargs: {width: 4}}
 data: {kind: digits, batch_size: 32, train_limit: 64}
 budget: {average_bits: {weights: 4, activations: 4}}
 stages: {search: {epochs: 1}, finetune: {epochs: 1}}
-bit_start: middle
+allocation: middle
 batchnorm_batches: 1
 calibration_batches: 1
 device: cpu
@@ -71,7 +71,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_a_single_process_makes_no_group() -> None:
     assert not is_launched()
     assert is_first()
-    with process_group(check_config(SETTINGS)):
+    with accelerated(check_config(SETTINGS)) as accelerator:
+        assert accelerator.num_processes == 1
         assert not torch.distributed.is_initialized()
 
 
@@ -88,26 +89,23 @@ def test_a_world_of_one_is_no_launch(launched: pytest.MonkeyPatch) -> None:
 
 
 def test_processes_that_do_not_meet_are_an_error(launched: pytest.MonkeyPatch) -> None:
+    launched.setenv("LOCAL_RANK", "1")
     config = check_config({**SETTINGS, "parallel": {"timeout": 0.01}})
     with (
         pytest.raises(DistributedError, match=r"expected 2 processes to meet at localhost:1, found that they did not"),
-        process_group(config),
+        accelerated(config),
     ):
         pass
 
 
 def test_each_process_takes_the_gpu_that_it_is_given(launched: pytest.MonkeyPatch) -> None:
-    taken: list[int] = []
     launched.setattr(torch.cuda, "is_available", lambda: True)
     launched.setattr(torch.cuda, "device_count", lambda: 2)
-    launched.setattr(torch.cuda, "set_device", taken.append)
     launched.setenv("LOCAL_RANK", "1")
-    assert pick_device("auto") == torch.device("cuda", 1)
-    assert taken == [1]
-    assert pick_device("cpu") == torch.device("cpu")
+    assert _has_cuda("auto")
     launched.setenv("LOCAL_RANK", "2")
     with pytest.raises(ConfigError, match="expected a GPU for each process of this machine, found 2 GPUs and"):
-        pick_device("cuda")
+        _has_cuda("cuda")
 
 
 def test_an_error_of_the_connection_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:

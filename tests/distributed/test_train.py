@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from nipq.distributed import rank
 from nipq.errors import ConfigError, DistributedError, FileFormatError
 from nipq.nn import quantizer
-from nipq.train import checkpoint, optimizers
+from nipq.train import checkpoint, optim
 from nipq.train import trainer as trainer_module
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from nipq.train.pipeline import run
 from nipq.train.trainer import Trainer
 from tests.distributed.ranks import Ranks
@@ -243,6 +243,7 @@ def with_a_spare_layer() -> None:
     trainer = Trainer(check_config({**SETTINGS, "model": {"factory": "tests.distributed.models:spare"}}))
     for batch in trainer.batches():
         trainer.step(*batch)
+        trainer.follow()
 
 
 def test_layers_that_take_no_part_are_named(ranks: Ranks) -> None:
@@ -254,7 +255,7 @@ def test_layers_that_take_no_part_are_named(ranks: Ranks) -> None:
 def bad_on_rank_1() -> bool:
     """Whether parameters are those before the second step, whose loss is not finite on rank 1; looks in the third."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optimizers, "FUSED", ("cpu",))
+        patch.setattr(optim, "FUSED", ("cpu",))
         patch.setitem(trainer_module.LOOK_EVERY, "cpu", 3)
         trainer = Trainer(check_config({**SETTINGS, "parallel": {"sync_batchnorm": False}}))
     batches = trainer.batches()

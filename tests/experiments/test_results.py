@@ -13,7 +13,7 @@ from experiments.export.records import PATH
 from experiments.rivals.page import records_of
 from experiments.shown import PICTURES, ROOT, lines_of
 from nipq.train.compare import CompareFolder, expand, load_grid
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from nipq.train.run_folder import FREE_FIELDS, flat
 
 FILES = sorted((ROOT / "experiments").rglob("results*/*.jsonl")) + sorted((ROOT / "experiments").glob("*/*.jsonl"))

@@ -8,7 +8,7 @@ import pytest
 import experiments.tune
 from experiments.rivals.page import candidates
 from experiments.tune import Tuning
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 
 HERE = Path(experiments.tune.__file__).parent
 FILES = sorted(HERE.glob("*/*candidates.yaml"))

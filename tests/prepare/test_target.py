@@ -14,7 +14,7 @@ from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 from nipq.report.inspect import inspect
 from nipq.train.compare import Grid, expand
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 
 X = torch.zeros(1, 4, 8, 8)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import check_config
+from nipq.train.config import TrainConfig, check_config
 from nipq.train.pipeline import run
 from nipq.train.trainer import Trainer
 
@@ -34,14 +33,19 @@ def make_config() -> Callable[..., TrainConfig]:
 
 @pytest.fixture
 def until() -> Callable[[Trainer, str], Trainer]:
-    """Go on to a stage, with one step in each before it."""
+    """Go on to a stage, through whole stages before it."""
 
     def go(trainer: Trainer, name: str) -> Trainer:
         while trainer.progress.stage != name:
-            if trainer.stage is not None:
-                trainer.step(*next(trainer.batches()))
-            trainer.settle()
-            trainer.advance()
+            stage = trainer.progress.stage
+            for _ in range(trainer.epochs):
+                for batch in trainer.batches():
+                    trainer.step(*batch)
+                    if trainer.progress.step == len(trainer.train):
+                        trainer.close_epoch()
+                    trainer.follow()
+            if trainer.progress.stage == stage:
+                trainer.advance()
         return trainer
 
     return go

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from nipq.errors import FileFormatError
-from nipq.train.checkpoint import FORMAT, Checkpoint, Progress, _filled
+from nipq.train.checkpoint import FORMAT, VERSION, Checkpoint, Progress, _filled
 
 WHOLE = {
     "format": FORMAT,
-    "version": 1,
+    "version": VERSION,
     "progress": {},
     "model": {},
     "optimizers": None,
-    "search": None,
     "average": None,
+    "session": None,
 }
 
 
@@ -68,7 +68,7 @@ class Trap:
 
 def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    torch.save({"format": FORMAT, "version": 1, "model": Trap()}, tmp_path / "checkpoint.pt")
+    torch.save({"format": FORMAT, "version": VERSION, "model": Trap()}, tmp_path / "checkpoint.pt")
     with pytest.raises(FileFormatError, match="could not read it"):
         Checkpoint.load(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "trap-was-sprung").exists()
@@ -79,8 +79,8 @@ def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     [
         ({"state_dict": {}}, "found something else"),
         ([1, 2], "found something else"),
-        ({"format": FORMAT, "version": 99}, "expected checkpoint version 1 in .*, found 99"),
-        ({"format": FORMAT, "version": 1, "progress": {}}, "lacks entries"),
+        ({"format": FORMAT, "version": 99}, f"expected checkpoint version {VERSION} in .*, found 99"),
+        ({"format": FORMAT, "version": VERSION, "progress": {}}, "lacks entries"),
         ({**WHOLE, "shards": "../elsewhere"}, "the name of the folder of its shards, found '../elsewhere'"),
     ],
     ids=["state_dict", "list", "version", "incomplete", "shards elsewhere"],

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nipq.errors import ConfigError
-from nipq.train.config_file import check_config, dump_config, load_config, parse_overrides
+from nipq.train.config import check_config, dump_config, load_config, parse_overrides
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 SMALL = {"model": {"factory": "resnet18"}, "data": {"kind": "digits"}, "budget": {"model_size": "1 MB"}}
@@ -46,7 +46,7 @@ def test_config_is_frozen() -> None:
         ({"oscillation": {"freeze": 0.2}}, r"oscillation\.freeze"),
         ({"stages": {"search": {"phase": "noise"}}}, r"stages\.search\.phase"),
         ({"allocation": "best"}, "allocation"),
-        ({"tempering": "linear", "method": "lsq"}, "expected a method with noise beside tempering"),
+        ({"noise_mix": "linear", "method": "lsq"}, "expected a method with noise beside noise_mix"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value),
 )
@@ -80,12 +80,40 @@ def test_override_below_a_value_is_refused(tmp_path: Path) -> None:
         load_config(path, {"seed.lr": 1})
 
 
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        ({"tempering": "cosine"}, {"noise_mix": "cosine"}),
+        ({"allocation": "learned", "bit_start": "middle"}, {"allocation": "middle"}),
+        ({"bit_start": "noise", "method": "lsq-learned"}, {"allocation": "noise", "method": "lsq-learned"}),
+        ({"allocation": "learned"}, {"allocation": "noise"}),
+        ({"allocation": "hawq", "bit_start": "noise"}, {"allocation": "hawq"}),
+        (
+            {"optimizer": {"boundary_lr": 0.2, "boundary_decay": 0.1, "boundary_momentum": 0.5}},
+            {"optimizer": {"range_lr": 0.2, "range_decay": 0.1, "range_momentum": 0.5}},
+        ),
+    ],
+    ids=str,
+)
+def test_run_folders_and_records_of_former_names_are_read(
+    former: dict[str, object], present: dict[str, object]
+) -> None:
+    assert check_config({**SMALL, **former}) == check_config({**SMALL, **present})
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [1", "not YAML"), ("- 1\n- 2\n", "mapping of fields")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "not YAML"),
+        ("- 1\n- 2\n", "mapping of fields"),
+        ("a: {b: 1, c: 2, b: 3}", "the key 'b' twice"),
+    ],
+)
 def test_file_that_is_no_config(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8")

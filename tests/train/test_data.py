@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from nipq.errors import ConfigError
-from nipq.train.batches import Sources, Split, TensorSplit, tensor_splits
+from nipq.train.batches import Sources, Split, TensorSplit, seed_of, tensor_splits
 from nipq.train.config import DataConfig
 from nipq.train.data import load_data
 
@@ -214,7 +214,7 @@ def test_targets_that_are_no_classes_are_held_out_at_random(targets: torch.Tenso
     ("settings", "message"),
     [
         ({"factory": "no_such_package:data"}, r"no data\.factory 'no_such_package:data'"),
-        ({"factory": "nipq.train.seeds:seed_of"}, "must return Sources, it gave int"),
+        ({"factory": "nipq.train.batches:seed_of"}, "must return Sources, it gave int"),
     ],
 )
 def test_custom_factory_that_is_none(settings: dict[str, str], message: str) -> None:
@@ -226,3 +226,13 @@ def test_custom_factory_that_is_none(settings: dict[str, str], message: str) -> 
 def test_factory_belongs_to_custom(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="expected a factory with kind custom and only there"):
         DataConfig.model_validate(settings)
+
+
+def test_seeds_differ_by_part_and_place() -> None:
+    seeds = {seed_of(run, stage, epoch) for run in range(5) for stage in ("float", "search") for epoch in range(20)}
+    assert len(seeds) == 5 * 2 * 20
+    assert seed_of(1, 12) != seed_of(11, 2)
+
+
+def test_seeds_stay_the_same_between_versions() -> None:
+    assert seed_of(0, "search", 1) == 182309332035303724

@@ -11,10 +11,8 @@ from nipq.budget.budget import costs
 from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers
-from nipq.train import merging
-from nipq.train.config_file import check_config, dump_config, load_config
-from nipq.train.merging import merged
-from nipq.train.methods import METHODS
+from nipq.train import config as config_module
+from nipq.train.config import METHODS, check_config, dump_config, load_config, merged
 from nipq.train.trainer import Trainer
 
 BASE: dict[str, Any] = {"model": {"factory": "resnet18"}, "data": {"kind": "digits"}, "budget": {"model_size": "1 MB"}}
@@ -67,7 +65,7 @@ def test_unknown_method_lists_the_known_ones(wrong: object) -> None:
 
 
 def test_close_method_is_suggested(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merging, "METHODS", {"nipq": {}, "straight": {}})
+    monkeypatch.setattr(config_module, "METHODS", {"nipq": {}, "straight": {}})
     with pytest.raises(ConfigError, match="did you mean 'straight'"):
         check_config({**BASE, "method": "strait"})
 
@@ -91,6 +89,7 @@ def test_every_method_trains_and_keeps_the_budget(
         model={"factory": "nipq.train.models:digits_net", "kwargs": {"width": 4}},
         data={"kind": "digits", "batch_size": 32, "train_limit": 64},
         stages={"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1}},
+        optimizer={"lr": 0.01},
     )
     trainer = until(Trainer(config), "done")
     assert trainer.budget is not None

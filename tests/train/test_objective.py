@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError
 from nipq.train.batches import Sources, TensorSplit
-from nipq.train.classification import Classification
-from nipq.train.objective import Objective
-from nipq.train.task import Task, predictions
+from nipq.train.task import Classification, Objective, Task, predictions
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
@@ -42,8 +40,9 @@ def test_teacher_is_added_with_its_weight_and_gets_no_gradient() -> None:
     images, labels = torch.randn(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     task, teacher = Classification(temperature=2.0), nn.Linear(3, 3).double()
     logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    alone = Objective(task)(logits, images, labels)
-    together = Objective(task, teacher, weight=0.5)(logits, images, labels)
+    expected = {"inputs": images, "targets": labels}
+    alone = Objective(task)(logits, expected)
+    together = Objective(task, teacher, weight=0.5)(logits, expected)
     torch.testing.assert_close(together - alone, 0.5 * task.distillation(logits, teacher(images)))
     together.backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -83,7 +82,7 @@ class Bare(Task):
 def test_task_without_distillation_refuses_a_teacher() -> None:
     x = torch.randn(2, 3)
     with pytest.raises(ConfigError, match="found Bare without distillation"):
-        Objective(Bare(), nn.Linear(3, 3))(x, x, x)
+        Objective(Bare(), nn.Linear(3, 3))(x, {"inputs": x, "targets": x})
 
 
 @pytest.mark.parametrize(("outputs", "found"), [(torch.zeros(1, 4), r"\(1, 4\)"), ({"a": torch.zeros(1, 10)}, "dict")])

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, NonFiniteError
-from nipq.train import optimizers
+from nipq.train import optim
 from nipq.train.batches import TensorSplit, slice_of
-from nipq.train.config import OptimizerConfig, TrainConfig
-from nipq.train.guard import non_finite_loss
-from nipq.train.image_folder import FolderSplit
+from nipq.train.checks import Tally, non_finite_loss
+from nipq.train.config import TrainConfig
+from nipq.train.data import FolderSplit
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
-from nipq.train.tally import Tally
 from nipq.train.trainer import LOOK_EVERY, Trainer
 
 Make = Callable[..., TrainConfig]
@@ -90,7 +89,7 @@ def test_the_first_loss_that_is_not_finite_is_remembered() -> None:
 @pytest.fixture
 def lagging(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> Trainer:
     """A trainer that looks once in three steps, as on a GPU."""
-    monkeypatch.setattr(optimizers, "FUSED", ("cpu",))
+    monkeypatch.setattr(optim, "FUSED", ("cpu",))
     monkeypatch.setitem(LOOK_EVERY, "cpu", 3)
     return Trainer(make_config(stages={"float": {"epochs": 2}, "search": {"epochs": 1}}, data=DATA))
 
@@ -144,32 +143,6 @@ def test_a_bad_batch_is_named_when_it_is_looked_at_later(lagging: Trainer) -> No
         lagging.step(*next(batches))
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_a_checkpoint_of_another_device_goes_on_with_the_kernel_of_this_one(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only a fused step can be told to change nothing; a file from a CPU says nothing about that."""
-    layer = nn.Linear(2, 2)
-
-    def built(device: str) -> optimizers.Optimizers:
-        monkeypatch.setattr(optimizers, "FUSED", (device,))
-        found = optimizers.Optimizers(layer, OptimizerConfig(name=name), prepared=False)
-        layer(torch.ones(1, 2)).sum().backward()
-        return found
-
-    plain = built("cuda")
-    plain.step()
-    fused = built("cpu")
-    fused.load_state_dict(plain.state_dict())
-    before = layer.weight.detach().clone()
-    fused.step(torch.ones(()))
-    assert torch.equal(layer.weight, before)
-    back = built("cuda")
-    back.load_state_dict(fused.state_dict())
-    back.step()
-    assert not torch.equal(layer.weight, before)
-
-
 def explode_at(trainer: Trainer, step: int) -> Callable[..., Tensor | None]:
     """A hook that spoils the outputs for the second batch of the epoch."""
     bad = list(trainer.train.epoch(trainer._data_key()))[step][0]
@@ -191,10 +164,9 @@ def test_a_model_held_in_parts_is_not_run_to_find_the_layer() -> None:
 # ---------------------------------------------------------------------- settings
 
 
-@pytest.mark.parametrize("changes", [{"oscillation": {"freeze": 0.01}}, {"optimizer": {"schedule": "spanning"}}])
-def test_what_needs_whole_weights_is_refused_beside_shards(make_config: Make, changes: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match=r"expected neither oscillation nor optimizer\.schedule spanning beside"):
-        make_config(parallel={"strategy": "fsdp"}, **changes)
+def test_oscillation_is_refused_beside_shards(make_config: Make) -> None:
+    with pytest.raises(ConfigError, match=r"expected no oscillation beside parallel\.strategy fsdp"):
+        make_config(parallel={"strategy": "fsdp"}, oscillation={"freeze": 0.01})
 
 
 def test_one_process_does_without(make_config: Make) -> None:

@@ -15,8 +15,7 @@ from nipq.errors import BudgetError, ConfigError, FileFormatError, NonFiniteErro
 from nipq.train import pipeline
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
-from nipq.train.finish import verify_run
-from nipq.train.pipeline import run
+from nipq.train.pipeline import run, verify_run
 from nipq.train.run_folder import RunFolder
 from nipq.train.trainer import Trainer
 
@@ -32,7 +31,7 @@ def test_run_leaves_everything(finished: Path) -> None:
     expected = {
         "config.yaml", "environment.json", "metrics.jsonl", "checkpoint.pt", "trained.pt", "float.pt", "layers.csv",
         "layers.json", "model.nipq.safetensors", "verify.json", "results.json", "plots/bits_per_layer.png",
-        "plots/history.png", "plots/boundaries.png",
+        "plots/history.png", "plots/ranges.png",
     }  # fmt: skip
     assert expected <= names
     assert any(name.startswith("tensorboard/events") for name in names)
@@ -158,7 +157,7 @@ def test_weights_alone(make_config: Make, tmp_path: Path) -> None:
     results = run(config, tmp_path / "run", quiet=True)
     assert results["verified"]
     assert results["average_bits"]["weights"] <= 4
-    assert (tmp_path / "run" / "plots" / "boundaries.png").is_file()
+    assert (tmp_path / "run" / "plots" / "ranges.png").is_file()
 
 
 def test_everything_switched_on(make_config: Make, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nipq.train.plots import Histogram, plot_bits, plot_boundaries, plot_history
+from nipq.train.plots import Histogram, plot_bits, plot_history, plot_ranges
 
 
 def row(stage: str, bits: float | None = None) -> dict[str, object]:
@@ -37,8 +37,8 @@ def test_history(rows: list[dict[str, object]], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 6])
-def test_boundaries(count: int, tmp_path: Path) -> None:
+def test_ranges(count: int, tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=500)
     items = [Histogram(f"layer.{i}", values, -0.7, 0.7, 0.1, 4, bool(i % 2)) for i in range(count)]
-    plot_boundaries(items, tmp_path / "boundaries.png")
-    assert is_picture(tmp_path / "boundaries.png")
+    plot_ranges(items, tmp_path / "ranges.png")
+    assert is_picture(tmp_path / "ranges.png")

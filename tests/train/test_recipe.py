@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from nipq.cli import app
-from nipq.train.config_file import load_config
+from nipq.train.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = ["mobilenet_v2_imagenet_4bit", "mobilenet_v2_imagenet_5.3gbops"]

@@ -17,8 +17,7 @@ import pytest
 
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import layer_table
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import load_config
+from nipq.train.config import TrainConfig, load_config
 from nipq.train.pipeline import run
 from nipq.train.trainer import Trainer
 
@@ -114,10 +113,10 @@ def test_a_layer_that_was_float_is_not_continued_as_a_quantized_one(
     stages = {"float": {"epochs": 1}, "search": {"epochs": 1}, "finetune": {"epochs": 1, "lr": 0.01}}
     config = make_config(stages=stages, data={"kind": "digits", "batch_size": 32, "train_limit": 64})
     checkpoint = copy.deepcopy(until(Trainer(config), "search").checkpoint())
-    assert Trainer(config, checkpoint).progress.stage == "search"
-    frozen = until(Trainer(config, checkpoint), "finetune").checkpoint()
-    assert Trainer(config, frozen).progress.stage == "finetune"
-    name = layer_table(Trainer(config, checkpoint).model)[-1].name
+    assert Trainer(config, copy.deepcopy(checkpoint)).progress.stage == "search"
+    frozen = until(Trainer(config, copy.deepcopy(checkpoint)), "finetune").checkpoint()
+    assert Trainer(config, copy.deepcopy(frozen)).progress.stage == "finetune"
+    name = layer_table(Trainer(config, copy.deepcopy(checkpoint)).model)[-1].name
     checkpoint.model[f"{name}.weight"] = checkpoint.model[f"{name}.parametrizations.weight.original"]
     for key in list(checkpoint.model):
         if key.startswith((f"{name}.parametrizations.", f"{name}.quantization.")):

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import check_config
+from nipq.train.config import TrainConfig, check_config
 from nipq.train.run_folder import RunFolder
 
 

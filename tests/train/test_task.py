@@ -14,11 +14,9 @@ from torch import Tensor, nn
 from nipq.cli.results import results_table
 from nipq.errors import ConfigError
 from nipq.train.batches import Batch, Sources, tensor_splits
-from nipq.train.config import DataConfig, TrainConfig
-from nipq.train.config_file import check_config
+from nipq.train.config import DataConfig, TrainConfig, check_config
 from nipq.train.factory import build_task
-from nipq.train.finish import verify_run
-from nipq.train.pipeline import run
+from nipq.train.pipeline import run, verify_run
 from nipq.train.run_folder import RunFolder
 from nipq.train.task import Task, predictions
 

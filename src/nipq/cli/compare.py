@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 from rich.markup import escape
 
-from nipq.cli.output import answer
+from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
 from nipq.errors import MissingDependencyError, require
 from nipq.train.compare import CompareFolder, expand, load_grid, run_cells
 from nipq.train.compare_plots import plot_comparison
@@ -78,3 +80,21 @@ def run_compare(
     if failed:
         console.print(f"[bold red]{len(failed)} cells have no result:[/] {escape(', '.join(failed))}", soft_wrap=True)
     return not failed
+
+
+def compare_command(
+    grid: Annotated[Path, typer.Argument(help="YAML grid of methods, budgets and seeds; see docs/compare.md.")],
+    folder: Annotated[Path, typer.Option("--run", help="Folder of the comparison; what is done in it stays.")],
+    data: Annotated[Path | None, typer.Option("--data", help="Folder of the data (overrides data.path).")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Cells side by side; one on each GPU, or one.")] = None,
+    table_only: Annotated[bool, typer.Option("--table-only", help="Train nothing; table of what is done.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard cells whose settings changed.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train methods at equal budgets over several seeds, and put them side by side with intervals."""
+    with reporting(as_json):
+        ok = run_compare(
+            grid, folder, data=data, workers=workers, table_only=table_only, overwrite=overwrite, as_json=as_json
+        )
+        if not ok:
+            raise typer.Exit(FAILURE)

@@ -5,20 +5,22 @@ from __future__ import annotations
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
-from nipq.cli.output import answer
+from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
 from nipq.cli.results import results_table
-from nipq.train.config_file import check_config
+from nipq.train.config import check_config
 from nipq.train.pipeline import run
 
+#: Average bits of weights and of activations that the demo promises.
 BITS = 4.0
-"""Average bits of weights and of activations that the demo promises."""
+#: Points of test accuracy below float that the promise allows.
 MOST_LOST = 1.0
-"""Points of test accuracy below float that the promise allows."""
 
+#: The same settings as ``configs/digits.yaml``.
 DEMO: dict[str, Any] = {
     "model": {"factory": "nipq.train.models:digits_net"},
     "data": {"kind": "digits", "batch_size": 64, "validation": 0.1},
@@ -28,42 +30,38 @@ DEMO: dict[str, Any] = {
     "batchnorm_batches": 16,
     "threads": 1,
 }
-"""The same settings as ``configs/digits.yaml``."""
 
 
-def run_demo(folder: Path | None, *, seed: int, quiet: bool, as_json: bool) -> bool:
-    """Run the demo and say whether the promise was kept.
-
-    Args:
-        folder: Run folder, or ``None`` for a temporary one.
-        seed: Of the whole run.
-        quiet: No progress bar.
-        as_json: Print JSON.
-
-    Returns:
-        Whether the bits are at or below 4.0/4.0, the accuracy is within a point of float, and verify holds.
-    """
-    started = time.perf_counter()
-    place = Path(tempfile.mkdtemp(prefix="nipq-demo-")) if folder is None else folder
-    results = run(check_config({**DEMO, "seed": seed}), place, quiet=quiet)
-    checks = promises(results)
-    seconds = time.perf_counter() - started
-    if as_json:
-        answer({"run": str(place), "promises": checks, "wall_seconds": seconds, **results}, ok=all(checks.values()))
-        return all(checks.values())
-    console = Console()
-    console.print(results_table(results, title="nipq demo: digits, 4.0 / 4.0 average bits"))
-    for text, kept in checks.items():
-        console.print(f"[green]kept[/]    {text}" if kept else f"[bold red]BROKEN[/]  {text}")
-    console.print(f"{seconds:.1f} s in all; everything is in {place}", soft_wrap=True)
-    return all(checks.values())
+def demo(
+    folder: Annotated[Path | None, typer.Option("--run", help="Run folder; a temporary one if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the whole run.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the whole promise on digits, offline: train, search 4.0/4.0 bits, fine-tune, pack, verify."""
+    with reporting(as_json):
+        started = time.perf_counter()
+        place = Path(tempfile.mkdtemp(prefix="nipq-demo-")) if folder is None else folder
+        results = run(check_config({**DEMO, "seed": seed}), place, quiet=quiet or as_json)
+        checks, seconds = promises(results), time.perf_counter() - started
+        kept = all(checks.values())
+        if as_json:
+            answer({"run": str(place), "promises": checks, "wall_seconds": seconds, **results}, ok=kept)
+        else:
+            console = Console()
+            console.print(results_table(results, title="nipq demo: digits, 4.0 / 4.0 average bits"))
+            for text, found in checks.items():
+                console.print(f"[green]kept[/]    {text}" if found else f"[bold red]BROKEN[/]  {text}", soft_wrap=True)
+            console.print(f"{seconds:.1f} s in all; everything is in {place}", soft_wrap=True)
+        if not kept:
+            raise typer.Exit(FAILURE)
 
 
 def promises(results: dict[str, Any]) -> dict[str, bool]:
-    """What the demo promises, and whether the results keep it.
+    """The demo's promises, and whether the results keep them.
 
     Args:
-        results: As in ``results.json``.
+        results: as in ``results.json``.
 
     Returns:
         Truth by promise.

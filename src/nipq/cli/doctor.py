@@ -1,4 +1,4 @@
-"""``nipq doctor``: can this machine do the work?"""
+"""``nipq doctor``: versions, device and optional parts of this machine."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import platform
 import warnings
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from nipq.cli.output import answer
+from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
 from nipq.kernels.cpu import SWITCH, library
 from nipq.kernels.triton_tuning import tune
 
+#: Distributions without which nothing works, and what the others are for.
 REQUIRED = ("nipq", "torch", "numpy", "scipy", "pydantic", "rich", "typer", "safetensors", "PyYAML")
 OPTIONAL = {
     "torchvision": "networks and image folders",
@@ -31,25 +34,25 @@ OPTIONAL = {
     "torchao": "integer kernels from PyTorch's compiler",
     "curvlinops-for-pytorch": "curvature, HAWQ's allocation",
     "timm": "EfficientNet-Lite0 of experiments/tasks",
-    "transformers": "its Trainer as a host; MiniLM of experiments/tasks",
+    "transformers": "its Trainer as a host; experiments/tasks",
     "pytorch-lightning": "Lightning's trainer as a host",
-    "accelerate": "Accelerate as a host, and transformers' Trainer",
+    "accelerate": "nipq train; Accelerate or transformers as a host",
     "rdata": "the novels of experiments/tasks",
 }
 
 
 @dataclass(frozen=True)
 class Examination:
-    """What doctor found.
+    """Result of :func:`examine`.
 
     Attributes:
-        python: Version of Python.
-        system: Operating system and processor.
-        threads: Threads that torch uses.
-        device: What ``device: auto`` means here.
-        kernels: Whether training on the CPU runs compiled kernels, or why not.
-        required: Versions of the core dependencies, ``None`` where one is missing.
-        optional: Versions of the optional ones.
+        python: version of Python.
+        system: operating system and processor.
+        threads: threads that torch uses.
+        device: what ``device: auto`` means here.
+        kernels: whether training on the CPU runs compiled kernels, or why not.
+        required: versions of the core dependencies, ``None`` where one is missing.
+        optional: versions of the optional ones.
     """
 
     python: str
@@ -79,20 +82,31 @@ def examine() -> Examination:
     )
 
 
-def show_examination(found: Examination, *, as_json: bool) -> bool:
-    """Print what was found.
+def doctor(
+    tune_gpu: Annotated[
+        bool, typer.Option("--tune", help="Find sizes of the kernels that suit the GPU; a minute.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show versions, the device and which optional parts are installed."""
+    with reporting(as_json):
+        if tune_gpu:
+            tuned = tune()
+            if as_json:
+                answer({**asdict(tuned), "file": str(tuned.file)})
+            else:
+                Console().print(str(tuned), soft_wrap=True)
+            return
+        found = examine()
+        if as_json:
+            answer(asdict(found), ok=not found.missing)
+        else:
+            _print(found)
+        if found.missing:
+            raise typer.Exit(FAILURE)
 
-    Args:
-        found: Result of :func:`examine`.
-        as_json: Print JSON.
 
-    Returns:
-        Whether the core dependencies are there.
-    """
-    ok = not found.missing
-    if as_json:
-        answer(asdict(found), ok=ok)
-        return ok
+def _print(found: Examination) -> None:
     table = Table(title=f"Python {found.python}, {found.system}, {found.threads} threads, device {found.device}")
     for heading in ("package", "version", "needed for"):
         table.add_column(heading)
@@ -103,24 +117,9 @@ def show_examination(found: Examination, *, as_json: bool) -> bool:
     console = Console()
     console.print(table)
     console.print(f"CPU kernels: {found.kernels}", soft_wrap=True)
-    console.print("ready" if ok else f"missing: {', '.join(found.missing)}; install nipq again")
-    return ok
-
-
-def show_tuned(*, as_json: bool) -> None:
-    """Find sizes of the kernels for this GPU and print them.
-
-    Args:
-        as_json: Print JSON.
-
-    Raises:
-        MissingDependencyError: If there is no GPU.
-    """
-    found = tune()
-    if as_json:
-        answer({**asdict(found), "file": str(found.file)}, ok=True)
-    else:
-        Console().print(str(found), soft_wrap=True)
+    console.print(
+        f"missing: {', '.join(found.missing)}; install nipq again" if found.missing else "ready", soft_wrap=True
+    )
 
 
 def _kernels() -> str:

@@ -4,62 +4,48 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import typer
 from torch import nn
 
 from nipq.cli.inspection import parse_kwargs, parse_shape
-from nipq.cli.output import answer
+from nipq.cli.output import JsonFlag, answer, reporting
 from nipq.errors import ConfigError
 from nipq.export.api import Format, export
 from nipq.export.packed_read import load
+from nipq.train.batches import pick
 from nipq.train.config import ModelConfig
 from nipq.train.data import load_data
 from nipq.train.factory import build_model
-from nipq.train.nested import pick
 from nipq.train.run_folder import RunFolder
 
 
 def export_model(
-    source: Path,
-    out: Path,
-    *,
-    format: str | None,
-    pack: bool,
-    overwrite: bool,
-    factory: str | None,
-    arguments: str,
-    input_shape: str | None,
-    as_json: bool,
+    source: Annotated[Path, typer.Argument(help="Run folder, or a packed model file.")],
+    out: Annotated[Path, typer.Argument(help="File to write: .onnx, .qonnx.onnx, .npz or .pt2.")],
+    format: Annotated[
+        str | None, typer.Option(help="onnx, qonnx, arrays or program; by the name if not given.")
+    ] = None,
+    pack: Annotated[bool, typer.Option("--pack", help="ONNX: 4-bit and 2-bit weights, packed.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
+    factory: Annotated[str | None, typer.Option("--model", help="Architecture of a packed file.")] = None,
+    arguments: Annotated[str, typer.Option("--kwargs", help="Arguments of the architecture, as YAML or JSON.")] = "{}",
+    input_shape: Annotated[str | None, typer.Option(help="Shape of the input; a run's data say it.")] = None,
+    as_json: JsonFlag = False,
 ) -> None:
-    """Export a model and print what was written.
-
-    Args:
-        source: Folder of a finished run, or a packed model file.
-        out: The file to write.
-        format: Its format; by the end of its name if ``None``.
-        pack: Store weights of few bits packed.
-        overwrite: Replace an existing file.
-        factory: Architecture of a packed file; a run folder knows its own.
-        arguments: Of the factory, as YAML or JSON.
-        input_shape: Whole numbers with commas, batch first; a run folder knows it from its data.
-        as_json: Print JSON.
-
-    Raises:
-        ConfigError: If the source is no finished, proven run and no packed file with its architecture and input.
-        FileFormatError: If the packed file cannot be read.
-    """
-    if source.is_dir():
-        deployed, example = _from_run(RunFolder(source), input_shape, pack=pack)
-    else:
-        deployed, example = _from_file(source, factory, arguments, input_shape)
-    report = export(deployed, out, example, format=cast("Format | None", format), pack=pack, overwrite=overwrite)
-    if as_json:
-        answer(report.to_dict())
-    else:
-        typer.echo(str(report))
+    """Write a deployed model as ONNX, QONNX, plain arrays or a torch.export program."""
+    with reporting(as_json):
+        if source.is_dir():
+            deployed, example = _from_run(RunFolder(source), input_shape, pack=pack)
+        else:
+            deployed, example = _from_file(source, factory, arguments, input_shape)
+        report = export(deployed, out, example, format=cast("Format | None", format), pack=pack, overwrite=overwrite)
+        if as_json:
+            answer(report.to_dict())
+        else:
+            typer.echo(str(report))
 
 
 def _from_run(place: RunFolder, input_shape: str | None, *, pack: bool) -> tuple[nn.Module, Any]:

@@ -1,4 +1,4 @@
-"""How commands answer: text for people, one JSON object with ``--json``, an exit status for scripts."""
+"""Output of commands: text for people, one JSON object with ``--json``, an exit status for scripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from rich.markup import escape
 
 from nipq.errors import NipqError
 
+#: Options that several commands have.
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+TargetOption = Annotated[str | None, typer.Option("--target", help="Runtime: onnxruntime, openvino or inductor.")]
+#: Exit status of a command that failed; wrong usage has 2.
 FAILURE = 1
 
 

@@ -1,4 +1,4 @@
-"""The results of a run as a table."""
+"""Results of a run as a table."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from typing import Any
 
 from rich.table import Table
 
+#: Names of the states of a model.
 NAMES = {
     "float": "float",
-    "frozen": "bits frozen",
-    "bn": "batch-norm re-estimated",
+    "frozen": "frozen",
+    "bn": "batch norms",
     "finetuned": "fine-tuned",
 }
 
 
 def results_table(results: Mapping[str, Any], title: str) -> Table:
-    """Scores, bits, bytes and the outcome of verify.
+    """Build a table of scores, bits, bytes and the outcome of verify.
 
     Args:
-        results: As in ``results.json``.
-        title: Of the table.
+        results: as in ``results.json``.
+        title: of the table.
 
     Returns:
         A table for a rich console.
@@ -34,8 +35,8 @@ def results_table(results: Mapping[str, Any], title: str) -> Table:
     for limit in results["limits"]:
         table.add_row(f"limit: {limit['name']}", f"{limit['rounded']:,.6g} of {limit['target']:,.6g} {limit['unit']}")
     packed, full = results["bytes"]["file"], results["bytes"]["float32"]
-    table.add_row("bytes on disk", f"{packed:,} (float32: {full:,}, {full / packed:.1f} times more)")
-    table.add_row("deployed equals trained", "yes, every rung" if results["verified"] else "NO, see verify.json")
+    table.add_row("bytes on disk", f"{packed:,}, {100 * packed / full:.1f} % of float32 ({full:,})")
+    table.add_row("deployed equals trained", "yes, at every level" if results["verified"] else "NO, see verify.json")
     table.add_row("training time", f"{results['seconds']:.1f} s, {results['steps']:,} steps")
     return table
 

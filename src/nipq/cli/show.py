@@ -1,47 +1,44 @@
-"""``nipq show``: what is in a run folder, finished or not."""
+"""``nipq show``: the state of a run folder, finished or not."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from nipq.cli.output import answer
+from nipq.cli.output import JsonFlag, answer, reporting
 from nipq.cli.results import results_table
 from nipq.train.run_folder import RunFolder
 
+#: Width of a terminal in which every table fits.
+MOST_COLUMNS = 1000
 
-def show_run(folder: Path, *, as_json: bool) -> None:
-    """Print a run's state.
 
-    Args:
-        folder: Run folder.
-        as_json: Print JSON.
-
-    Raises:
-        ConfigError: If the folder holds no run.
-    """
-    place = RunFolder(folder)
-    config = place.read_config()
-    rows = place.rows()
-    results = _read(place.results)
-    layers = _read(place.layers_json)
-    if as_json:
-        progress = {"finished": results is not None, "last_epoch": rows[-1] if rows else None}
-        answer({"run": str(folder), **progress, "results": results, "layers": layers})
-        return
-    console = Console()
-    if results is None:
-        done = f"{rows[-1]['stage']} epoch {rows[-1]['epoch']}" if rows else "nothing yet"
-        console.print(
-            f"{folder}: {config.model.factory}, not finished; last complete: {done}. Continue it with --resume."
-        )
-        return
-    console.print(results_table(results, title=f"{folder}: {config.model.factory}"))
-    console.print(_layer_table(layers))
+def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: JsonFlag = False) -> None:
+    """Show a run: how far it is, its accuracies, its layers."""
+    with reporting(as_json):
+        place = RunFolder(folder)
+        config, rows = place.read_config(), place.rows()
+        results, layers = _read(place.results), _read(place.layers_json)
+        if as_json:
+            progress = {"finished": results is not None, "last_epoch": rows[-1] if rows else None}
+            answer({"run": str(folder), **progress, "results": results, "layers": layers})
+            return
+        console = Console(soft_wrap=True)
+        if results is None:
+            done = f"{rows[-1]['stage']} epoch {rows[-1]['epoch']}" if rows else "nothing yet"
+            console.print(
+                f"{folder}: {config.model.factory}, not finished; last complete: {done}. Continue it with --resume."
+            )
+            return
+        console.print(results_table(results, title=f"{folder}: {config.model.factory}"))
+        table = _layer_table(layers)
+        needed = Console(width=MOST_COLUMNS).measure(table).maximum
+        Console(width=max(console.width, needed)).print(table)
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
@@ -49,10 +46,12 @@ def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
 
 
 def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    table = Table(title="layers", title_justify="left")
-    table.add_column("layer", overflow="fold")
-    for heading in ("kind", "W bits", "A bits", "W alpha", "A alpha", "weights", "MMAC"):
-        table.add_column(heading, justify="right")
+    """Layers within 80 columns where their names allow it; a longer name makes lines longer and is never split."""
+    table = Table(title="layers", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column("layer", no_wrap=True, overflow="ignore")
+    table.add_column("kind", no_wrap=True)
+    for heading in ("W bits", "A bits", "W range", "A range", "weights", "MMAC"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in layers:
         table.add_row(
             row["name"], row["kind"], str(row["weight_bits"]),

@@ -1,10 +1,11 @@
-"""Batches of inputs and targets, in a fixed order for evaluation or in a seeded order for training."""
+"""Batches of inputs and targets: in a fixed order for evaluation, in a seeded order for training."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -13,16 +14,87 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError
-from nipq.train.nested import Nested, count_of, pick
-from nipq.train.seeds import seed_of
 
 if TYPE_CHECKING:
     from nipq.train.config import DataConfig
 
+#: Inputs of a model, or targets of a task; the first axis of every tensor counts samples.
+Nested = Tensor | Mapping[str, Tensor]
+#: Inputs and targets; targets may be ``None``.
 Batch = tuple[Any, Any]
-"""Inputs and targets: a tensor or a dict of tensors each; targets may be ``None``."""
+#: Inputs of a training batch and a generator -> inputs to train with.
 Augment = Callable[[Any, torch.Generator], Any]
-"""Inputs of a training batch and a generator -> inputs to train with."""
+
+
+def seed_of(*parts: int | str) -> int:
+    """Seed in [0, 2**63) made of what the randomness is for.
+
+    No generator state is saved or restored: every step starts from a seed made of the run's seed, the stage, the epoch
+    and the step, so a resumed run draws what an uninterrupted one would have drawn.
+
+    Args:
+        parts: purpose of the randomness, e.g. ``(seed, "search", epoch, step)``; each part and its place counts.
+
+    Returns:
+        The seed.
+
+    Example:
+        >>> seed_of(0, "search", 1) == seed_of(0, "search", 1)
+        True
+        >>> seed_of(0, "search", 1) == seed_of(0, "float", 1)
+        False
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+# ---------------------------------------------------------------------- tensors and mappings of tensors
+
+
+def count_of(value: Nested) -> int:
+    """Number of samples.
+
+    Example:
+        >>> count_of({"ids": torch.zeros(3, 5), "mask": torch.zeros(3, 5)})
+        3
+    """
+    return len(value) if isinstance(value, Tensor) else len(next(iter(value.values())))
+
+
+def pick(value: Any, samples: slice | Tensor) -> Any:  # noqa: ANN401 - the same form as it came in
+    """Some of the samples, by a slice or by indices."""
+    if isinstance(value, Mapping):
+        return {key: tensor[samples] for key, tensor in value.items()}
+    return None if value is None else value[samples]
+
+
+def moved(value: Any, device: torch.device, *, channels_last: bool = False) -> Any:  # noqa: ANN401
+    """Copy to another device; with ``channels_last`` tensors of four axes (images) get that memory layout."""
+    if isinstance(value, Mapping):
+        return {key: moved(tensor, device, channels_last=channels_last) for key, tensor in value.items()}
+    if value is None:
+        return None
+    layout = torch.channels_last if channels_last and value.ndim == 4 else torch.contiguous_format
+    return value.to(device, memory_format=layout, non_blocking=True)
+
+
+def slice_of(count: int, index: int, parts: int) -> slice:
+    """The samples of slice ``index`` of ``parts`` equal ones of a batch; ConfigError if it cannot be divided.
+
+    Example:
+        >>> slice_of(6, 1, 2)
+        slice(3, 6, None)
+    """
+    if count % parts:
+        raise ConfigError(
+            f"expected training batches that {parts} processes can share equally, found one of {count} samples; "
+            f"choose a data.batch_size divisible by {parts} and no larger than the training data, or fewer processes"
+        )
+    size = count // parts
+    return slice(index * size, (index + 1) * size)
+
+
+# ---------------------------------------------------------------------- splits
 
 
 class Split(ABC):
@@ -45,19 +117,19 @@ class Split(ABC):
         """Training batches of one epoch.
 
         Args:
-            key: Seed of order and augmentation.
-            start: First batch to give; the batches from there on are the same as in a whole epoch.
+            key: seed of order and augmentation.
+            start: first batch to give; the batches from there on are the same as in a whole epoch.
 
         Returns:
             An iterator over inputs and targets.
         """
 
     def part(self, index: int, parts: int) -> Split:
-        """What one of several processes trains on: an equal slice of every training batch.
+        """Equal slices of every training batch, for one of several processes.
 
         Args:
-            index: Which process, from 0.
-            parts: How many there are.
+            index: number of the process, from 0.
+            parts: number of processes.
 
         Returns:
             The slices; evaluation batches stay whole. A split that can do so should not load the rest.
@@ -69,9 +141,9 @@ class Part(Split):
     """Slices of another split's training batches, in its order and with its augmentation.
 
     Args:
-        split: The split.
-        index: Which slice, from 0.
-        parts: How many there are.
+        split: the split.
+        index: number of the slice, from 0.
+        parts: number of slices.
     """
 
     def __init__(self, split: Split, index: int, parts: int) -> None:
@@ -89,38 +161,10 @@ class Part(Split):
         return len(self.split)
 
     def epoch(self, key: int, start: int = 0) -> Iterator[Batch]:
-        """This slice of the training batches.
-
-        Raises:
-            ConfigError: If a batch cannot be divided.
-        """
+        """This slice of the training batches."""
         for inputs, targets in self.split.epoch(key, start):
             samples = slice_of(count_of(inputs), self.index, self.parts)
             yield pick(inputs, samples), pick(targets, samples)
-
-
-def slice_of(count: int, index: int, parts: int) -> slice:
-    """One of several equal slices of a batch.
-
-    Args:
-        count: Samples of the batch.
-        index: Which slice, from 0.
-        parts: How many there are.
-
-    Raises:
-        ConfigError: If the batch cannot be divided.
-
-    Example:
-        >>> slice_of(6, 1, 2)
-        slice(3, 6, None)
-    """
-    if count % parts:
-        raise ConfigError(
-            f"expected training batches that {parts} processes can share equally, found one of {count} samples; "
-            f"choose a data.batch_size divisible by {parts} and no larger than the training data, or fewer processes"
-        )
-    size = count // parts
-    return slice(index * size, (index + 1) * size)
 
 
 @dataclass(frozen=True)
@@ -153,13 +197,13 @@ class TensorSplit(Split):
     """A split held in memory.
 
     Args:
-        inputs: First axis N; images are [N, C, H, W] float32, standardised.
-        targets: First axis N, e.g. labels [N] int64; ``None`` for data without any.
-        batch_size: Of training batches; a last smaller batch is dropped unless it is the only one.
-        eval_batch_size: Of evaluation batches.
-        shift: Augmentation: shift each training image by up to this many pixels, filling with the image minimum.
-        flip: Augmentation: mirror half of the training images.
-        augment: Augmentation of any other kind, after these: called with the inputs of a training batch and a generator
+        inputs: first axis N; images are [N, C, H, W] float32, standardised.
+        targets: first axis N, e.g. labels [N] int64; ``None`` for data without any.
+        batch_size: of training batches; a last smaller batch is dropped unless it is the only one.
+        eval_batch_size: of evaluation batches.
+        shift: augmentation: shift each training image by up to this many pixels, filling with the image minimum.
+        flip: augmentation: mirror half of the training images.
+        augment: augmentation of any other kind, after these: called with the inputs of a training batch and a generator
             for all that is random, it returns the inputs to train with.
     """
 
@@ -225,14 +269,14 @@ def tensor_splits(
     """Splits held in memory, cut and batched as the ``data`` section says.
 
     Args:
-        train: Inputs and targets; a part becomes the validation split, stratified if the targets are whole numbers.
-        test: Inputs and targets of the test split.
-        config: The ``data`` section; with ``augment: false`` there is none.
-        seed: Decides which training samples are held out, and which are kept under ``train_limit``.
-        shift: See :class:`TensorSplit`.
-        flip: See there.
-        augment: See there.
-        classes: Number of classes, where there are classes.
+        train: inputs and targets; a part becomes the validation split, stratified if the targets are whole numbers.
+        test: inputs and targets of the test split.
+        config: the ``data`` section; with ``augment: false`` there is no augmentation.
+        seed: decides about the training samples that are held out, and those that are kept under ``train_limit``.
+        shift: see :class:`TensorSplit`.
+        flip: see there.
+        augment: see there.
+        classes: number of classes, where there are classes.
 
     Returns:
         The splits.
@@ -265,16 +309,7 @@ def tensor_splits(
 
 
 def stratified(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """A mask that takes the given fraction of every class, rounded up.
-
-    Args:
-        labels: [N] int64.
-        fraction: In [0, 1].
-        seed: Decides which.
-
-    Returns:
-        [N] bool.
-    """
+    """Mask, [N] bool, of a fraction in [0, 1] of every class of ``labels`` [N] int64, rounded up; seeded."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in range(int(labels.max()) + 1):

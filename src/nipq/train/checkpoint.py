@@ -27,24 +27,25 @@ from nipq.errors import DistributedError, FileFormatError
 from nipq.files import written_whole
 
 FORMAT = "nipq.train.checkpoint"
-VERSION = 1
+#: 2: the state of a QATSession; 1 held those of its parts.
+VERSION = 2
+#: Entries of a placeholder for a sharded tensor.
 PLACEHOLDER = {"shard", "shape", "dtype"}
-"""Entries of what stands for a sharded tensor."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come. Everything that is not in a state dict and cannot be derived from the config.
+    """Progress of a run: everything that is not in a state dict and cannot be derived from the config.
 
     Attributes:
         stage: ``float``, ``search``, ``finetune`` or ``done``.
-        epoch: Epochs of the stage that are complete.
-        step: Steps of the present epoch that are complete.
-        sums: Loss, hits and images so far in the present epoch.
-        rows: Rows of the metrics file that belong to this state.
-        steps_total: Training steps since the start of the run.
-        states: Metrics of each named state of the model (``float``, ``frozen``, ``bn``, ``finetuned``).
-        seconds: Training time so far; the only entry that differs between runs.
+        epoch: epochs of the stage that are complete.
+        step: steps of the present epoch that are complete.
+        sums: loss, hits and images so far in the present epoch.
+        rows: rows of the metrics file that belong to this state.
+        steps_total: training steps since the start of the run.
+        states: metrics of each named state of the model (``float``, ``frozen``, ``bn``, ``finetuned``).
+        seconds: training time so far; the only entry that differs between runs.
     """
 
     stage: str = "float"
@@ -62,26 +63,24 @@ class Checkpoint:
     """All of a run at one moment.
 
     Attributes:
-        progress: How far the run has come.
-        model: State dict of the model.
-        optimizers: States of the stage's optimizers, or ``None`` outside a stage.
-        search: State of the bit search, or ``None``.
-        average: State of the weight average, or ``None``.
-        oscillation: State of what watches for oscillations, or ``None``.
+        progress: how far the run has come.
+        model: state dict of the model.
+        optimizers: states of the stage's optimizers, or ``None`` where nothing is trained.
+        average: state of the float stage's weight average, or ``None``.
+        session: state of the QAT session, or ``None`` outside of it.
     """
 
     progress: Progress
     model: dict[str, Tensor]
     optimizers: list[dict[str, Any]] | None = None
-    search: dict[str, Any] | None = None
     average: dict[str, Any] | None = None
-    oscillation: dict[str, Any] | None = None
+    session: dict[str, Any] | None = None
 
     def save(self, path: Path) -> None:
         """Write the file; a kill leaves the old or the new one. All processes call it, the first one writes.
 
         Args:
-            path: The file.
+            path: the file.
         """
         parts: dict[str, Tensor] = {}
         content = {f.name: _apart(getattr(self, f.name), f.name, parts) for f in fields(self) if f.name != "progress"}
@@ -109,13 +108,13 @@ class Checkpoint:
         """Read a checkpoint.
 
         Args:
-            path: The file.
+            path: the file.
 
         Returns:
             The checkpoint, on the CPU.
 
         Raises:
-            FileFormatError: If the file is damaged, is something else, or is of another version.
+            FileFormatError: if the file is damaged, is something else, or is of another version.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -135,8 +134,7 @@ class Checkpoint:
                 "continue with the nipq release that wrote it"
             )
         try:
-            kept = {key: content[key] for key in ("model", "optimizers", "search", "average")}
-            kept["oscillation"] = content.get("oscillation")  # older files have none
+            kept = {key: content[key] for key in ("model", "optimizers", "average", "session")}
             if content.get("shards") is not None:
                 kept = _joined(kept, _folder(path, content["shards"]))
             return cls(progress=Progress(**content["progress"]), **kept)

@@ -28,10 +28,7 @@ from pydantic import Field, model_validator
 
 from nipq.config import Settings
 from nipq.errors import ConfigError, FileFormatError
-from nipq.train.config import BudgetConfig, TrainConfig
-from nipq.train.config_file import check_config
-from nipq.train.merging import merged
-from nipq.train.methods import METHODS
+from nipq.train.config import METHODS, BudgetConfig, TrainConfig, check_config, merged
 from nipq.train.records import Record, Records
 from nipq.train.run_folder import FREE_FIELDS, RunFolder, flat
 

@@ -1,4 +1,4 @@
-"""From the name of a network or a task to the thing itself, a network with its weights."""
+"""Build networks with their weights, and tasks, from their names in a config."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError, require
-from nipq.train.classification import Classification
-from nipq.train.task import Task
+from nipq.train.task import Classification, Task
 
 if TYPE_CHECKING:
     from nipq.train.config import ModelConfig, TrainConfig
 
+#: Stands for the weights that torchvision publishes.
 PUBLISHED = "DEFAULT"
 
 
@@ -26,15 +26,15 @@ def build_model(config: ModelConfig, *, with_weights: bool = True) -> nn.Module:
     """Build the network that a config names and load its weights.
 
     Args:
-        config: The ``model`` or ``teacher`` section.
+        config: the ``model`` or ``teacher`` section.
         with_weights: ``False`` leaves the random start, for a state dict that follows.
 
     Returns:
         The network on the CPU.
 
     Raises:
-        ConfigError: If the factory is unknown or refuses its arguments, or published weights cannot be had.
-        FileFormatError: If a weights file is not a state dict of this network.
+        ConfigError: if the factory is unknown or refuses its arguments, or published weights cannot be had.
+        FileFormatError: if a weights file is not a state dict of this network.
     """
     factory = find_factory(config.factory)
     try:
@@ -52,17 +52,7 @@ def build_model(config: ModelConfig, *, with_weights: bool = True) -> nn.Module:
 
 
 def find_factory(name: str) -> Callable[..., Any]:
-    """The callable behind a name.
-
-    Args:
-        name: A torchvision model's name, or ``package.module:callable``.
-
-    Returns:
-        The callable.
-
-    Raises:
-        ConfigError: If there is no such model, module or callable.
-    """
+    """Find the callable behind a torchvision model's name or ``package.module:callable``; else ConfigError."""
     if ":" in name:
         return import_callable(name, "model factory")
     models = require("torchvision.models", extra="vision", purpose="torchvision's networks")
@@ -78,18 +68,7 @@ def find_factory(name: str) -> Callable[..., Any]:
 
 
 def import_callable(path: str, what: str) -> Callable[..., Any]:
-    """The callable at an import path.
-
-    Args:
-        path: ``package.module:callable``.
-        what: What it is to be, for the message.
-
-    Returns:
-        The callable.
-
-    Raises:
-        ConfigError: If there is no such module or callable.
-    """
+    """Import ``package.module:callable``; ``what`` is its role, for the message of the ConfigError if there is none."""
     module_name, _, attribute = path.partition(":")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
@@ -99,17 +78,7 @@ def import_callable(path: str, what: str) -> Callable[..., Any]:
 
 
 def build_task(config: TrainConfig) -> Task:
-    """The task that a config names.
-
-    Args:
-        config: The run's config, which a task's callable is called with.
-
-    Returns:
-        The task.
-
-    Raises:
-        ConfigError: If there is no such task, or the callable returns something else.
-    """
+    """Build the task of a run; ConfigError if there is none, or its callable returns something else."""
     if config.task == "classification":
         temperature = 1.0 if config.teacher is None else config.teacher.temperature
         return Classification(config.label_smoothing, temperature)
@@ -123,14 +92,14 @@ def read_state(path: Path) -> dict[str, Tensor]:
     """Read a state dict without running anything stored in it.
 
     Args:
-        path: A ``.safetensors`` file, or a torch file that holds a state dict, plain or under ``state_dict``/``model``.
+        path: a ``.safetensors`` file, or a torch file that holds a state dict, plain or under ``state_dict``/``model``.
 
     Returns:
         Tensors by name.
 
     Raises:
-        ConfigError: If there is no such file.
-        FileFormatError: If the file is something else.
+        ConfigError: if there is no such file.
+        FileFormatError: if the file is something else.
     """
     if not path.is_file():
         raise ConfigError(f"expected a weights file, found nothing at {path}; correct model.weights")

@@ -10,17 +10,17 @@ from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import Conv2dNormActivation
 
+#: Expansion, channels, repeats and first stride of MobileNet-v2's stages for 28x28 images.
 SMALL_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 1), (6, 96, 1, 1))
-"""Expansion, channels, repeats and first stride of MobileNet-v2's stages for 28x28 images."""
 
 
 class SeparableBlock(nn.Module):
     """Depthwise 3x3 then pointwise convolution, each with batch-norm; a residual when shapes allow.
 
     Args:
-        channels_in: Channels of the input.
-        channels_out: Channels of the output.
-        stride: Of the depthwise convolution.
+        channels_in: channels of the input.
+        channels_out: channels of the output.
+        stride: of the depthwise convolution.
     """
 
     def __init__(self, channels_in: int, channels_out: int, stride: int = 1) -> None:
@@ -45,8 +45,8 @@ class DigitsNet(nn.Module):
     """A residual depthwise-separable net for 8x8 gray images.
 
     Args:
-        width: Channels of the first stage; the second has twice as many.
-        classes: Number of answers.
+        width: channels of the first stage; the second has twice as many.
+        classes: number of answers.
     """
 
     def __init__(self, width: int = 32, classes: int = 10) -> None:
@@ -74,8 +74,8 @@ def digits_net(width: int = 32, classes: int = 10) -> DigitsNet:
     """The net of the demo: 8x8 gray digits, about 99 % in seconds on a CPU.
 
     Args:
-        width: Channels of the first stage.
-        classes: Number of answers.
+        width: channels of the first stage.
+        classes: number of answers.
 
     Returns:
         The net, untrained.
@@ -93,11 +93,11 @@ def mobilenet_v2_28(
     """MobileNet-v2 of torchvision for 28x28 gray images: one input channel, fewer stages, fewer strides, no dropout.
 
     Args:
-        width_mult: Factor on every number of channels.
-        classes: Number of answers.
-        stem_stride: Stride of the first convolution; 2 makes the net about four times cheaper.
-        stages: Rows of expansion, channels, repeats and first stride.
-        head: Channels of the last convolution, which torchvision never makes narrower than 1280.
+        width_mult: factor on every number of channels.
+        classes: number of answers.
+        stem_stride: stride of the first convolution; 2 makes the net about four times cheaper.
+        stages: rows of expansion, channels, repeats and first stride.
+        head: channels of the last convolution, which torchvision never makes narrower than 1280.
 
     Returns:
         The net, untrained.
@@ -117,10 +117,10 @@ class NarrowResNet(ResNet):  # type: ignore[misc]  # untyped base
     """torchvision's ResNet with its 64 base channels replaced by another number.
 
     Args:
-        width: Channels of the first stage.
-        layers: Blocks per stage.
-        classes: Number of answers.
-        stem_stride: Stride of the first convolution.
+        width: channels of the first stage.
+        layers: blocks per stage.
+        classes: number of answers.
+        stem_stride: stride of the first convolution.
     """
 
     def __init__(self, width: int, layers: list[int], classes: int, stem_stride: int) -> None:
@@ -145,10 +145,10 @@ def resnet18_28(
     """ResNet-18 of torchvision for 28x28 gray images: a 3x3 stem without pooling, and narrower stages.
 
     Args:
-        width: Channels of the first stage (the original has 64); the last has eight times as many.
-        classes: Number of answers.
-        stem_stride: Stride of the first convolution; 2 makes the net about four times cheaper.
-        layers: Blocks per stage.
+        width: channels of the first stage (the original has 64); the last has eight times as many.
+        classes: number of answers.
+        stem_stride: stride of the first convolution; 2 makes the net about four times cheaper.
+        layers: blocks per stage.
 
     Returns:
         The net, untrained.

@@ -1,4 +1,4 @@
-"""Several processes in one run: the group they form, the device and the data of each, and the model that joins them."""
+"""Several processes in one run, through Accelerate: their group, the device and data of each, and the joined model."""
 
 from __future__ import annotations
 
@@ -7,54 +7,23 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from nipq.distributed import is_distributed, rank, world_size
 from nipq.distributed.fsdp import shard_
 from nipq.distributed.sync_batchnorm import sync_, unsync_
-from nipq.errors import ConfigError, DistributedError, NipqError
+from nipq.errors import ConfigError, DistributedError, NipqError, require
 from nipq.train.batches import Split
 
 if TYPE_CHECKING:
     from nipq.train.config import ParallelConfig, TrainConfig
 
+#: Variables that launchers set for each process.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What launchers tell each process."""
-
-
-@contextmanager
-def process_group(config: TrainConfig) -> Iterator[None]:
-    """Join the processes that ``torchrun`` or ``accelerate launch`` started, for one run.
-
-    Nothing happens for a single process, or where somebody has made a group before.
-
-    Args:
-        config: Says which device, and how long to wait for others.
-
-    Raises:
-        DistributedError: If the others do not come in time.
-    """
-    if not is_launched() or dist.is_initialized():
-        yield
-        return
-    cuda = pick_device(config.device).type == "cuda"
-    try:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=config.parallel.timeout)
-        )
-    except (RuntimeError, ValueError) as error:
-        raise DistributedError(
-            f"expected {os.environ['WORLD_SIZE']} processes to meet at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}, found that they did not ({str(error).splitlines()[0]}); start them with "
-            "torchrun or accelerate launch, and look at the output of each"
-        ) from error
-    yield
-    dist.destroy_process_group()  # after an error the process ends, and waiting for others could take for ever
 
 
 def is_launched() -> bool:
@@ -67,40 +36,96 @@ def is_first() -> bool:
     return rank() == 0 and (not is_launched() or os.environ["RANK"] == "0")
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that a config names; of several GPUs the one that the launcher gave to this process.
+@contextmanager
+def accelerated(config: TrainConfig) -> Iterator[Any]:
+    """Join the processes that ``torchrun`` or ``accelerate launch`` started, for one run.
+
+    A group that exists already is used and stays.
+
+    Args:
+        config: names the device, the precision, and how long to wait for others.
+
+    Yields:
+        The ``accelerate.Accelerator``.
 
     Raises:
-        ConfigError: If CUDA is asked for and not there, or there are fewer GPUs than processes.
+        ConfigError: if CUDA is asked for and not there, or there are fewer GPUs than processes.
+        DistributedError: if the others do not come in time.
+        MissingDependencyError: without Accelerate.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("expected a CUDA device, found none; set device to auto or cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if not is_launched():
-        return torch.device("cuda")
+    existed = dist.is_available() and dist.is_initialized()
+    yield make_accelerator(config)
+    if is_distributed() and not existed:
+        dist.destroy_process_group()  # after an error the process ends, and waiting for others could take for ever
+
+
+def make_accelerator(config: TrainConfig) -> Any:  # noqa: ANN401 - an optional package's class
+    """Accelerate's view of this process; see :func:`accelerated`."""
+    library = require("accelerate", extra="train", purpose="nipq train")
+    settings = {
+        "cpu": config.device == "cpu" or not _has_cuda(config.device),
+        "mixed_precision": config.amp or "no",
+        "kwargs_handlers": [library.InitProcessGroupKwargs(timeout=timedelta(minutes=config.parallel.timeout))],
+    }
+    # The state is one for all accelerators of a process, and of a former run with other settings.
+    library.state.AcceleratorState._reset_state(reset_partial_state=True)
+    with _known_group():
+        try:
+            return library.Accelerator(**settings)
+        except (RuntimeError, ValueError) as error:
+            if not is_launched():
+                raise
+            raise DistributedError(
+                f"expected {os.environ['WORLD_SIZE']} processes to meet at {os.environ['MASTER_ADDR']}:"
+                f"{os.environ['MASTER_PORT']}, found that they did not ({str(error).splitlines()[0]}); start them with "
+                "torchrun or accelerate launch, and look at the output of each"
+            ) from error
+
+
+def _has_cuda(name: str) -> bool:
+    """Whether this process can train on a GPU; of several GPUs it takes the one that the launcher gave to it."""
+    if not torch.cuda.is_available():
+        if name == "cuda":
+            raise ConfigError("expected a CUDA device, found none; set device to auto or cpu")
+        return False
     own, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if own >= count:
         raise ConfigError(
             f"expected a GPU for each process of this machine, found {count} GPUs and a process number {own}; "
             f"start {count} processes a machine"
         )
-    torch.cuda.set_device(own)
-    return torch.device("cuda", own)
+    return True
+
+
+@contextmanager
+def _known_group() -> Iterator[None]:
+    """Tell Accelerate, which looks at the environment only, of a group that somebody else made."""
+    if not is_distributed() or "LOCAL_RANK" in os.environ:
+        yield
+        return
+    before = dict(os.environ)
+    own, count = str(rank()), str(world_size())
+    os.environ |= {"RANK": own, "LOCAL_RANK": own, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
 
 
 def share(split: Split, batch_size: int) -> Split:
-    """What this process trains on: its slice of every batch, or the split itself when it is alone.
+    """Training split of this process: its slice of every batch, or the split itself when it is alone.
 
     Args:
-        split: The training split.
-        batch_size: Of the config; the split's own counts where it has one.
+        split: the training split.
+        batch_size: of the config; the split's own counts where it has one.
 
     Returns:
         The share.
 
     Raises:
-        ConfigError: If there are fewer samples than processes, or batches cannot be divided.
+        ConfigError: if there are fewer samples than processes, or batches cannot be divided.
     """
     parts = world_size()
     if parts == 1:
@@ -119,15 +144,20 @@ def share(split: Split, batch_size: int) -> Split:
     return split.part(rank(), parts)
 
 
-def join_(model: nn.Module, config: ParallelConfig) -> nn.Module:
+def join_(model: nn.Module, config: ParallelConfig, accelerator: Any) -> nn.Module:  # noqa: ANN401
     """Make a model train as one over all processes; itself when there is but one.
 
+    FSDP2 does not go through Accelerate's plugin: that one computes in the parameters' own bfloat16 under mixed
+    precision, which would swallow the steps of clipping ranges and bit-widths, and needs its optimizer at the same
+    time.
+
     Args:
-        model: As it is in the stage that begins; with ``strategy: fsdp`` its parameters are sharded in place.
-        config: The ``parallel`` section.
+        model: the model as it is now; with ``strategy: fsdp`` its parameters are sharded in place.
+        config: the ``parallel`` section.
+        accelerator: of :func:`make_accelerator`.
 
     Returns:
-        What to call in training steps.
+        The module to call in training steps.
     """
     if not is_distributed():
         return model
@@ -135,20 +165,23 @@ def join_(model: nn.Module, config: ParallelConfig) -> nn.Module:
         sync_(model)
     if config.strategy == "fsdp":
         return shard_(model)
-    return DistributedDataParallel(model)
+    network: nn.Module = accelerator.prepare_model(model)
+    accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # autocast is the loop's: evaluation is in float32
+    return network
 
 
-def part_(model: nn.Module) -> None:
-    """Undo what :func:`join_` did to batch norms."""
+def part_(model: nn.Module, accelerator: Any) -> None:  # noqa: ANN401
+    """Undo :func:`join_`, but for sharding."""
     unsync_(model)
+    accelerator.free_memory()
 
 
 def explained(error: RuntimeError, model: nn.Module) -> NipqError | None:
-    """What an error in a step means if it comes from there being several processes; ``None`` otherwise.
+    """Explain an error of a training step that comes from several processes; ``None`` for any other.
 
     Args:
-        error: What torch raised.
-        model: The model, to name parameters.
+        error: as torch raised it.
+        model: the model, to name parameters.
     """
     text = str(error)
     if not is_distributed():

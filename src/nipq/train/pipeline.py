@@ -1,34 +1,57 @@
-"""``run``: from a config to a folder with a proven mixed-precision model."""
+"""``nipq train``: from a config to a folder with a verified mixed-precision model."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from nipq.budget.budget import costs
+from nipq.config import Phase
 from nipq.distributed import from_rank_zero, rank
+from nipq.errors import ConfigError, FileFormatError, MissingDependencyError, require
+from nipq.export.convert import convert
+from nipq.export.packed_read import load
+from nipq.export.packed_write import file_bytes, save
+from nipq.functional.clipping import even_stride
+from nipq.nn.layers import float_weight
+from nipq.nn.quantizer import TensorQuantizer
+from nipq.prepare.batches import call_model
+from nipq.prepare.layer_table import LayerRow, layer_table, set_phase_
+from nipq.prepare.prepare import prepare_
 from nipq.report.summary import summary
+from nipq.train.batches import Batch, Few, Nested, moved, pick
 from nipq.train.checkpoint import Checkpoint
-from nipq.train.finish import finish
-from nipq.train.parallel import process_group
-from nipq.train.reporter import Reporter
-from nipq.train.run_folder import RunFolder, write_state
+from nipq.train.data import load_data
+from nipq.train.factory import build_model, build_task, read_state
+from nipq.train.parallel import accelerated
+from nipq.train.plots import Histogram, plot_bits, plot_history, plot_ranges
+from nipq.train.run_folder import RunFolder, write_state, write_table, write_text
 from nipq.train.trainer import Trainer
+from nipq.verify import VerifyResult, verify
 
 if TYPE_CHECKING:
-    from nipq.train.config import TrainConfig
+    from nipq.train.config import ModelConfig, TrainConfig
+    from nipq.train.task import Task
 
+#: Names of the stages on the terminal.
 TITLES = {"float": "float", "search": "search", "finetune": "fine-tune"}
+#: Steps between two looks at the bits for the progress bar, at least; each look reads every quantizer.
 BITS_EVERY = 10
-"""Steps between two looks at the bits for the progress bar, at least; each look reads every quantizer."""
+#: Layers whose weights and inputs are drawn against their clipping ranges, and elements drawn of each tensor.
+PANELS, SAMPLE = 4, 50_000
 
 
 def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
@@ -38,31 +61,31 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
     ``accelerate launch`` in several processes, they share every batch, and the first one writes and returns for all.
 
     Args:
-        config: What to do; see :class:`~nipq.train.config.TrainConfig`.
-        folder: Where everything is written; new or empty unless ``resume``.
-        resume: Continue the run in ``folder``; a finished run gives its results again, an empty folder starts afresh.
-        quiet: Show nothing on the terminal.
+        config: what to do; see :class:`~nipq.train.config.TrainConfig`.
+        folder: where everything is written; new or empty unless ``resume``.
+        resume: continue the run in ``folder``; a finished run gives its results again, an empty folder starts afresh.
+        quiet: show nothing on the terminal.
 
     Returns:
         The results, as in ``results.json``: scores of each named state (``float``, ``frozen``, ``bn``,
         ``finetuned``), bits, bytes, budget and the outcome of ``verify``.
 
     Raises:
-        ConfigError: If the folder holds another run, or config, data and model do not fit each other.
-        BudgetError: If the budget is out of reach.
-        NonFiniteError: If a loss or boundary stops being finite; the last checkpoint stays.
-        FileFormatError: If a checkpoint cannot be read.
-        DistributedError: If another process is gone, or holds another model.
+        ConfigError: if the folder holds another run, or config, data and model do not fit each other.
+        BudgetError: if the budget is out of reach.
+        NonFiniteError: if a loss or boundary stops being finite; the last checkpoint stays.
+        FileFormatError: if a checkpoint cannot be read.
+        DistributedError: if another process is gone, or holds another model.
     """
-    with _threads(config.threads), process_group(config):
-        return _run(config, RunFolder(folder), resume=resume, quiet=quiet)
+    with accelerated(config) as accelerator, _threads(config.threads):
+        return _run(config, RunFolder(folder), accelerator, resume=resume, quiet=quiet)
 
 
-def _run(config: TrainConfig, place: RunFolder, *, resume: bool, quiet: bool) -> dict[str, Any]:
+def _run(config: TrainConfig, place: RunFolder, accelerator: Any, *, resume: bool, quiet: bool) -> dict[str, Any]:  # noqa: ANN401
     opened = from_rank_zero(lambda: _opened(config, place, resume=resume))
     if isinstance(opened, dict):
         return opened
-    trainer = Trainer(config, opened)
+    trainer = Trainer(config, opened, accelerator)
     first = rank() == 0
     if opened is None and first and not place.holds_run():
         place.start(config)
@@ -73,9 +96,10 @@ def _run(config: TrainConfig, place: RunFolder, *, resume: bool, quiet: bool) ->
         while trainer.progress.stage != "done":
             while trainer.progress.epoch < trainer.epochs:
                 _epoch(trainer, place, reporter)
-            trainer.settle()
-            if trainer.progress.stage == "float" and first:
-                write_state(place.float, trainer.model.state_dict())
+            if trainer.progress.stage == "float":
+                trainer.close_float()
+                if first:
+                    write_state(place.float, trainer.model.state_dict())
             trainer.advance()
             trainer.checkpoint().save(place.checkpoint)
         return from_rank_zero(lambda: finish(trainer, place, reporter))
@@ -108,45 +132,53 @@ def _threads(count: int | None) -> Iterator[None]:
 
 def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     """One training epoch, or the rest of one, then its row and its checkpoint."""
-    progress, metric, started = trainer.progress, trainer.task.metric, time.perf_counter()
-    assert trainer.stage is not None
-    total, stage, every = len(trainer.train), trainer.stage, trainer.config.checkpoint_every
-    reporter.begin_epoch(f"{TITLES[progress.stage]} {progress.epoch + 1}/{trainer.epochs}", total, progress.step)
+    progress, started, epochs = trainer.progress, time.perf_counter(), trainer.epochs
+    total, every = len(trainer.train), trainer.config.checkpoint_every
+    reporter.begin_epoch(f"{TITLES[progress.stage]} {progress.epoch + 1}/{epochs}", total, progress.step)
     bits: dict[str, float | None] = {}
+    row: dict[str, Any] = {}
     for inputs, targets in trainer.batches():
         trainer.step(inputs, targets)
-        if stage.search is not None and progress.step % max(BITS_EVERY, trainer.look_every) == 1:
+        if progress.stage == "search" and progress.step % max(BITS_EVERY, trainer.look_every) == 1:
             bits = bits_now(trainer)
-        reporter.step(_means(progress.sums, metric) | bits)
-        if every and progress.step % every == 0 and progress.step < total:
+        reporter.step(_means(progress.sums, trainer.task.metric) | bits)
+        if progress.step == total:  # before the last step of a search freezes the bits that its row is about
+            row = _row(trainer)
+            progress.rows += 1
+            trainer.close_epoch()
+        trainer.follow()
+        if every and progress.step and progress.step % every == 0:
             trainer.gather()
             progress.seconds, started = progress.seconds + time.perf_counter() - started, time.perf_counter()
             trainer.checkpoint().save(place.checkpoint)
+    progress.seconds += time.perf_counter() - started
+    row["seconds"] = progress.seconds
+    checkpoint = trainer.checkpoint()  # refuses a model that is not finite before anything is written
+    if rank() == 0:
+        place.append_row(row)
+    checkpoint.save(place.checkpoint)
+    scalars = {f"{row['stage']}/{key}": value for key, value in row.items() if isinstance(value, float)}
+    reporter.scalars(scalars, progress.steps_total)
+    reporter.say(_line(row, epochs, trainer.task.metric))
+
+
+def _row(trainer: Trainer) -> dict[str, Any]:
+    """The row of an epoch whose last optimizer step was made, but for its time."""
     trainer.gather()
+    progress, metric = trainer.progress, trainer.task.metric
     row: dict[str, Any] = {
         "stage": progress.stage,
         "epoch": progress.epoch + 1,
         "step": progress.steps_total,
-        "lr": trainer.config.optimizer.lr * stage.schedule.factor(progress.epoch, (total - 1) / total),
+        "lr": trainer.rate,
     }
     row |= {f"train_{name}": value for name, value in _means(progress.sums, metric).items()}
     scores = trainer.validate()
     if scores is not None:
         row |= {f"val_{name}": scores[name] for name in ("loss", metric)}
-    if progress.stage != "float":
+    if trainer.session is not None:
         row |= bits_now(trainer) | per_layer_bits(trainer)
-    progress.seconds += time.perf_counter() - started
-    row["seconds"] = progress.seconds
-    progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, [0.0, 0.0, 0.0]
-    progress.rows += 1
-    trainer.begin_epoch()
-    checkpoint = trainer.checkpoint()  # refuses a model that is not finite before anything is written
-    if rank() == 0:
-        place.append_row(row)
-    checkpoint.save(place.checkpoint)
-    scalars = {f"{progress.stage}/{key}": value for key, value in row.items() if isinstance(value, float)}
-    reporter.scalars(scalars, progress.steps_total)
-    reporter.say(_line(row, trainer.epochs, metric))
+    return row
 
 
 def bits_now(trainer: Trainer) -> dict[str, float | None]:
@@ -154,12 +186,12 @@ def bits_now(trainer: Trainer) -> dict[str, float | None]:
 
     Where oscillations are watched, also the mean share of weights that oscillate.
     """
-    table, stage = summary(trainer.model), trainer.stage
+    table, session = summary(trainer.model), trainer.session
     now: dict[str, float | None] = {"weight_bits": table.weight_bits, "activation_bits": table.activation_bits}
-    if stage is not None and stage.search is not None:
-        now["distance"] = max(limit["relative"] for limit in stage.search.distance().values())
-    if stage is not None and stage.oscillations is not None:
-        now["oscillating"] = fmean(stage.oscillations.frequency().values())
+    if session is not None and session.search is not None:
+        now["distance"] = max(limit["relative"] for limit in session.search.distance().values())
+    if session is not None and session.oscillations is not None:
+        now["oscillating"] = fmean(session.oscillations.frequency().values())
     return now
 
 
@@ -184,3 +216,204 @@ def _line(row: dict[str, Any], epochs: int, metric: str) -> str:
     numbers = {key: row[key] for key in shown if row.get(key) is not None}
     text = "  ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
     return f"{TITLES[row['stage']]} {row['epoch']}/{epochs}  {text}"
+
+
+# ---------------------------------------------------------------------- the end of a run
+
+
+def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, Any]:
+    """Write everything that a finished run leaves; the results file comes last, so its presence means complete."""
+    model = trainer.model.eval()
+    table = summary(model)
+    layers = table.to_dict()["layers"]
+    write_text(place.layers_json, json.dumps(layers, indent=1) + "\n")
+    write_table(place.layers_csv, layers)
+    write_state(place.trained, model.state_dict())
+    deployed = convert(model)
+    save(deployed, place.model, overwrite=True)
+    reporter.say(f"saved {place.model.name}, {file_bytes(deployed):,} bytes; verifying")
+    batches = Few(trainer.data.test, trainer.config.verify_batches)
+    outcome = verify(model, deployed, batches, file=place.model, metric=metric_of(trainer.task))
+    write_text(place.verify, json.dumps(outcome.to_dict(), indent=1) + "\n")
+    skipped = _plots(trainer, place, layers)
+    if skipped:
+        reporter.say(f"[yellow]no plots: {skipped}")
+    results = {
+        "model": trainer.config.model.factory,
+        "seed": trainer.config.seed,
+        "metric": trainer.task.to_dict(),
+        "states": trainer.progress.states,
+        "average_bits": {"weights": table.weight_bits, "activations": table.activation_bits},
+        "limits": [] if trainer.budget is None else [value.to_dict() for value in costs(model, trainer.budget)],
+        "bytes": {"file": place.model.stat().st_size, "float32": float_bytes(trainer.config.model)},
+        "verified": bool(outcome),
+        "steps": trainer.progress.steps_total,
+        "seconds": trainer.progress.seconds,
+    }
+    write_text(place.results, json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def verify_run(place: RunFolder, files: Sequence[Path] = ()) -> VerifyResult:
+    """Load a finished run's trained and packed models from its folder and compare them again.
+
+    Args:
+        place: the run's folder.
+        files: exports of the run, to be compared as well.
+
+    Returns:
+        The result of :func:`nipq.verify.verify`; true when every level holds.
+
+    Raises:
+        ConfigError: if the folder holds no finished run.
+        FileFormatError: if a file of the run cannot be read.
+    """
+    config = place.read_config()
+    for path in (place.trained, place.model):
+        if not path.is_file():
+            raise ConfigError(
+                f"expected a finished run, found no {path.name} in {place.path}; continue it with --resume"
+            )
+    data = load_data(config.data, config.seed)
+    model = build_model(config.model, with_weights=False)
+    prepare_(model, pick(next(iter(data.test))[0], slice(1)), config.quantization)
+    state = read_state(place.trained)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise FileFormatError(
+            f"{place.trained} is not the trained model of this run: {error}; run nipq train again"
+        ) from error
+    set_phase_(model, Phase.ROUND)
+    deployed = load(place.model, build_model(config.model, with_weights=False))
+    batches, metric = Few(data.test, config.verify_batches), metric_of(build_task(config))
+    return verify(model.eval(), deployed, *files, loader=batches, file=place.model, metric=metric)
+
+
+def metric_of(task: Task) -> Callable[[nn.Module, Iterable[Batch]], float]:
+    """The task's metric as verify calls it."""
+    return lambda model, batches: task.scores(model, batches)[task.metric]
+
+
+def float_bytes(config: ModelConfig) -> int:
+    """Bytes of the float network's state dict, four for each number."""
+    state = build_model(config, with_weights=False).state_dict()
+    return sum(4 * tensor.numel() for tensor in state.values() if tensor.is_floating_point())
+
+
+def _plots(trainer: Trainer, place: RunFolder, layers: list[dict[str, Any]]) -> str | None:
+    """Draw the pictures; without the package, say why not."""
+    try:
+        plot_bits(layers, place.plots / "bits_per_layer.png")
+        if rows := place.rows():
+            plot_history(rows, place.plots / "history.png", trainer.task.metric, trainer.task.unit)
+        inputs = moved(pick(next(iter(trainer.data.test))[0], slice(64)), trainer.device)
+        plot_ranges(histograms(trainer.model, inputs), place.plots / "ranges.png")
+    except MissingDependencyError as error:
+        return str(error)
+    return None
+
+
+@torch.no_grad()
+def histograms(model: nn.Module, inputs: Nested) -> list[Histogram]:
+    """Weights, then inputs, of some layers spread over the depth, with their quantizers, recorded from ``inputs``."""
+    layers = [row for row in layer_table(model) if not row.spec.is_product]
+    rows = [row for row in layers if row.input is not None] or layers  # with weights alone no layer has an input
+    chosen = [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, PANELS)})]
+    seen: dict[str, Tensor] = {}
+
+    def keep(row: LayerRow) -> Any:  # noqa: ANN401 - a hook
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen[row.name] = args[0].detach()
+
+        return hook
+
+    handles = [row.input.register_forward_pre_hook(keep(row)) for row in chosen if row.input is not None]
+    try:
+        call_model(model.eval(), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    weights = [
+        _histogram(f"{row.name} weight", float_weight(row.layer).detach(), row.weight, is_weight=True) for row in chosen
+    ]
+    return weights + [
+        _histogram(f"{row.name} input", seen[row.name], row.input, is_weight=False)
+        for row in chosen
+        if row.input is not None
+    ]
+
+
+def _histogram(title: str, values: Tensor, quantizer: TensorQuantizer, *, is_weight: bool) -> Histogram:
+    step = float(quantizer.step().max())
+    low, high = (float(bound.flatten()[0]) for bound in quantizer.code_range())
+    flat = values.flatten()
+    drawn = flat[:: even_stride(flat.numel(), SAMPLE)].float().cpu().numpy()
+    return Histogram(title, drawn, low * step, high * step, step, quantizer.bits_rounded, is_weight)
+
+
+# ---------------------------------------------------------------------- the terminal
+
+
+class Reporter:
+    """Shows a run on the terminal and in TensorBoard; with ``quiet`` only the latter.
+
+    Args:
+        tensorboard: folder of the event files; ``None`` for none.
+        step: training steps that earlier parts of the run have logged; later ones are dropped from the display.
+        quiet: show nothing on the terminal.
+    """
+
+    def __init__(self, tensorboard: Path | None, step: int = 0, *, quiet: bool = False) -> None:
+        """Open the writer; without the package the run goes on and says so."""
+        self.console = Console(stderr=True, quiet=quiet)
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"), console=self.console, transient=True,
+            disable=quiet or not self.console.is_terminal,
+        )  # fmt: skip
+        self._task: TaskID | None = None
+        self._writer: Any = None
+        if tensorboard is None:
+            return
+        try:
+            board = require("torch.utils.tensorboard", extra="report", purpose="TensorBoard logs")
+            self._writer = board.SummaryWriter(str(tensorboard), purge_step=step or None)
+        except MissingDependencyError as error:
+            self.say(f"[yellow]no TensorBoard log: {error}")
+
+    def __enter__(self) -> Self:
+        """Start the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop the bar and close the writer."""
+        self._bar.stop()
+        if self._writer is not None:
+            self._writer.close()
+
+    def say(self, text: str) -> None:
+        """One line on the terminal."""
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+    def begin_epoch(self, title: str, total: int, done: int) -> None:
+        """Start the bar of an epoch."""
+        if self._task is not None:
+            self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(title, total=total, completed=done, numbers="")
+
+    def step(self, numbers: Mapping[str, float | None]) -> None:
+        """Advance the bar and show the numbers that are known."""
+        if self._task is not None:
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
+            self._bar.update(self._task, advance=1, numbers=shown)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers against the training step."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+            self._writer.flush()

@@ -1,4 +1,4 @@
-"""Pictures of a run: bits per layer, bits and budget over time, boundaries against histograms.
+"""Pictures of a run: bits per layer, bits and budget over time, clipping ranges against histograms.
 
 Each function takes plain numbers and writes one PNG, dark on white.
 """
@@ -35,13 +35,13 @@ class Histogram:
     """A tensor and the quantizer that it goes through.
 
     Attributes:
-        title: Name and kind of the tensor.
-        values: Some of its elements, any shape.
-        low: Lowest value that the quantizer can give.
-        high: Highest one.
-        step: Distance between its values.
-        bits: Its bit-width.
-        is_weight: Colour.
+        title: name and kind of the tensor.
+        values: some of its elements, any shape.
+        low: lowest value that the quantizer can give.
+        high: highest one.
+        step: distance between its values.
+        bits: its bit-width.
+        is_weight: colour.
     """
 
     title: str
@@ -59,14 +59,14 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
 
     Args:
         path: PNG to write.
-        width: Inches.
-        height: Inches.
+        width: inches.
+        height: inches.
 
     Yields:
         The empty figure.
 
     Raises:
-        MissingDependencyError: Without matplotlib.
+        MissingDependencyError: without matplotlib.
     """
     matplotlib = require("matplotlib", extra="report", purpose="plots")
     figures = require("matplotlib.figure", extra="report", purpose="plots")
@@ -83,7 +83,7 @@ def plot_bits(layers: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Bars of the final bits of each layer's weights and input, in model order.
 
     Args:
-        layers: Rows of the layer table: ``name``, ``weight_bits``, ``activation_bits`` (``None`` for a float input).
+        layers: rows of the layer table: ``name``, ``weight_bits``, ``activation_bits`` (``None`` for a float input).
         path: PNG to write.
     """
     count = len(layers)
@@ -108,10 +108,10 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "a
     """The task's metric, bit-widths and the cost relative to each limit, over the epochs of all stages.
 
     Args:
-        rows: Rows of the metrics file.
+        rows: rows of the metrics file.
         path: PNG to write.
-        metric: Name of the metric.
-        unit: Its unit.
+        metric: name of the metric.
+        unit: its unit.
     """
     time = np.arange(1, len(rows) + 1)
     with drawn(path, width=8.0, height=7.5) as figure:
@@ -130,6 +130,7 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "a
             bottom.plot(time, [_share(row, name) for row in rows], style, color=colour, marker=".", label=name)
         bottom.axhline(100.0, color="black", linewidth=1.0, label="the budget")
         bottom.set(ylabel="cost / limit [%]", xlabel="epoch (all stages)", title="Cost relative to the budget")
+        bottom.ticklabel_format(axis="y", useOffset=False)
         bottom.xaxis.get_major_locator().set_params(integer=True)
         for axes in (top, middle, bottom):
             _mark_stages(axes, rows)
@@ -138,11 +139,11 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "a
         _name_stages(top, rows)
 
 
-def plot_boundaries(histograms: Sequence[Histogram], path: Path) -> None:
+def plot_ranges(histograms: Sequence[Histogram], path: Path) -> None:
     """Histograms of tensors with the range and the levels of their quantizers.
 
     Args:
-        histograms: What to draw, one panel each.
+        histograms: tensors to draw, one panel each.
         path: PNG to write.
     """
     columns = min(4, len(histograms))
@@ -157,8 +158,8 @@ def plot_boundaries(histograms: Sequence[Histogram], path: Path) -> None:
             axes.hist(values, bins=80, range=(start, edge), color=colour, alpha=0.75)
             axes.set_yscale("log")
             axes.set_ylim(bottom=0.5)
-            for boundary in {item.low, item.high}:
-                axes.axvline(boundary, color="black", linewidth=1.3)
+            for end in {item.low, item.high}:
+                axes.axvline(end, color="black", linewidth=1.3)
             levels = np.arange(round(item.low / item.step), round(item.high / item.step) + 1) * item.step
             if len(levels) <= 40:
                 bottom = axes.get_xaxis_transform()
@@ -170,7 +171,7 @@ def plot_boundaries(histograms: Sequence[Histogram], path: Path) -> None:
         for axes in panels[len(histograms) :]:
             axes.set_visible(False)
         figure.suptitle(
-            "Tensors and their learned boundaries (black lines; ticks are the quantizer's values)", fontsize=10
+            "Tensors and their learned clipping ranges (black lines; ticks are the quantizer's values)", fontsize=10
         )
 
 

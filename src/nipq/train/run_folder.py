@@ -1,4 +1,4 @@
-"""The folder that a run writes into: what is in it, and that nothing in it is lost."""
+"""The folder of a run: its files, written whole, never overwritten, continued under the same config only."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ from torch import Tensor
 
 from nipq.errors import ConfigError, FileFormatError
 from nipq.files import written_whole
-from nipq.train.config import TrainConfig
-from nipq.train.config_file import dump_config, load_config
+from nipq.train.config import TrainConfig, dump_config, load_config
 
 PACKAGES = ("nipq", "torch", "torchvision", "numpy", "scipy", "pydantic", "safetensors", "scikit-learn")
+#: Fields that may differ between a run and its continuation.
 FREE_FIELDS = (
     ("data", "path"), ("data", "workers"), ("device",), ("checkpoint_every",),
     ("parallel", "strategy"), ("parallel", "timeout"),
 )  # fmt: skip
-"""What may differ between a run and its continuation."""
 
 
 class RunFolder:
     """Paths and files of one run.
 
     Args:
-        path: The folder.
+        path: the folder.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -52,11 +51,7 @@ class RunFolder:
         self.tensorboard = self.path / "tensorboard"
 
     def check_free(self) -> None:
-        """Refuse a folder that holds anything.
-
-        Raises:
-            ConfigError: If it does.
-        """
+        """Raise ConfigError for a folder that holds anything."""
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             what = "already holds a run" if self.holds_run() else "is not empty"
             raise ConfigError(
@@ -65,14 +60,7 @@ class RunFolder:
             )
 
     def start(self, config: TrainConfig) -> None:
-        """Claim an empty folder for a new run.
-
-        Args:
-            config: Written to ``config.yaml``.
-
-        Raises:
-            ConfigError: If the folder holds anything.
-        """
+        """Claim an empty folder for a new run; ConfigError if it holds anything."""
         self.check_free()
         self.path.mkdir(parents=True, exist_ok=True)
         write_text(self.environment, json.dumps(environment(), indent=2) + "\n")
@@ -83,11 +71,7 @@ class RunFolder:
         return self.config.is_file()
 
     def read_config(self) -> TrainConfig:
-        """The config of the run.
-
-        Raises:
-            ConfigError: If no run was started here.
-        """
+        """The config of the run; ConfigError if no run was started here."""
         if not self.holds_run():
             raise ConfigError(
                 f"expected a run folder, found no config.yaml in {self.path}; name a folder made by nipq train"
@@ -98,10 +82,10 @@ class RunFolder:
         """Refuse to continue a run under another config.
 
         Args:
-            config: The config given for the continuation.
+            config: the config given for the continuation.
 
         Raises:
-            ConfigError: Naming the fields that differ; where the data lie, workers, device and the checkpoint interval
+            ConfigError: naming the fields that differ; where the data lie, workers, device and the checkpoint interval
                 may, and so may what several processes do.
         """
         old, new = (flat(c.model_dump(mode="json")) for c in (self.read_config(), config))
@@ -132,7 +116,7 @@ class RunFolder:
         """Keep the rows that belong to the checkpoint, dropping those written after it.
 
         Raises:
-            FileFormatError: If the file has fewer rows than the checkpoint counts.
+            FileFormatError: if the file has fewer rows than the checkpoint counts.
         """
         rows = self.rows()
         if len(rows) < count:
@@ -164,7 +148,7 @@ def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """What the numbers of a run depend on besides its config: versions and machine."""
+    """Versions and machine: all that the numbers of a run depend on besides its config."""
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",

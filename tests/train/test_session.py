@@ -1,26 +1,32 @@
-"""What a stage trains with: phases, tempering, oscillations, uniform bits, and groups with settings of their own."""
+"""The session inside a run: phases, noise mix, oscillations, allocation of bits, exact resume."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 
-from nipq.budget.budget import costs
+from nipq.budget.budget import AverageBits, costs
 from nipq.config import Phase
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import quantizers
-from nipq.train import passage, stage
+from nipq.prepare.prepare import prepare_
+from nipq.qat import session
+from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
+from nipq.qat.session import QATSession, calibrate_and_allocate_
+from nipq.train.batches import Few, moved, seed_of
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
-from nipq.train.passage import calibrate
+from nipq.train.data import load_data
+from nipq.train.models import digits_net
+from nipq.train.optim import schedule_of
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
-from nipq.train.schedule import tempering_share
-from nipq.train.trainer import Trainer
+from nipq.train.trainer import Trainer, _SessionLoader
 
 Make = Callable[..., TrainConfig]
 Until = Callable[[Trainer, str], Trainer]
@@ -44,83 +50,63 @@ def test_finetune_trains_in_the_phase_asked_for(phase: str, noisy: bool, make_co
     assert {q.phase for q in quantizers(until(trainer, "done").model)} == {Phase.ROUND}
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_tempering_ends_at_the_true_error(
-    kind: str, make_config: Make, until: Until, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shares: list[float] = []
-    temper = stage.set_noise_mix_
-    monkeypatch.setattr(stage, "set_noise_mix_", lambda model, share: (shares.append(share), temper(model, share)))
+def test_the_noise_mix_reaches_the_true_error(make_config: Make, until: Until) -> None:
     stages = {**SHORT, "search": {"epochs": 2}, "finetune": {"epochs": 1, "phase": "noise"}}
-    trainer = until(Trainer(make_config(stages=stages, data=DATA, tempering=kind)), "search")
-    shares.clear()
+    trainer = until(Trainer(make_config(stages=stages, data=DATA, noise_mix="linear")), "search")
+    shares = []
     for _ in range(2):
         for batch in trainer.batches():
+            shares.append({float(q.error_share or 0) for q in quantizers(trainer.model)})
             trainer.step(*batch)
-        trainer.progress.epoch, trainer.progress.step = trainer.progress.epoch + 1, 0
-    assert shares == [tempering_share(kind, step, 8) for step in range(8)]  # type: ignore[arg-type]
-    assert (shares[0], shares[-1]) == (0.0, 1.0)
-    trainer.advance()
+            if trainer.progress.step == 4:
+                trainer.close_epoch()
+            trainer.follow()
+    assert [share for (share,) in shares] == pytest.approx([step / 7 for step in range(8)])
+    assert trainer.progress.stage == "finetune"
     assert all(float(q.error_share) == 1 for q in quantizers(trainer.model) if q.error_share is not None)
-
-
-def test_shapes_of_the_share() -> None:
-    assert [tempering_share("linear", step, 5) for step in range(5)] == [0, 0.25, 0.5, 0.75, 1]
-    assert tempering_share("cosine", 1, 5) == pytest.approx(0.5 - 0.5**1.5)
-    assert tempering_share("none", 4, 5) == 0
-    assert tempering_share("linear", 0, 1) == 1
 
 
 def test_oscillations_are_one_watch_over_search_and_finetune(make_config: Make, until: Until) -> None:
     config = make_config(stages=SHORT, data=DATA, oscillation={"dampen": 0.1, "freeze": 0.01})
     trainer = until(Trainer(config), "search")
-    assert trainer.stage is not None
-    watch = trainer.stage.oscillations
+    assert trainer.session is not None
+    watch = trainer.session.oscillations
     assert watch is not None
     assert watch.total_steps == 8
-    for batch in trainer.batches():
-        trainer.step(*batch)
-    trainer.advance()
-    assert trainer.stage.oscillations is watch
+    until(trainer, "finetune")
+    assert trainer.session.oscillations is watch
     trainer.step(*next(trainer.batches()))
+    trainer.follow()
     assert watch.state_dict()["calls"] == 5
-
-
-def test_dampening_is_added_to_the_loss(make_config: Make, until: Until) -> None:
-    trainer = until(Trainer(make_config(stages=SHORT, data=DATA, oscillation={"dampen": 0.5})), "finetune")
-    assert trainer.stage is not None
-    assert trainer.stage.oscillations is not None
-    state = trainer.stage.oscillations.state_dict()
-    trainer.stage.oscillations.load_state_dict({**state, "calls": 7})
-    added = trainer.stage.penalty(torch.zeros(()))
-    torch.testing.assert_close(added, trainer.stage.oscillations.penalty())
-    assert bool(added > 0)
 
 
 def trained(config: TrainConfig, path: Path, stops: set[int]) -> Trainer:
     """Train to the end; after so many steps, go on from a checkpoint in a new trainer."""
     trainer = Trainer(config)
     while trainer.progress.stage != "done":
-        while trainer.progress.epoch < trainer.epochs:
+        stage = trainer.progress.stage
+        while trainer.progress.stage == stage and trainer.progress.epoch < trainer.epochs:
             for batch in trainer.batches():
                 trainer.step(*batch)
+                if trainer.progress.step == len(trainer.train):
+                    trainer.close_epoch()
+                trainer.follow()
                 if trainer.progress.steps_total in stops:
                     break
-            if trainer.progress.step == len(trainer.data.train):
-                trainer.progress.epoch, trainer.progress.step = trainer.progress.epoch + 1, 0
             if trainer.progress.steps_total in stops:
                 trainer.checkpoint().save(path)
                 trainer = Trainer(config, Checkpoint.load(path))
-        trainer.settle()
-        trainer.advance()
+                stops = stops - {trainer.progress.steps_total}
+        if trainer.progress.stage == stage:
+            trainer.advance()
     return trainer
 
 
-def test_resume_with_tempering_and_oscillations_is_exact(make_config: Make, tmp_path: Path) -> None:
+def test_resume_with_noise_mix_and_oscillations_is_exact(make_config: Make, tmp_path: Path) -> None:
     config = make_config(
         stages={**SHORT, "search": {"epochs": 2}, "finetune": {"epochs": 1, "phase": "noise"}},
         data=DATA,
-        tempering="cosine",
+        noise_mix="cosine",
         oscillation={"dampen": 0.1, "freeze": 0.01},
         ema_decay=0.9,
     )
@@ -130,15 +116,6 @@ def test_resume_with_tempering_and_oscillations_is_exact(make_config: Make, tmp_
     assert found.progress.steps_total == 16
     states = [trainer.model.state_dict() for trainer in (expected, found)]
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
-
-
-def test_checkpoint_of_an_older_release_is_read(tmp_path: Path, make_config: Make, until: Until) -> None:
-    trainer = until(Trainer(make_config(stages=SHORT, data=DATA)), "search")
-    trainer.checkpoint().save(tmp_path / "checkpoint.pt")
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    del content["oscillation"]
-    torch.save(content, tmp_path / "checkpoint.pt")
-    assert Checkpoint.load(tmp_path / "checkpoint.pt").oscillation is None
 
 
 def test_uniform_bits_need_no_search(make_config: Make, tmp_path: Path) -> None:
@@ -174,13 +151,13 @@ def test_bits_from_curvature_keep_the_budget_and_are_calibrated(make_config: Mak
     assert trainer.budget is not None
     assert all(limit.rounded <= limit.target for limit in costs(trainer.model, trainer.budget))
     alphas = [q.alpha.detach().clone() for q in found]
-    calibrate(trainer)
+    calibrate_(trainer.model, _SessionLoader(trainer), trainer.config.calibration_batches)
     assert all(torch.equal(q.alpha, alpha) for q, alpha in zip(found, alphas, strict=True))
 
 
 def test_a_start_from_noise_is_near_the_budget_learned_and_calibrated(make_config: Make, until: Until) -> None:
     stages = {"float": {"epochs": 0}, "search": {"epochs": 1}, "finetune": {"epochs": 0}}
-    trainer = until(Trainer(make_config(stages=stages, data=DATA, bit_start="noise")), "search")
+    trainer = until(Trainer(make_config(stages=stages, data=DATA, allocation="noise")), "search")
     found = [q for q in quantizers(trainer.model) if not q.is_frozen]
     assert found
     assert len({q.bits_rounded for q in found}) > 1
@@ -188,7 +165,7 @@ def test_a_start_from_noise_is_near_the_budget_learned_and_calibrated(make_confi
     # Starts stay a quarter of a bit off the ends of the range, which may cost as much on average.
     assert all(abs(limit.soft / limit.target - 1) < 0.25 / 4 for limit in costs(trainer.model, trainer.budget))
     alphas = [q.alpha.detach().clone() for q in found]
-    calibrate(trainer)
+    calibrate_(trainer.model, _SessionLoader(trainer), trainer.config.calibration_batches)
     assert all(torch.equal(q.alpha, alpha) for q, alpha in zip(found, alphas, strict=True))
 
 
@@ -197,9 +174,9 @@ def test_a_start_from_noise_computes_its_losses_as_training_does(
     amp: str | None, make_config: Make, until: Until, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[bool] = []
-    monkeypatch.setattr(passage, "allocate_bits_", lambda *_, **__: found.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(session, "allocate_bits_", lambda *_, **__: found.append(torch.is_autocast_enabled("cpu")))
     stages = {"float": {"epochs": 0}, "search": {"epochs": 1}, "finetune": {"epochs": 0}}
-    until(Trainer(make_config(stages=stages, data=DATA, bit_start="noise", amp=amp)), "search")
+    until(Trainer(make_config(stages=stages, data=DATA, allocation="noise", amp=amp)), "search")
     assert found == [amp is not None]
 
 
@@ -211,41 +188,53 @@ def test_allocation_needs_a_budget(allocation: str, make_config: Make) -> None:
     assert Trainer(make_config(budget=None, allocation=allocation, quantization=fixed)).budget is None
 
 
-OPTIMIZER = {"lr": 0.05, "weight_decay": 0.1, "boundary_decay": 0.3, "boundary_momentum": 0.0, "bits_momentum": 0.5}
+def test_a_run_is_a_plain_loop_around_a_session(make_config: Make, until: Until) -> None:
+    """Data, seeds and schedule of the run, the loop of the README: equal losses, bits and weights."""
+    stages = {"float": {"epochs": 0}, "search": {"epochs": 9}, "finetune": {"epochs": 4, "lr": 0.01}}  # 52 steps
+    config = make_config(stages=stages, data=DATA)
+    trainer = until(Trainer(config), "search")
+    losses = []
+    while trainer.progress.epoch < trainer.epochs:
+        for batch in trainer.batches():
+            before = trainer.tally.look()[0]
+            trainer.step(*batch)
+            losses.append((trainer.tally.look()[0] - before) / 32)
+            if trainer.progress.step == 4:
+                trainer.close_epoch()
+            trainer.follow()
+    trainer.advance()
+    assert trainer.progress.stage == "done"
 
-
-@pytest.mark.parametrize(
-    ("changes", "field", "values"),
-    [
-        ({}, "momentum", {"weights": 0.9, "no_decay": 0.9, "ranges": 0.0, "bits": 0.5}),
-        ({}, "weight_decay", {"weights": 0.1, "no_decay": 0.0, "ranges": 0.3, "bits": 0.0}),
-        ({"quantizer_optimizer": "adam"}, "betas", {"ranges": (0.0, 0.999), "bits": (0.5, 0.999)}),
-        (
-            {"name": "adamw", "bits_momentum": None},
-            "betas",
-            {"weights": (0.9, 0.999), "no_decay": (0.9, 0.999), "ranges": (0.0, 0.999), "bits": (0.9, 0.999)},
-        ),
-    ],
-)
-def test_boundaries_and_bits_have_settings_of_their_own(
-    changes: dict[str, Any], field: str, values: dict[str, Any], make_config: Make, until: Until
-) -> None:
-    trainer = until(Trainer(make_config(stages=SHORT, data=DATA, optimizer={**OPTIMIZER, **changes})), "search")
-    assert trainer.stage is not None
-    groups = [group for optimizer in trainer.stage.optimizers.all for group in optimizer.param_groups]
-    assert {group["name"]: group[field] for group in groups if field in group} == values
-    trainer.step(*next(trainer.batches()))  # momentum 0 beside nesterov is fine
-
-
-def test_boundary_decay_pulls_boundaries_alone(make_config: Make, until: Until) -> None:
-    def after_a_step(decay: float) -> dict[str, torch.Tensor]:
-        optimizer = {"lr": 0.05, "boundary_decay": decay}
-        trainer = until(Trainer(make_config(stages=SHORT, data=DATA, optimizer=optimizer)), "search")
-        trainer.step(*next(trainer.batches()))
-        return {name: p.detach() for name, p in trainer.model.named_parameters()}
-
-    plain, decayed = after_a_step(0.0), after_a_step(0.1)
-    moved = {name for name in plain if not torch.equal(plain[name], decayed[name])}
-    boundaries = {name for name in plain if name.endswith("alpha_raw")}
-    assert len(moved) == len(boundaries) - 1  # the image's is not learned
-    assert moved < boundaries
+    seed = config.seed
+    torch.manual_seed(seed_of(seed, "model"))
+    model = digits_net(width=8)
+    data = load_data(config.data, seed)
+    prepare_(model, next(iter(data.test))[0][:1], config.quantization)
+    cpu = torch.device("cpu")  # the strides of a batch decide about its kernels, and so about its rounding errors
+    loader = [(moved(x, cpu), y) for x, y in Few(data.train, 4, seed_of(seed, "calibration"))]
+    settings = {"calibration_batches": 2, "seed": seed_of(seed, "allocation")}
+    calibrate_and_allocate_(model, loader, AverageBits(4, 4), cross_entropy, **settings)
+    optimizer = torch.optim.SGD(param_groups(model, 0.05, 1e-4), lr=0.05, momentum=0.9, nesterov=True)
+    session = QATSession(
+        model, AverageBits(4, 4), 52, loader=loader, loss_fn=cross_entropy, optimizer=optimizer, finetune=16 / 52,
+        schedule=schedule_of(config, ["search", "finetune"], 4), batchnorm_batches=3,
+    )  # fmt: skip
+    model.train()
+    found = []
+    for stage, epochs in (("search", 9), ("finetune", 4)):
+        for epoch in range(epochs):
+            for step, (x, y) in enumerate(data.train.epoch(seed_of(seed, "data", stage, epoch))):
+                torch.manual_seed(seed_of(seed, stage, epoch, step))
+                loss = cross_entropy(model(moved(x, cpu)), y)
+                (loss + session.penalty()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                session.step()
+                found.append(loss.item())
+        if stage == "search":
+            optimizer.state.clear()  # a new curve starts without momentum
+    session.finish()
+    assert found == pytest.approx(losses, rel=1e-6)
+    assert [q.bits_rounded for q in quantizers(model)] == [q.bits_rounded for q in quantizers(trainer.model)]
+    states = model.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(states[1][name], tensor) for name, tensor in states[0].items())

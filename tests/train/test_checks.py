@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nipq.errors import NonFiniteError
 from nipq.prepare.layer_table import layer_table
 from nipq.prepare.prepare import prepare_
-from nipq.train.guard import check_state, non_finite_loss
+from nipq.train.checks import check_state, non_finite_loss
 from nipq.train.models import digits_net
 
 EXAMPLE = torch.randn(2, 1, 8, 8)
@@ -36,7 +36,7 @@ def test_boundary_is_named(model: nn.Module) -> None:
     quantizer = layer_table(model)[2].weight
     with torch.no_grad():
         quantizer.alpha_raw.fill_(float("nan"))
-    with pytest.raises(NonFiniteError, match=f"now.*the boundary of {quantizer.name}"):
+    with pytest.raises(NonFiniteError, match=f"now.*the clipping range of {quantizer.name}"):
         check_state(model, "now")
 
 
