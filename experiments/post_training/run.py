@@ -108,31 +108,37 @@ class Score:
         return torch.cat([model(batch) for batch in self.test])
 
 
-def states(original: nn.Module, loader: list[Tensor], cell: str) -> Iterator[tuple[str, nn.Module]]:
-    """The stages of ``nipq.quantize`` one by one with all samples, each with and without batch norms moved."""
-    config, budget = CELLS[cell]
+def prepared(original: nn.Module, loader: list[Tensor], config: Config) -> nn.Module:
+    """A prepared copy with calibrated ranges that rounds."""
     model = copy.deepcopy(original)
     nipq.prepare_(model, loader[0][:1], config)
     set_phase_(model, Phase.ROUND)
-    nipq.calibrate_(model, loader, len(loader))
-    names = ["raw"] if budget is None else ["round 1", "round 2"]
-    for name in names:
+    return nipq.calibrate_(model, loader, len(loader)).eval()
+
+
+def stages(original: nn.Module, loader: list[Tensor], cell: str) -> Iterator[tuple[str, nn.Module]]:
+    """The stages of ``nipq.quantize`` one by one with all samples, each with and without batch norms moved."""
+    config, budget = CELLS[cell]
+    model = prepared(original, loader, config)
+    for name in ["raw"] if budget is None else ["round 1", "round 2"]:
         if budget is not None:
             allocate_bits_(model, loader, budget, whole=True)
             nipq.calibrate_(model, loader, len(loader))
-        yield name, model.eval()
+        yield name, model
         update = reestimate_bn_(model, loader, statistics="relative")
         yield f"{name}, batch norms relative", model
         update.undo()
+    if cell == "8/8":
+        reestimate_bn_(model, loader, statistics="absolute")
+        yield "raw, batch norms absolute", model
+
+
+def by_divergence(original: nn.Module, loader: list[Tensor], cell: str) -> Iterator[tuple[str, nn.Module]]:
+    """Bits by the divergence KL(float || noisy) instead of the squared distance, measured once."""
+    config, budget = CELLS[cell]
     if budget is None:
-        if cell == "8/8":
-            reestimate_bn_(model, loader, statistics="absolute")
-            yield "raw, batch norms absolute", model
         return
-    model = copy.deepcopy(original)
-    nipq.prepare_(model, loader[0][:1], config)
-    set_phase_(model, Phase.ROUND)
-    nipq.calibrate_(model, loader, len(loader))
+    model = prepared(original, loader, config)
     with torch.no_grad():
         answered = [(batch, original(batch)) for batch in loader]
     allocate_bits_(model, answered, budget, lambda y, truth: divergence(y, truth).mean(), whole=True)
@@ -142,13 +148,17 @@ def states(original: nn.Module, loader: list[Tensor], cell: str) -> Iterator[tup
     yield "round 1 by divergence, batch norms relative", model
 
 
+#: Parts of a cell: the stages one by one, another distance, and the whole.
+PARTS = {"stages": stages, "divergence": by_divergence, "quantize": None}
+
+
 def main() -> None:
     """Run the cells and append their lines."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder")
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--quantize-only", action="store_true", help="leave the single stages out")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     original = pretrained(arguments.folder)
@@ -159,15 +169,23 @@ def main() -> None:
         score = score or Score(original, test)
         for cell in arguments.cells:
             about = {"cell": cell, "seed": seed, "tiles": len(test), "samples": SAMPLES} | where
-            if not arguments.quantize_only:
-                for state, model in states(original, loader, cell):
-                    write(about, state, score(model))
-            started = time.perf_counter()
-            config, budget = CELLS[cell]
-            result = nipq.quantize(original, loader, budget, config=config, samples=SAMPLES)
-            numbers = {"seconds": time.perf_counter() - started, "bytes": result.report.file_bytes}
-            kept = [stage.name for stage in result.report.stages if stage.kept]
-            write(about | {"kept": kept}, "nipq.quantize", score(result.model) | numbers)
+            for part in arguments.parts:
+                states = PARTS[part]
+                if states is None:
+                    quantized(original, loader, score, about)
+                else:
+                    for state, model in states(original, loader, cell):
+                        write(about, state, score(model))
+
+
+def quantized(original: nn.Module, loader: list[Tensor], score: Score, about: dict[str, Any]) -> None:
+    """The whole of ``nipq.quantize``."""
+    started = time.perf_counter()
+    config, budget = CELLS[about["cell"]]
+    result = nipq.quantize(original, loader, budget, config=config, samples=SAMPLES)
+    numbers = {"seconds": time.perf_counter() - started, "bytes": result.report.file_bytes}
+    kept = [stage.name for stage in result.report.stages if stage.kept]
+    write(about | {"kept": kept}, "nipq.quantize", score(result.model) | numbers)
 
 
 def write(about: dict[str, Any], state: str, numbers: dict[str, float]) -> None:

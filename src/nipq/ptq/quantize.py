@@ -346,5 +346,5 @@ def _check_loss(model: nn.Module, samples: Samples, loss_fn: LossFn, device: tor
     check_scalar(loss)
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(
-            f"loss_fn: expected a finite loss of the float model, found {float(loss)}. Look at targets."
+            f"loss_fn: expected a finite loss of the float model, found {float(loss.detach())}. Look at targets."
         )

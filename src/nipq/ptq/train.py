@@ -76,7 +76,8 @@ def train_(
                     check_scalar(loss)
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
-                        f"training: expected a finite loss, found {float(loss)} at step {session.steps}. Lower lr."
+                        f"training: expected a finite loss, found {float(loss.detach())} at step {session.steps}. "
+                        "Lower lr."
                     )
                 (loss + session.penalty()).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
