@@ -1,6 +1,6 @@
 """What one element costs, and what one call costs: the quantizer against a copy, an add, a ReLU and torch's fake-quant.
 
-python -m benchmarks.elements --overwrite        # results/elements.json, in about four minutes
+python -m benchmarks.elements --overwrite        # results/elements.jsonl, in about four minutes
 
 The limit of any element-wise function with a gradient is one copy forward (read, write a fresh result) and one add
 backward (read two, write one). All take turns in one process; with one thread CPU time counts, with two wall time.
@@ -22,7 +22,7 @@ from benchmarks.peers import TorchFakeQuantize
 from benchmarks.plain import plain_operations
 from benchmarks.timing import interleaved, quartiles, ratio, total
 from nipq.config import BitRange, NoiseKind, Phase
-from nipq.nn.estimator import Estimator
+from nipq.nn.estimators import NoiseProxy
 from nipq.nn.quantizer import TensorQuantizer
 
 SIZES = (1 << 22, 1 << 16)
@@ -38,7 +38,7 @@ Pair = tuple[Callable[[], object], Callable[[], object]]
 
 def quantizer(noise: NoiseKind = "uniform", phase: Phase = Phase.NOISE) -> TensorQuantizer:
     """A quantizer of this library in training, its boundary inside normal data, 4 bits in the middle of its range."""
-    module = TensorQuantizer("x", BitRange(min=2, max=6), estimator=Estimator(noise=noise))
+    module = TensorQuantizer("x", BitRange(min=2, max=6), estimator=NoiseProxy(noise=noise))
     module.set_alpha_(torch.tensor([2.5]))
     module.phase = phase
     return module.train()

@@ -105,5 +105,5 @@ def goals_table(records: Mapping[str, Record]) -> str:
             continue
         verdict = "reached" if round(found, goal.digits) <= goal.limit else "**missed**"
         lines.append(f"| {goal.name} | {goal.limit:.{goal.digits}f} | {found:.{goal.digits}f} | {verdict} |")
-    head = ["### Goals\n", "| on a CPU | goal, at most | found | |", "|---|---|---|---|"]
+    head = ["| on a CPU | goal, at most | found | |", "|---|---|---|---|"]
     return "\n".join([*head, *lines]) + "\n" if lines else ""

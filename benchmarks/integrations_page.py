@@ -1,9 +1,10 @@
-"""The results part of docs/integrations.md, from the committed file; ``experiments/write_results.py`` calls it."""
+"""Overhead of the integrations, from the committed file; for ``experiments/write_results.py``."""
 
 from __future__ import annotations
 
 from benchmarks import record
-from benchmarks.speed_page import Record, number, origin, span, table
+from benchmarks.speed_page import Record, number, origin, span
+from experiments.shown import table
 
 #: Largest share by which an integration may lengthen a step.
 GOAL = 0.02
@@ -36,3 +37,7 @@ def overhead(content: Record) -> str:
         f"last column); in a round both train side by side on one core, {content['steps']} steps each, in turns of a "
         "few. CPU time of one thread. " + origin(content)
     )
+
+
+#: Blocks of the pages by name.
+BLOCKS = {"speed-integrations": page}

@@ -1,6 +1,6 @@
 """What each further quantizer costs a training step, from 10 to 2,000 of them on layers with next to no work.
 
-python -m benchmarks.many_quantizers --overwrite        # results/many_quantizers.json, in about two minutes
+python -m benchmarks.many_quantizers --overwrite        # results/many_quantizers.jsonl, in about two minutes
 
 A chain of linear layers of 8 x 8 has two quantizers each. A cost that is constant per quantizer grows in proportion to
 their number; whatever looks at all of them for each of them would grow faster.
@@ -68,7 +68,7 @@ def own_parts(layers: int, x: Tensor) -> Parts:
     return {
         "forward + backward": step, "penalty + backward": penalty, "search.step": search.step,
         "search.distance": search.distance, "optimizer.step": optimizer.step,
-        "temper_": lambda: nipq.temper_(tempered, 0.5),
+        "set_noise_mix_": lambda: nipq.set_noise_mix_(tempered, 0.5),
     }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """What a training step of each method costs, on the network of the rivals' grid.
 
-python -m benchmarks.methods --overwrite        # results/methods.json, in about two minutes
+python -m benchmarks.methods --overwrite        # results/methods.jsonl, in about two minutes
 
 Every word of ``nipq.train.config`` trains the same network from the same weights on the same batch, in turn, on one
 thread; a ratio is that of one round's times, and what is kept is its median and quartiles. The teacher of the grid,
@@ -18,7 +18,7 @@ from benchmarks import record
 from benchmarks.networks import in_layout
 from benchmarks.timing import interleaved, quartiles, ratio
 from benchmarks.variants import FLOAT, RATE, STEPS, Training
-from nipq.compare import load_grid
+from nipq.train.compare import load_grid
 from nipq.train.config import METHODS, ModelConfig
 from nipq.train.factory import build_model
 

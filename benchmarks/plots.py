@@ -1,6 +1,6 @@
 """Pictures: the training step of every variant and of every method, and what an element costs.
 
-python -m benchmarks.plots        # writes results/training_step.png, results/methods.png and results/elements.png
+python -m benchmarks.plots        # writes speed_*.png into docs/results/pictures
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from benchmarks import record
-from benchmarks.record import RESULTS
+from experiments.shown import PICTURES
 
 INK, OURS, OTHERS, BASE = "#222222", "#c55a11", "#5b7fa6", "#808080"
 FORWARD, BACKWARD = "#1f4e79", "#c55a11"
@@ -89,7 +89,7 @@ def _save(figure: Any, name: str) -> None:  # noqa: ANN401 -- matplotlib's Figur
     for axis in figure.axes:
         axis.tick_params(colors=INK)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(RESULTS / f"{name}.png", dpi=110, facecolor="white", metadata={"Software": None})
+    figure.savefig(PICTURES / f"speed_{name}.png", dpi=110, facecolor="white", metadata={"Software": None})
     plt.close(figure)
 
 

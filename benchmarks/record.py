@@ -32,7 +32,7 @@ def parser(text: str | None, name: str, rounds: int, *, counts: Sequence[int] | 
         counts: numbers of quantizers by default, for benchmarks that vary them.
     """
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="result file (default: %(default)s)")
+    found.add_argument("--out", type=Path, default=RESULTS / f"{name}.jsonl", help="result file (default: %(default)s)")
     found.add_argument("--overwrite", action="store_true", help="replace the result file")
     found.add_argument("--rounds", type=int, default=rounds, help="samples of each task (default: %(default)s)")
     if counts is not None:
@@ -73,7 +73,7 @@ def origin(load: tuple[float, float, float] | None = None) -> dict[str, Any]:
 
 
 def write(path: Path, record: dict[str, Any]) -> None:
-    """Write a result file, whole or not at all.
+    """Write a result file of one line, whole or not at all.
 
     Args:
         path: where.
@@ -81,7 +81,7 @@ def write(path: Path, record: dict[str, Any]) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as stream:
-        json.dump(record, stream, indent=1, ensure_ascii=False)
+        json.dump(record, stream, ensure_ascii=False)
         stream.write("\n")
     Path(stream.name).chmod(0o644)
     Path(stream.name).replace(path)
@@ -93,7 +93,7 @@ def read(name: str) -> dict[str, Any] | None:
     Args:
         name: without its ending.
     """
-    path = RESULTS / f"{name}.json"
+    path = RESULTS / f"{name}.jsonl"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 

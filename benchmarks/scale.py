@@ -1,8 +1,8 @@
 """What bits, boundaries, penalty and snap cost as models grow: memory, messages and time, on chains of linear layers.
 
-python -m benchmarks.scale --overwrite        # results/scale.json, in about two minutes; starts two processes
+python -m benchmarks.scale --overwrite        # results/scale.jsonl, in about two minutes; starts two processes
 
-Everything here is counted or timed on one machine; docs/scale.md extrapolates to a model of 7 billion weights on 64
+Everything here is counted or timed on one machine; docs/internals/scale.md extrapolates to 7 billion weights on 64
 GPUs.
 """
 

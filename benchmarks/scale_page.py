@@ -1,12 +1,14 @@
-"""The results part of docs/scale.md, from the committed file; ``experiments/write_results.py`` calls it."""
+"""Cost of bits at scale, from the committed file; for ``experiments/write_results.py``."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import record
-from benchmarks.speed_page import origin, table
+from benchmarks.speed_page import origin
+from experiments.shown import table
 
 Record = dict[str, Any]
 
@@ -59,12 +61,6 @@ class Decoder:
         return self.weight_quantizers + self.input_quantizers
 
 
-def page() -> str:
-    """What was measured, and what follows for the large model."""
-    content = record.read("scale")
-    return "" if content is None else f"{measured(content)}\n{extrapolated(content)}"
-
-
 def measured(content: Record) -> str:
     """Tables of what was counted and timed."""
     points: Record = content["measured"]
@@ -92,7 +88,7 @@ def measured(content: Record) -> str:
         for part in content["lines"]
     ]
     return (
-        "### Measured\n\n" + table(headings, rows) + f"\nChains of linear layers of {content['width']} x "
+        table(headings, rows) + f"\nChains of linear layers of {content['width']} x "
         f"{content['width']} without bias, two quantizers each, batches of {content['batch']}; two gloo processes for "
         "what is sent; times are medians on one thread. " + origin(content)
     )  # fmt: skip
@@ -163,8 +159,7 @@ def extrapolated(content: Record) -> str:
     ]
     worst = max(line["largest relative error"] for line in content["lines"].values())
     return (
-        f"### A decoder of {n / 1e9:.1f} billion weights on {GPUS} GPUs\n\n"
-        + table(["", "formula", f"h = {model.hidden}, f = {model.inner}, v = {model.vocabulary}"], rows)
+        table(["", "formula", f"h = {model.hidden}, f = {model.inner}, v = {model.vocabulary}"], rows)
         + "\nBytes for each quantizer are those of the longest chain; times are the lines through all chains, of which "
         f"no point is further off than {worst:.0%}. "
         "Bandwidth and speed are a data sheet's and an assumption; nothing on this page ran on a GPU.\n"
@@ -177,3 +172,15 @@ def _formula(line: Record) -> str:
 
 def _time(line: Record, q: int) -> str:
     return f"{(line['fixed'] + line['each'] * q) / 1e3:.1f} ms"
+
+
+def _block(show: Callable[[Record], str]) -> Callable[[], str]:
+    def text() -> str:
+        content = record.read("scale")
+        return "Nothing is measured yet.\n" if content is None else show(content)
+
+    return text
+
+
+#: Blocks of the pages by name.
+BLOCKS = {"scale-measured": _block(measured), "scale-decoder": _block(extrapolated)}

@@ -1,4 +1,4 @@
-"""The results part of docs/speed.md, from the committed files; ``experiments/write_results.py`` calls it."""
+"""Tables of speed and memory, from the committed files; for ``experiments/write_results.py``."""
 
 from __future__ import annotations
 
@@ -7,27 +7,11 @@ from typing import Any
 
 from benchmarks import record
 from benchmarks.goals import goals_table
+from experiments.shown import picture, table
 
 Record = dict[str, Any]
 
 LAYOUTS = {"contiguous": "contiguous", "channels_last": "channels last"}
-
-
-def page() -> str:
-    """Tables, pictures and how they were made; ``ROOT`` stands for the way to the repository's root."""
-    sections: dict[str, Callable[[Record], str]] = {
-        "training_step": training_step, "compiled": compiled, "elements": elements, "many_quantizers": many_quantizers,
-    }  # fmt: skip
-    found = {name: record.read(name) for name in sections}
-    parts = [goals_table({name: content for name, content in found.items() if content is not None})]
-    parts += [sections[name](content) for name, content in found.items() if content is not None]
-    return "\n".join(filter(None, parts))
-
-
-def table(headings: list[str], rows: list[list[str]]) -> str:
-    """A markdown table."""
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
 def span(quartiles: list[float] | None, digits: int = 2) -> str:
@@ -59,13 +43,13 @@ def origin(content: Record) -> str:
 
 def training_step(content: Record) -> str:
     """Time and memory of a training step, one table for each network."""
-    parts = ["### A training step\n", *map(_network, content["networks"].values())]
+    parts = list(map(_network, content["networks"].values()))
     parts.append(
         "Ratios to the float step in the memory format in which that is faster: median (quartiles) over rounds. One "
         "thread: CPU time; two threads: wall time. Saved: bytes that autograd keeps for backward, parameters and "
         "buffers not counted. Peak: growth of the process within a step. Both with one thread. " + origin(content)
     )
-    parts.append("![time of a training step](ROOT/benchmarks/results/training_step.png)\n")
+    parts.append(picture("speed_training_step", "time of a training step") + "\n")
     return "\n".join(parts)
 
 
@@ -116,7 +100,7 @@ def compiled(content: Record) -> str:
     ]
     headings = ["", "float, not compiled", "nipq, compiled", "saved by nipq", "float compiles in", "nipq compiles in"]
     return (
-        "### The whole model compiled\n\n" + table(headings, rows) + "\n"
+        table(headings, rows) + "\n"
         "Ratios to the float step through `torch.compile(fullgraph=True)`, one thread, CPU time. Compile times are of "
         "the first step, forward and backward. " + origin(content)
     )
@@ -124,7 +108,7 @@ def compiled(content: Record) -> str:
 
 def elements(content: Record) -> str:
     """Element kernels, and the fixed cost of a call."""
-    parts = ["### An element, and a call\n"]
+    parts = []
     for size in sorted({case["elements"] for case in content["cases"]}, reverse=True):
         cases = [case for case in content["cases"] if case["elements"] == size]
         parts.append(f"**{size:,} elements**\n\n{_element_table(cases)}")
@@ -134,7 +118,7 @@ def elements(content: Record) -> str:
         "backward needs besides the result. " + origin(content)
     )
     parts.append(table(["16 elements", "microseconds a call, forward + backward"], rows))
-    parts.append("![nanoseconds an element](ROOT/benchmarks/results/elements.png)\n")
+    parts.append(picture("speed_elements", "nanoseconds an element") + "\n")
     return "\n".join(parts)
 
 
@@ -162,7 +146,29 @@ def many_quantizers(content: Record) -> str:
     counts = list(next(iter(costs.values())))
     rows = [[part, *(number(found[count]) for count in counts)] for part, found in costs.items()]
     return (
-        "### Many quantizers\n\n"
-        + table(["microseconds for each of", *(f"{int(count):,} quantizers" for count in counts)], rows)
+        table(["microseconds for each of", *(f"{int(count):,} quantizers" for count in counts)], rows)
         + "\nA chain of linear layers of 8 x 8, two quantizers each; medians, one thread. " + origin(content)
     )  # fmt: skip
+
+
+def _goals() -> str:
+    names = ("training_step", "compiled", "elements")
+    return goals_table({name: content for name in names if (content := record.read(name)) is not None})
+
+
+def _block(name: str, show: Callable[[Record], str]) -> Callable[[], str]:
+    def text() -> str:
+        content = record.read(name)
+        return "Nothing is measured yet.\n" if content is None else show(content)
+
+    return text
+
+
+#: Blocks of the pages by name.
+BLOCKS: dict[str, Callable[[], str]] = {
+    "speed-goals": _goals,
+    "speed-step": _block("training_step", training_step),
+    "speed-compiled": _block("compiled", compiled),
+    "speed-elements": _block("elements", elements),
+    "speed-quantizers": _block("many_quantizers", many_quantizers),
+}

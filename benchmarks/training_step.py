@@ -3,7 +3,7 @@
 python -m benchmarks.training_step --overwrite             # eager, all variants
 python -m benchmarks.training_step --compile --overwrite   # compiled whole, against compiled float
 
-write results/training_step.json and results/compiled.json, in about 20 and 10 minutes. Every variant of a network
+write results/training_step.jsonl and results/compiled.jsonl, in about 20 and 10 minutes. Every variant of a network
 starts from the same weights and data. They take turns in one process; a ratio is that of one round's times, and what is
 kept is its median and quartiles. With one thread CPU time counts, with two wall time. Ratios are to the float step in
 the memory format in which that is faster; float and nipq are timed in the other one, too.
@@ -138,7 +138,7 @@ def main() -> None:
     options.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     given: argparse.Namespace = options.parse_args()
     if given.compile and given.out == options.get_default("out"):
-        given.out = given.out.with_name("compiled.json")
+        given.out = given.out.with_name("compiled.jsonl")
     record.refuse_existing(given.out, overwrite=given.overwrite)
     origin, networks = record.origin(record.load()), {}
     for name in given.networks:

@@ -2,14 +2,13 @@
 
     python experiments/tune.py experiments/rivals/candidates.yaml --data FOLDER --runs RUNS
 
-Everything that the candidates leave open comes from their grid. One JSON for each candidate; a candidate whose file
-exists is skipped, a killed one continues. Run from the repository's root.
+Everything that the candidates leave open comes from their grid. One line for each candidate in the file of results; a
+candidate that has its line is skipped, a killed one continues. Run from the repository's root.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ import yaml
 
 from nipq.train import run
 from nipq.train.config import METHODS, check_config, merged
+from nipq.train.records import Records
 
 #: A run that trains the float network and nothing else.
 _FLOAT = {
@@ -34,7 +34,7 @@ class Tuning:
     """One file of candidates: what to run, and where records go.
 
     Args:
-        file: names grid, budget, seed, folder of the results, and the changed fields of every candidate, by method.
+        file: names grid, budget, seed, file of the results, and the changed fields of every candidate, by method.
         data: folder of the task's data.
         runs: where run folders and checkpoints go.
     """
@@ -43,11 +43,7 @@ class Tuning:
         self._chosen = yaml.safe_load(file.read_text(encoding="utf-8"))
         self._grid = yaml.safe_load((file.parent / self._chosen["grid"]).read_text(encoding="utf-8"))
         self._data, self._runs = data, runs
-        self.results = file.parent / self._chosen["results"]
-
-    def record(self, name: str) -> Path:
-        """The file of one run's record."""
-        return self.results / f"{name}.json"
+        self.results = Records(file.parent / self._chosen["results"], lambda record: str(record["name"]))
 
     def fields(self, name: str) -> dict[str, Any]:
         """What one run changes of its grid."""
@@ -77,16 +73,14 @@ class Tuning:
         """Train one candidate and write down what the validation images say."""
         results = run(check_config(self.configs()[name]), self._runs / name, resume=True, quiet=True)
         record = {
+            "name": name,
             "method": name.rpartition("-")[0] or name,
             "fields": self.fields(name),
             "validation": {state: scores["validation"] for state, scores in results["states"].items()},
             "average_bits": results["average_bits"],
             "seconds": results["seconds"],
         }
-        self.results.mkdir(parents=True, exist_ok=True)
-        temporary = self.record(name).with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(self.record(name))
+        self.results.append(record)
 
 
 def main() -> int:
@@ -103,7 +97,8 @@ def main() -> int:
     if given.one:
         tuning.run_one(given.one)
         return 0
-    waiting = [name for name in tuning.configs() if not tuning.record(name).is_file()]
+    done = tuning.results.read()
+    waiting = [name for name in tuning.configs() if name not in done]
     again = [sys.executable, __file__, str(given.candidates), "--data", str(given.data), "--runs", str(given.runs)]
     running: list[subprocess.Popen[bytes]] = []
     failed = 0
@@ -111,7 +106,7 @@ def main() -> int:
         for process in [process for process in running if process.poll() is not None]:
             running.remove(process)
             failed += process.returncode != 0
-        alone = not tuning.record("float").is_file()  # nothing starts before it is done
+        alone = "float" not in tuning.results.read()  # nothing starts before it is done
         while waiting and len(running) < (1 if alone else given.workers):
             running.append(subprocess.Popen([*again, "--one", waiting.pop(0)]))
         time.sleep(1)

@@ -1,10 +1,10 @@
-"""What every test starts from."""
+"""What every test starts from, and the two processes that tests of several ranks share."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 # No test may depend on a display or on how many cores there are; the kernels of one thread add in one order.
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -14,16 +14,38 @@ if not any(shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g+
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.distributed.ranks import Ranks
+
 torch.set_num_threads(1)
+# How long an example takes says how busy the machine is.
+settings.register_profile("nipq", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nipq")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what runs on several ranks, so that a quick look can leave it out."""
+    for item in items:
+        if "ranks" in getattr(item, "fixturenames", ()):
+            item.add_marker("distributed")
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """Each test draws the same random numbers, whichever tests ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """``ranks(function, *args)`` calls a function of a test module on two ranks and gives both results."""
+    group = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield group
+    group.close()
 
 
 class SmallNet(nn.Module):

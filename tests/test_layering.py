@@ -13,8 +13,8 @@ ROOT = Path(nipq.__file__).parent
 
 #: From the ground up; a room imports from those before it and from itself.
 ROOMS = (
-    "errors", "config", "files", "functional", "kernels", "nn", "distributed", "prepare", "export", "analysis",
-    "budget", "qat", "verify", "report", "ptq", "integrations", "train", "compare", "cli", "__init__", "__main__",
+    "errors", "config", "files", "functional", "kernels", "nn", "distributed", "prepare", "export",
+    "budget", "qat", "verify", "report", "ptq", "integrations", "train", "cli", "__init__", "__main__",
 )  # fmt: skip
 
 #: Deepest chain of imports from the command line down to the errors.
@@ -22,7 +22,7 @@ LONGEST_CHAIN = 25
 
 #: Imports inside functions: packages that are slow to import, where few calls need them.
 LATE = {
-    ("analysis.curvature", "scipy.sparse.linalg"),
+    ("budget.hessian", "scipy.sparse.linalg"),
     ("budget.solver", "scipy.optimize"),
     ("budget.solver", "scipy.sparse"),
     ("distributed.fsdp", "torch.distributed.fsdp"),

@@ -1,6 +1,6 @@
 """The promise of ``nipq demo`` over several seeds, with its wall time.
 
-    python experiments/demo/run.py            # writes experiments/demo/results/demo.json
+    python experiments/demo/run.py            # writes experiments/demo/results.jsonl
 
 Each seed is one ``nipq demo --json`` in a process of its own, imports included, so the wall time is what a user waits.
 """
@@ -19,7 +19,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results"
+from nipq.train.run_folder import write_text
+
+RESULTS = Path(__file__).parent / "results.jsonl"
 
 
 def one(seed: int) -> dict[str, Any]:
@@ -59,8 +61,7 @@ def main() -> int:
         },
         "runs": runs,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "demo.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(RESULTS, json.dumps(record) + "\n")
     for run in runs:
         print(run["seed"], f"{run['wall_seconds']:.1f} s", run["promises"])
     return 0 if all(run["exit"] == 0 for run in runs) else 1

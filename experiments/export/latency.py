@@ -30,7 +30,8 @@ from torch._inductor import config as inductor_config
 
 import nipq
 from experiments.export.random_nets import built, quantized, shaken_
-from experiments.export.records import Record, each, origin, parser, short, write
+from experiments.export.records import each, origin, parser, short, write
+from experiments.shown import Record
 from nipq.errors import require
 from nipq.export.inductor import inductor_model
 from nipq.export.openvino import PRECISION, openvino_model
@@ -246,12 +247,11 @@ def main() -> int:
     given = options.parse_args()
     if given.here:
         (name,), (threads,) = given.network, given.threads
-        place = given.out / f"{name}-{given.runtime}-{threads}.json"
-        write(place, measure(name, given.runtime, threads, given.rounds))
+        write(given.out, f"{name}-{given.runtime}-{threads}", measure(name, given.runtime, threads, given.rounds))
         return 0
-    same = ["--runtime", given.runtime, "--rounds", str(given.rounds), "--out", str(given.out)]
+    same = ["--runtime", given.runtime, "--rounds", str(given.rounds)]
     items = [
-        (given.out / f"{name}-{given.runtime}-{threads}.json", [*same, "--network", name, "--threads", str(threads)])
+        (f"{name}-{given.runtime}-{threads}", [*same, "--network", name, "--threads", str(threads)])
         for name in given.network
         for threads in given.threads
     ]

@@ -1,14 +1,17 @@
-"""Tables of docs/export.md, verify.md, openvino.md and inductor.md; ``experiments/write_results.py`` calls it."""
+"""Tables about exported files: runtimes, sizes, verification, latency; for ``experiments/write_results.py``."""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-from experiments.export.records import RESULTS, Record, read_all
+from experiments.export.records import RESULTS
 from experiments.export.zoo import NETWORKS
+from experiments.shown import Record, lines_of
+from experiments.shown import table as table_of
 
 NOTHING = "Nothing is measured yet.\n"
 RUNGS = ("E0 static", "E1 layers", "E2 noise", "E3 exact")
@@ -31,15 +34,7 @@ RUNTIMES = {
 }
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table in Markdown; the first column is text, the others are numbers.
-
-    Args:
-        headings: of the columns.
-        rows: their cells.
-    """
-    lines = [f"| {' | '.join(headings)} |", "| --- |" + " ---: |" * (len(headings) - 1)]
-    return "\n".join([*lines, *(f"| {' | '.join(str(cell) for cell in row)} |" for row in rows)]) + "\n"
+table = partial(table_of, numbers=True)
 
 
 def where(records: Sequence[Record]) -> str:
@@ -62,7 +57,7 @@ def mark(found: Record | None) -> str:
 
 def zoo() -> str:
     """E0 and E1 of networks with random weights."""
-    records = read_all(RESULTS / "zoo")
+    records = lines_of(RESULTS / "zoo.jsonl")
     if not records:
         return NOTHING
     rows, held, reasons = [], 0, []
@@ -103,7 +98,7 @@ def zoo() -> str:
 def groups() -> dict[str, list[Record]]:
     """Trained runs by group."""
     found: dict[str, list[Record]] = {}
-    for record in read_all(RESULTS / "trained"):
+    for record in lines_of(RESULTS / "trained.jsonl"):
         found.setdefault(record["group"], []).append(record)
     return found
 
@@ -181,7 +176,7 @@ def runtimes() -> str:
 
 def sizes() -> str:
     """Bytes by format."""
-    records = read_all(RESULTS / "sizes")
+    records = lines_of(RESULTS / "sizes.jsonl")
     if not records:
         return NOTHING
     titles = {"digits": "trained model of the digits", "resnet18": "ResNet-18, random bits"}
@@ -224,7 +219,7 @@ def latency(runtime: str) -> str:
     Args:
         runtime: ``openvino`` or ``inductor``.
     """
-    records = [record for record in read_all(RESULTS / "latency") if record["runtime"] == runtime]
+    records = [record for record in lines_of(RESULTS / "latency.jsonl") if record["runtime"] == runtime]
     sound = [record for record in records if "error" not in record]
     if not sound:
         return NOTHING
@@ -254,11 +249,12 @@ def latency(runtime: str) -> str:
     )
 
 
-def pages() -> dict[str, str]:
-    """What stands between the markers of each page."""
-    return {
-        "docs/export.md": f"### Runtimes\n\n{runtimes()}\n### Size\n\n{sizes()}",
-        "docs/verify.md": f"### Networks with random weights\n\n{zoo()}\n### Trained models\n\n{trained()}",
-        "docs/openvino.md": latency("openvino"),
-        "docs/inductor.md": latency("inductor"),
-    }
+#: Blocks of the pages by name.
+BLOCKS: dict[str, Callable[[], str]] = {
+    "export-runtimes": runtimes,
+    "export-sizes": sizes,
+    "verify-random": zoo,
+    "verify-trained": trained,
+    "latency-openvino": partial(latency, "openvino"),
+    "latency-inductor": partial(latency, "inductor"),
+}

@@ -1,9 +1,8 @@
-"""Result files: one item each, written whole or not at all, kept unless told otherwise; one process for each item."""
+"""Results of deployed files: a line for each item, kept unless told otherwise; one process for each item."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -12,11 +11,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import nipq
-from nipq.compare.record import processor
-from nipq.train.run_folder import installed_version, write_text
+from nipq.train.records import Record, Records, processor
+from nipq.train.run_folder import installed_version
 from nipq.verify import VerifyResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,20 +25,20 @@ LONGEST = 450
 #: Paths say where a machine keeps things, and nothing about a result.
 PATH = re.compile(r"(?<![\w.])(?:/[\w.+-]+){2,}")
 
-Record = dict[str, Any]
-
 
 def parser(text: str | None, kind: str, timeout: int) -> argparse.ArgumentParser:
     """The options that all these scripts have.
 
     Args:
         text: docstring of the script.
-        kind: folder of its results.
+        kind: name of its file of results.
         timeout: seconds that one item may take, by default.
     """
     found = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--out", type=Path, default=RESULTS / kind, help=f"result folder (default: results/{kind})")
-    found.add_argument("--overwrite", action="store_true", help="measure again what has a result file")
+    found.add_argument(
+        "--out", type=Path, default=RESULTS / f"{kind}.jsonl", help=f"file (default: results/{kind}.jsonl)"
+    )
+    found.add_argument("--overwrite", action="store_true", help="measure again what has a result")
     found.add_argument("--timeout", type=int, default=timeout, help="seconds for one item (default: %(default)s)")
     found.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one item, in this process
     return found
@@ -62,24 +60,24 @@ def origin(command: str, seconds: float) -> Record:
     }
 
 
-def write(path: Path, record: Record) -> None:
-    """Write a result file, whole or not at all.
+def stored(path: Path) -> Records:
+    """A file of results, whose lines are told apart by their item.
 
     Args:
-        path: where.
+        path: the file.
+    """
+    return Records(path, lambda record: str(record["item"]))
+
+
+def write(path: Path, item: str, record: Record) -> None:
+    """Write the result of an item, in place of one that it has: whoever calls has asked for it anew.
+
+    Args:
+        path: the file of results.
+        item: name of the line.
         record: plain numbers, strings, lists and dictionaries.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-
-
-def read_all(folder: Path) -> list[Record]:
-    """Every record below a folder, by name.
-
-    Args:
-        folder: of result files.
-    """
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.rglob("*.json"))]
+    stored(path).append({"item": item} | record, replace=True)
 
 
 def short(error: BaseException | str) -> str:
@@ -111,36 +109,35 @@ def rungs_of(result: VerifyResult) -> list[Record]:
     return found
 
 
-def each(module: str, items: Sequence[tuple[Path, Sequence[str]]], command: str, options: argparse.Namespace) -> int:
-    """Measure items one after the other, each in a process of its own; those that have a result file are done.
+def each(module: str, items: Sequence[tuple[str, Sequence[str]]], command: str, options: argparse.Namespace) -> int:
+    """Measure items one after the other, each in a process of its own; those that have a result are done.
 
     Args:
         module: the script, for ``python -m``.
-        items: result file and arguments of each item.
+        items: name of each item's line, and the arguments that measure it.
         command: what a reader types, for the record of an item that did not end by itself.
-        options: ``overwrite`` and ``timeout``.
+        options: ``out``, ``overwrite`` and ``timeout``.
 
     Returns:
         How many failed to leave a result of their own.
     """
     failed = 0
-    for path, arguments in items:
-        if path.exists() and not options.overwrite:
+    results = stored(options.out)
+    for item, arguments in items:
+        before = results.read().get(item)
+        if before is not None and not options.overwrite:
             continue
         started = time.perf_counter()
-        before = path.stat().st_mtime_ns if path.exists() else 0
-        call = [sys.executable, "-W", "ignore", "-m", module, *arguments, "--here"]
+        call = [sys.executable, "-W", "ignore", "-m", module, *arguments, "--out", str(options.out), "--here"]
         try:
             done = subprocess.run(call, cwd=ROOT, timeout=options.timeout, capture_output=True, text=True, check=False)
             reason = short((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1])
+            ended = done.returncode == 0 and item in results.read()
         except subprocess.TimeoutExpired:
-            reason = f"longer than {options.timeout} s"
+            reason, ended = f"longer than {options.timeout} s", False
         seconds = time.perf_counter() - started
-        if not path.exists() or path.stat().st_mtime_ns == before:
+        if not ended:
             failed += 1
-            write(path, {"name": path.stem, "error": reason} | origin(command, seconds))
-        print(
-            f"{path.stem}: {json.loads(path.read_text(encoding='utf-8')).get('error', 'done')} ({seconds:.0f} s)",
-            flush=True,
-        )
+            write(options.out, item, {"name": item.rpartition("/")[2], "error": reason} | origin(command, seconds))
+        print(f"{item}: {results.read()[item].get('error', 'done')} ({seconds:.0f} s)", flush=True)
     return failed

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import nipq
 from experiments.export.random_nets import built, random_network
-from experiments.export.records import Record, origin, parser, write
+from experiments.export.records import origin, parser, stored, write
+from experiments.shown import Record
 from nipq.export.modules import deployed_layers
 from nipq.functional.packing import payload_bytes
 from nipq.train.batches import pick
@@ -94,10 +95,10 @@ def main() -> int:
     options = parser(__doc__, "sizes", 300)
     options.add_argument("--run", type=Path, help="a finished run of nipq demo")
     given = options.parse_args()
-    places = {name: given.out / f"{name}.json" for name in (*NETWORKS, *(["digits"] if given.run else []))}
-    for name, path in places.items():
-        if given.overwrite or not path.exists():
-            write(path, measure(name, given.run if name == "digits" else None))
+    done = stored(given.out).read()
+    for name in (*NETWORKS, *(["digits"] if given.run else [])):
+        if given.overwrite or name not in done:
+            write(given.out, name, measure(name, given.run if name == "digits" else None))
     return 0
 
 

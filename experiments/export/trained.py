@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import nipq
-from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
+from experiments.export.records import each, origin, parser, rungs_of, short, write
+from experiments.shown import Record
 from nipq.export.openvino import openvino_model
 from nipq.export.runtimes import faithful_session
 from nipq.prepare.layer_table import layer_table
@@ -32,9 +33,9 @@ from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.pipeline import metric_of
 from nipq.train.run_folder import RunFolder, installed_version
+from nipq.verify.archives import ProgramModule
 from nipq.verify.metrics import logits_of
 from nipq.verify.onnx import OnnxModule
-from nipq.verify.program import ProgramModule
 from nipq.verify.reference import AT_ONCE, run_model
 
 COMMAND = "python -m experiments.export.trained"
@@ -90,7 +91,7 @@ def differences(reference: nn.Module, others: dict[str, nn.Module], batches: Bat
 
 
 def default_session(path: Path) -> OnnxModule:
-    """ONNX Runtime as it comes: what people get who open the file without reading docs/export.md.
+    """ONNX Runtime as it comes: what people get who open the file without reading docs/guide/exporting/index.md.
 
     Args:
         path: of the ONNX file.
@@ -194,20 +195,20 @@ def main() -> int:
     """Measure."""
     options: argparse.ArgumentParser = parser(__doc__, "trained", 600)
     options.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
-    options.add_argument("--group", required=True, help="what the runs have in common; a folder of the results")
+    options.add_argument("--group", required=True, help="what the runs have in common")
     options.add_argument("--samples", type=int, default=512, help="of the test data (default: %(default)s)")
     options.add_argument("--only", default=",".join(FILES), help="files to write, with commas (default: %(default)s)")
     given = options.parse_args()
     names = given.only.split(",")
     if "model.onnx" not in names or set(names) - set(FILES):
         options.error(f"--only: expected model.onnx and others of {', '.join(FILES)}; found {given.only}")
-    places = {run.resolve(): given.out / given.group / f"{run.resolve().name}.json" for run in given.runs}
+    places = {run.resolve(): f"{given.group}/{run.resolve().name}" for run in given.runs}
     if given.here:
-        for run, path in places.items():
-            write(path, measure(RunFolder(run), given.group, given.samples, names))
+        for run, item in places.items():
+            write(given.out, item, measure(RunFolder(run), given.group, given.samples, names))
         return 0
-    same = ["--group", given.group, "--samples", str(given.samples), "--only", given.only, "--out", str(given.out)]
-    items = [(path, [str(run), *same]) for run, path in places.items()]
+    same = ["--group", given.group, "--samples", str(given.samples), "--only", given.only]
+    items = [(item, [str(run), *same]) for run, item in places.items()]
     command = f"{COMMAND} --group {given.group} --samples {given.samples}{_only(names)} RUNS"
     return int(each("experiments.export.trained", items, command, given) > 0)
 

@@ -19,7 +19,8 @@ import torch
 
 import nipq
 from experiments.export.random_nets import random_network
-from experiments.export.records import Record, each, origin, parser, rungs_of, short, write
+from experiments.export.records import each, origin, parser, rungs_of, short, write
+from experiments.shown import Record
 from nipq.prepare.layer_table import layer_table
 
 SEED, IMAGES = 0, 4
@@ -97,12 +98,12 @@ def main() -> int:
     options = parser(__doc__, "zoo", 300)
     options.add_argument("networks", nargs="*", choices=[[], *NETWORKS], metavar="NETWORK", help="all if left out")
     arguments = options.parse_args()
-    places = {name: arguments.out / f"{name.replace('/', '-')}.json" for name in arguments.networks or NETWORKS}
+    names = arguments.networks or list(NETWORKS)
     if arguments.here:
-        for name, path in places.items():
-            write(path, measure(name))
+        for name in names:
+            write(arguments.out, name.replace("/", "-"), measure(name))
         return 0
-    items = [(path, [name, "--out", str(arguments.out)]) for name, path in places.items()]
+    items = [(name.replace("/", "-"), [name]) for name in names]
     return int(each("experiments.export.zoo", items, COMMAND, arguments) > 0)
 
 

@@ -2,11 +2,10 @@
 
     python experiments/fashion_mnist/grid.py --data FOLDER --runs RUNS            # everything that is not done yet
     python experiments/fashion_mnist/grid.py --data FOLDER --runs RUNS --workers 2
-    python experiments/fashion_mnist/table.py                                     # results/*.json -> the table
 
 A cell is one run of ``nipq.train``: first a float cell for each network and seed, then one cell for each budget, all
-from that float cell's weights, which also teach it (self-distillation). Its result is one JSON file in ``results/``; a
-cell whose file exists is skipped, and a killed one continues from its checkpoint. Hyper-parameters were chosen
+from that float cell's weights, which also teach it (self-distillation). Its result is one line of ``results.jsonl``; a
+cell that has its line is skipped, and a killed one continues from its checkpoint. Hyper-parameters were chosen
 on validation images of seed 0; the test split is read once for each named state of a cell, at its end.
 """
 
@@ -24,10 +23,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nipq.compare.record import processor
+from nipq.train.records import Records, processor
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results"
+RESULTS = Records(Path(__file__).parent / "results.jsonl")
 
 NETWORKS: dict[str, dict[str, Any]] = {
     "mobilenet_v2": {
@@ -96,7 +94,7 @@ def data_section(data: Path) -> dict[str, Any]:
 
 
 def cell_name(network: str, seed: int, bits: float | None) -> str:
-    """Name of a cell's run folder and result file."""
+    """Name of a cell's run folder and record."""
     return f"{network}-{'float' if bits is None else f'{bits:g}bit'}-seed{seed}"
 
 
@@ -111,30 +109,28 @@ def cells() -> Iterator[tuple[str, int, float | None]]:
 
 
 def run_cell(network: str, seed: int, bits: float | None, data: Path, runs: Path) -> None:
-    """Train one cell to the end and write its result file, whole or not at all."""
+    """Train one cell to the end and append its record; a float cell whose weights were lost keeps the one it has."""
     from nipq.train import run
     from nipq.train.config import check_config
 
     name = cell_name(network, seed, bits)
     config = float_config(network, seed, data) if bits is None else budget_config(network, seed, bits, data, runs)
     results = run(check_config(config), runs / name, resume=True, quiet=True)
+    if name in RESULTS.read():
+        return
     record = {
-        "cell": {"network": network, "seed": seed, "bits": bits},
+        "cell": {"name": name, "network": network, "seed": seed, "bits": bits},
         "command": "python experiments/fashion_mnist/grid.py --data FOLDER --runs RUNS",
         "config": without_paths(config),
         "machine": {"processor": processor(), "threads": 1, "cores": os.cpu_count()},
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in ("nipq", "torch", "torchvision")},
+            **{package: version(package) for package in ("nipq", "torch", "torchvision")},
         },
         "results": results,
         "learned_bits": learned_bits(runs / name / "metrics.jsonl"),
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    RESULTS.append(record)
 
 
 def without_paths(config: dict[str, Any]) -> dict[str, Any]:
@@ -157,9 +153,9 @@ def learned_bits(metrics: Path) -> dict[str, Any]:
 
 
 def done(cell: tuple[str, int, float | None], runs: Path) -> bool:
-    """Whether a cell has its result file, and a float cell the weights from which others start."""
+    """Whether a cell has its record, and a float cell the weights from which others start."""
     name = cell_name(*cell)
-    return (RESULTS / f"{name}.json").is_file() and (cell[2] is not None or (runs / name / "float.pt").is_file())
+    return name in RESULTS.read() and (cell[2] is not None or (runs / name / "float.pt").is_file())
 
 
 def main() -> int:

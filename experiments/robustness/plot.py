@@ -1,11 +1,10 @@
 """One picture for each property and budget, all methods in it: mean over seeds, and the band between the extreme seeds.
 
-python experiments/robustness/plot.py          # writes results/<property>-<budget>.png
+python experiments/write_results.py --pictures     # draws these, too
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import re
 from collections.abc import Callable
@@ -16,10 +15,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from robustness import (
-    RESULTS,
+
+from experiments.robustness.corruption import CORRUPTIONS
+from experiments.robustness.curves import (
     Curve,
-    Record,
     budgets,
     corruption_curve,
     landscape_curve,
@@ -30,8 +29,7 @@ from robustness import (
     read_records,
     rows_of,
 )
-
-from nipq.analysis.corruption import CORRUPTIONS
+from experiments.shown import PICTURES, Record
 
 COLOURS = (
     "#c55a11", "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#5a6fbf", "#6b8e23", "#4d4d4d",
@@ -55,7 +53,7 @@ def styles(rows: Rows) -> dict[str, dict[str, Any]]:
     return found
 
 
-def draw(axis: Any, rows: Rows, curve_of: Callable[[Record], Curve], title: str, xlabel: str, ylabel: str) -> bool:  # noqa: ANN401
+def panel(axis: Any, rows: Rows, curve_of: Callable[[Record], Curve], title: str, xlabel: str, ylabel: str) -> bool:  # noqa: ANN401
     """Curves of all methods in one panel; says whether there were any."""
     style, drawn = styles(rows), False
     for row, cells in rows.items():
@@ -93,7 +91,6 @@ def save(figure: Any, axes: list[Any], path: Path) -> None:  # noqa: ANN401
         figure.legend(handles, labels, loc="outside lower center", ncols=min(columns, len(labels)), frameon=False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    print(path.name)
 
 
 def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
@@ -101,21 +98,21 @@ def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
     figure, axes = grid(3, 3)
     for axis, (kind, title) in zip(axes, NOISES.items(), strict=True):
         unit = "channel" if kind == "channels" else "tensor"
-        draw(
+        panel(
             axis, rows, perturbation_curve(kind), f"Gaussian noise on {title}", f"strength [RMS of the {unit}]", metric
         )
     save(figure, axes, name("perturbation"))
     figure, axes = grid(len(CORRUPTIONS) + 1, 4)
     panels = [None, *CORRUPTIONS]
     drawn = [
-        draw(axis, rows, corruption_curve(one), one.replace("_", " ") if one else "mean of all", "severity", metric)
+        panel(axis, rows, corruption_curve(one), one.replace("_", " ") if one else "mean of all", "severity", metric)
         for axis, one in zip(axes, panels, strict=True)
     ]
     if any(drawn):
         save(figure, axes, name("corruption"))
     figure, axes = grid(2, 2)
     drawn = [
-        draw(axis, rows, lowered_curve(way), f"boundaries {way}", "bits taken from every tensor [bit]", metric)
+        panel(axis, rows, lowered_curve(way), f"boundaries {way}", "bits taken from every tensor [bit]", metric)
         for axis, way in zip(axes, ("kept", "refit"), strict=True)
     ]
     for axis in axes:
@@ -123,7 +120,9 @@ def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
     if any(drawn):
         save(figure, axes, name("lowered"))
     figure, axes = grid(1, 1)
-    draw(axes[0], rows, landscape_curve, "loss along random directions", "step [length of the filter]", "training loss")
+    panel(
+        axes[0], rows, landscape_curve, "loss along random directions", "step [length of the filter]", "training loss"
+    )
     axes[0].set_yscale("log")
     axes[0].set_yticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
     axes[0].minorticks_off()
@@ -152,7 +151,6 @@ def curvatures(rows: Rows, path: Path) -> None:
         axis.grid(alpha=0.3, axis="x")
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    print(path.name)
 
 
 def planes(rows: Rows, path: Path) -> None:
@@ -178,21 +176,18 @@ def planes(rows: Rows, path: Path) -> None:
     figure.colorbar(contours, ax=axes, label="log10 of the training loss", shrink=0.8, ticks=ticks)
     figure.savefig(path, dpi=120)
     plt.close(figure)
-    print(path.name)
 
 
-def main() -> None:
+def draw() -> None:
     """Draw everything that was measured."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    records = read_records(arguments.results / "cells")
+    records = read_records()
     for budget in budgets(records):
-        rows, label = rows_of(records, budget), re.sub(r"[^\w.]+", "_", budget)
-        curves(rows, metric_of(records), lambda property_, label=label: arguments.results / f"{property_}-{label}.png")
-        curvatures(rows, arguments.results / f"curvature-{label}.png")
-        planes(rows, arguments.results / f"landscape_2d-{label}.png")
+        rows = rows_of(records, budget)
+        label = "" if len(budgets(records)) == 1 else "_" + re.sub(r"[^\w.]+", "_", budget)
 
+        def place(property_: str, label: str = label) -> Path:
+            return PICTURES / f"robustness_{property_}{label}.png"
 
-if __name__ == "__main__":
-    main()
+        curves(rows, metric_of(records), place)
+        curvatures(rows, place("curvature"))
+        planes(rows, place("landscape_2d"))

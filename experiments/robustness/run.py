@@ -1,11 +1,11 @@
 """How robust are the trained networks of a comparison? Measured for every method, budget and seed.
 
-    python experiments/robustness/run.py --runs FOLDER [--data DATA] [--images 2000] [--only PATTERN]
+    python -m experiments.robustness.run --runs FOLDER [--data DATA] [--images 2000] [--only PATTERN]
 
-FOLDER is what ``nipq compare GRID.yaml --run FOLDER`` wrote: FOLDER/runs/NAME is a run, FOLDER/cells/NAME.json says
-which method, budget and seed it is. Without the latter a run called ROW-seedN is taken for row ROW. A float cell is
-measured as the float network, without any rounding. One JSON for each run goes to results/cells/, and what is in it
-already is not measured again, so the command may be killed and repeated.
+FOLDER is what ``nipq compare GRID.yaml --run FOLDER`` wrote: FOLDER/runs/NAME is a run, and its line in
+FOLDER/cells.jsonl says which method, budget and seed it is. Without that line a run called ROW-seedN is taken for row
+ROW. A float cell is measured as the float network, without any rounding. Each run has a line in results.jsonl, and
+properties that are in it already are not measured again, so the command may be killed and repeated.
 
 Accuracies are those of the first test images; curvature and landscapes are of the task's loss on the first training
 images, unaugmented. All noise is drawn from fixed seeds, the same for all methods.
@@ -14,7 +14,6 @@ images, unaugmented. All noise is drawn from fixed seeds, the same for all metho
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import re
@@ -27,21 +26,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.corruption import corruption_sweep, value_range
-from nipq.analysis.curvature import curvature
-from nipq.analysis.landscape import landscape
-from nipq.analysis.lowered import lowered_sweep
-from nipq.analysis.network import is_quantized
-from nipq.analysis.perturbation import perturbation_sweep
+from experiments.robustness.corruption import corruption_sweep, value_range
+from experiments.robustness.landscape import landscape
+from experiments.robustness.perturbation import lowered_sweep, perturbation_sweep
+from nipq.budget.hessian import curvature, is_quantized
 from nipq.prepare.layer_table import set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.train.batches import pick
+from nipq.train.compare import CompareFolder
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
-from nipq.train.run_folder import RunFolder, write_text
+from nipq.train.records import Record, Records
+from nipq.train.run_folder import RunFolder
 from nipq.train.task import Task
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results.jsonl"
 BATCH = 500
 SEEDS = (0, 1, 2)
 STRENGTHS = {
@@ -119,11 +118,11 @@ def measures(subject: Subject) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def identity(folder: Path, name: str) -> dict[str, Any]:
+def identity(folder: Path, name: str) -> Record:
     """Row, budget and seed of a run."""
-    record = folder / "cells" / f"{name}.json"
-    if record.is_file():
-        found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))["cell"]
+    record = CompareFolder(folder).records.read().get(name)
+    if record is not None:
+        found: Record = record["cell"]
         return found
     parts = re.fullmatch(r"(.+)-seed(\d+)", name)
     row, seed = (parts[1], int(parts[2])) if parts else (name, 0)
@@ -132,14 +131,12 @@ def identity(folder: Path, name: str) -> dict[str, Any]:
 
 
 def measure(folder: Path, name: str, arguments: argparse.Namespace) -> None:
-    """Measure what the run's file lacks, writing after each property."""
-    target = arguments.results / "cells" / f"{name}.json"
+    """Measure the properties that the run's record lacks, writing after each."""
+    results = Records(arguments.results)
     settings = {"images": arguments.images, "train_images": arguments.train_images}
-    record: dict[str, Any] = {}
-    if target.is_file():
-        record = json.loads(target.read_text(encoding="utf-8"))
-        if record["settings"] != settings:
-            raise SystemExit(f"{target} was measured with {record['settings']}, not {settings}; remove it")
+    record = results.read().get(name, {"settings": settings})
+    if record["settings"] != settings:
+        raise SystemExit(f"{name} was measured with {record['settings']}, not {settings}; remove its line")
     cell = identity(folder, name)
     run = RunFolder(folder / "runs" / name)
     as_float = cell["budget"] is None
@@ -155,7 +152,7 @@ def measure(folder: Path, name: str, arguments: argparse.Namespace) -> None:
     for property_, run_it in measures(subject).items():
         if property_ not in record:
             record[property_] = run_it()
-            write_text(target, json.dumps(record, indent=1) + "\n")
+            results.append(record, replace=True)
             print(f"{name}: {property_}", flush=True)
 
 
@@ -171,7 +168,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    (arguments.results / "cells").mkdir(parents=True, exist_ok=True)
     for path in sorted((arguments.runs / "runs").glob(arguments.only)):
         if (path / "results.json").is_file():
             measure(arguments.runs, path.name, arguments)

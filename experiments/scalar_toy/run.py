@@ -1,20 +1,18 @@
 """One weight, one target: straight-through gradients hover at the rounding boundary, noise settles on the target.
 
-    python experiments/scalar_toy/run.py            # trains, and writes results, figure and docs/oscillation.md
-    python experiments/scalar_toy/run.py --check    # trains nothing; fails if the page does not match the results
+    python experiments/scalar_toy/run.py      # writes results.jsonl, and the picture into docs/results/pictures
 
-Gradient descent on (Q(x) - t)^2 with a step of 1, for 99 targets t between two levels: T1 and T2 of docs/paper_map.md.
-All targets and seeds are the weights of one prepared layer, so what runs here is what runs in a network.
+Gradient descent on (Q(x) - t)^2 with a step of 1, for 99 targets t between two levels: T1 and T2 of the paper map
+(docs/internals/paper-map.md). All targets and seeds are the weights of one prepared layer, so what runs here is what
+runs in a network.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import platform
-import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,13 +24,11 @@ from torch import Tensor, nn
 
 import nipq
 from nipq.nn.layers import weight_quantizer
-from nipq.prepare.layer_table import temper_
+from nipq.prepare.layer_table import set_noise_mix_
+from nipq.train.run_folder import write_text
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "scalar_toy.json"
-FIGURE = HERE / "results" / "scalar_toy.png"
-PAGE = HERE.parents[1] / "docs" / "oscillation.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+RESULTS = Path(__file__).parent / "results.jsonl"
+FIGURE = Path(__file__).parents[2] / "docs" / "results" / "pictures" / "scalar_toy_oscillation.png"
 
 SEEDS, STEPS, LAST, RATE = 20, 4000, 1000, 0.02
 TARGETS = torch.arange(1, 100, dtype=torch.float64) / 100
@@ -97,7 +93,7 @@ def train(method: Method) -> Runs:
     flips, late, path = torch.zeros_like(level), torch.zeros_like(level), []
     for i in range(STEPS):
         if method.tempered:
-            temper_(layer, i / STEPS)
+            set_noise_mix_(layer, i / STEPS)
         loss = ((layer.weight - TARGETS) ** 2).sum() + calm.penalty()
         (gradient,) = torch.autograd.grad(loss, latent)
         share = torch.tensor([0.5 + 0.5 * math.cos(math.pi * i / STEPS), 1.0], dtype=torch.float64)
@@ -162,39 +158,6 @@ def plot(runs: dict[str, Runs]) -> None:
         figure.savefig(FIGURE, dpi=120)
 
 
-def table(record: dict[str, Any]) -> str:
-    """What is below the figure: both schedules side by side, and where the numbers come from."""
-    late, flips = f"distance_last_{LAST}", f"flips_last_{LAST}"
-    lines = [
-        "| trained with | final distance | farther level | mean distance | flips | mean distance, constant rate "
-        "| flips, constant rate |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for label, found in record["methods"].items():
-        fading, constant = (found[schedule] for schedule in SCHEDULES)
-        lines.append(
-            f"| {label} | {fading['distance']:.3f} ± {fading['distance_deviation']:.3f} "
-            f"| {100 * fading['farther_share']:.1f} % | {fading[late]:.3f} | {fading[flips]:.1f} "
-            f"| {constant[late]:.3f} | {constant[flips]:.1f} |"
-        )
-    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
-    return (
-        "\n".join(lines)
-        + f"\n\nDistance: |Q(x) - t| in grid steps, mean of {record['targets']} targets and {record['seeds']} seeds "
-        f"(± standard deviation over seeds); the nearest levels are {record['nearest_level_distance']:.3f} away. "
-        f"Farther level: share of runs that end on it. Mean distance and flips (changes of level of one weight): over "
-        f"the last {record['last']} of {record['steps']} steps. Learning rate {record['rate']}, falling to 0 by half "
-        f"a cosine unless said otherwise. `{record['command']}`; {record['machine']['cores']} cores, one thread, "
-        f"{record['seconds']:.0f} s; {versions}.\n"
-    )
-
-
-def page(record: dict[str, Any]) -> str:
-    """New text of the page: the part between the marks is written here."""
-    head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    return f"{head}{BEGIN}\n{table(record)}{END}{rest.split(END)[1]}"
-
-
 def measure() -> dict[str, Any]:
     """Train with all methods; draw the figure."""
     torch.set_num_threads(1)
@@ -226,23 +189,10 @@ def measure() -> dict[str, Any]:
     }
 
 
-def main() -> int:
-    """Train and write, or check."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="train nothing; fail when the page is out of date")
-    if parser.parse_args().check:
-        text = page(json.loads(RESULTS.read_text(encoding="utf-8")))
-        if text != PAGE.read_text(encoding="utf-8"):
-            print("docs/oscillation.md does not match the result file; run python experiments/scalar_toy/run.py")
-            return 1
-        return 0
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = measure()
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    PAGE.write_text(page(record), encoding="utf-8")
-    print(table(record))
-    return 0
+def main() -> None:
+    """Train, write and draw."""
+    write_text(RESULTS, json.dumps(measure()) + "\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

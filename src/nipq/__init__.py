@@ -106,7 +106,7 @@ _LEAVING = {
         "OrderError",
     ),
     "nipq.export.packed_write": ("file_bytes",),
-    "nipq.prepare.layer_table": ("set_bits_", "set_phase_", "temper_"),
+    "nipq.prepare.layer_table": ("set_bits_", "set_phase_", "set_noise_mix_"),
     "nipq.qat.ema": ("WeightAverage",),
     "nipq.qat.optim": ("check_optimizer", "drop_frozen_", "without_bits"),
     "nipq.qat.oscillation": ("Oscillations",),

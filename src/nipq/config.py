@@ -1,8 +1,4 @@
-"""The four things a quantizer can do with a tensor.
-
-What is wrong with settings, in this library's words.
-
-Settings of the quantizers: frozen, checked when built, and the same after a round trip through JSON.
+"""Settings of the quantizers: frozen, checked when built, and the same after a round trip through JSON.
 
 Wherever a bit-width is expected, a short form does::
 
@@ -15,17 +11,16 @@ Wherever a bit-width is expected, a short form does::
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
-from difflib import get_close_matches
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, did_you_mean
 
 
 class Phase(StrEnum):
-    """What the quantizers of a model do in the forward pass.
+    """Computation of a model's quantizers in the forward pass.
 
     ``FLOAT`` passes the tensor on untouched; ``NOISE`` adds pseudo-quantization noise while training (and rounds in
     evaluation); ``ROUND`` rounds with straight-through gradients; ``INT`` computes on integer-valued codes, which is
@@ -43,7 +38,7 @@ class Phase(StrEnum):
 
 
 def config_error(kind: type[BaseModel], error: ValidationError, known: Sequence[str]) -> ConfigError:
-    """Every fault on a line of its own: the field, what was expected, what was found.
+    """Error for settings that pydantic refused; each fault is a line with the field, and what was expected and found.
 
     Args:
         kind: the settings that were to be built.
@@ -55,8 +50,7 @@ def config_error(kind: type[BaseModel], error: ValidationError, known: Sequence[
         place = ".".join([kind.__name__, *map(str, fault["loc"])])
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":
-            close = get_close_matches(str(fault["loc"][-1]), known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "correct its name or remove it."
+            hint = did_you_mean(str(fault["loc"][-1]), known, "correct its name or remove it.")
             lines.append(f"{place}: expected a known field, found this one; {hint}")
         elif fault["type"] == "missing":
             lines.append(f"{place}: expected a value, found none; give one.")
@@ -222,7 +216,7 @@ class Rule(Settings):
         pattern: shell pattern on the layer's full name, such as ``"layer1.*.conv?"``; ``*`` crosses dots.
         weight_bits: bit-widths of the weight.
         activation_bits: bit-widths of the layer's input (the model's own input included, if the layer reads it).
-        granularity: boundaries of the weight, one per ``"tensor"`` or one per output ``"channel"``.
+        granularity: clipping ranges of the weight, one per ``"tensor"`` or one per output ``"channel"``.
         grid: levels of the layer's input; ``"auto"`` lets calibration choose.
         quantize: ``False`` leaves the whole layer float.
         quantize_input: ``False`` leaves the layer's input float.
@@ -256,9 +250,9 @@ class Config(Settings):
         weight_bits: bit-widths of weights.
         activation_bits: bit-widths of layer inputs.
         input_bits: fixed bit-width of the model's own input (an image has 8); ``None`` leaves it float.
-        learn_input_boundary: whether gradients move the boundary of the model's own input after calibration; ``None``
-            where its bit-width is learned or below 8. For it the first layer has to compute the gradient of the data,
-            in a ResNet-18 a tenth of a training step, and 8 bits leave a boundary little to gain.
+        learn_input_range: whether gradients move the clipping range of the model's own input after calibration;
+            ``None`` where its bit-width is learned or below 8. For it the first layer has to compute the gradient of
+            the data, in a ResNet-18 a tenth of a training step, and 8 bits leave a clipping range little to gain.
         embedding_bits: bit-widths of embedding tables, whose weight alone is quantized; ``None`` leaves them float. A
             table that a layer multiplies with, too (tied embeddings), has that layer's settings instead.
         attention_bits: bit-widths of query, key, probability and value in modules that call torch's function
@@ -266,19 +260,19 @@ class Config(Settings):
             ``"*.attention_products.*"``; their ``activation_bits`` are those of both operands.
         shared_bits: patterns of layer names, such as ``("*.query", "*.key", "*.value")``: of the layers that match one,
             those that read the same tensor share one bit-width for their weights and one for their inputs.
-        granularity: boundaries of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``. Tables
-            have one, unless a rule gives each row its own by ``"channel"``.
-        method: what training does: ``"nipq"`` the noise proxy, or a rival's estimator on the same quantizer: ``"lsq"``,
-            ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through, fixed range); see
-            ``nipq.functional.baselines``.
+        granularity: clipping ranges of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``.
+            Tables have one, unless a rule gives each row its own by ``"channel"``.
+        method: fake quantization in training: ``"nipq"`` the noise proxy, or a baseline on the same quantizer:
+            ``"lsq"``, ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through estimator, fixed range); see
+            ``nipq.nn.estimators``.
         noise: ``"uniform"`` (fast; about equal accuracy) or ``"empirical"``, drawn from the tensor's own rounding
             errors (what the theory is about; ``"histogram"`` by the published sampler); paper section 6.3. Not in the
             paper: ``"gaussian"`` (DiffQ's default) and ``"stochastic"`` (randomised rounding).
         stochastic_bits: draw a whole bit-width at every training forward (paper Eq. 15).
         clip_after_noise: keep noisy values inside the range (not in the paper).
-        boundary_correction: add the T4b term, which makes the boundary's gradient that of the actual quantization
+        range_correction: add the T4b term, which makes the clipping range's gradient that of the actual quantization
             error (not in the paper).
-        init: first boundary: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"lsq"`` LSQ's start,
+        init: first clipping range: ``"mse"`` least squared error, ``"max"`` largest magnitude, ``"lsq"`` LSQ's start,
             ``"release"`` the constants of the published code.
         quantize_inputs: ``False`` quantizes weights only.
         target: the runtime that is to compute the deployed model, ``"onnxruntime"``, ``"openvino"`` or ``"inductor"``:
@@ -298,7 +292,7 @@ class Config(Settings):
     weight_bits: BitRange = BitRange()
     activation_bits: BitRange = BitRange()
     input_bits: Bits | None = 8
-    learn_input_boundary: bool | None = None
+    learn_input_range: bool | None = None
     embedding_bits: BitRange | None = BitRange(fixed=8)
     attention_bits: BitRange | None = None
     shared_bits: tuple[str, ...] = ()
@@ -307,7 +301,7 @@ class Config(Settings):
     noise: NoiseKind = "uniform"
     stochastic_bits: bool = True
     clip_after_noise: bool = False
-    boundary_correction: bool = False
+    range_correction: bool = False
     init: Init = "mse"
     quantize_inputs: bool = True
     target: Target | None = None

@@ -1,15 +1,15 @@
-"""Every exception that nipq raises on purpose, under one base class.
+"""Exceptions of nipq under one base class, diagnostics about a model, and helpers for their messages.
 
 A message says three things: what was expected, what was found (with the full name of the module in the model where
 there is one), and what to do about it.
-
-One thing worth knowing about a model before it is prepared.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from types import ModuleType
 from typing import Literal
 
@@ -35,7 +35,7 @@ class BudgetError(NipqError):
 
 
 class NonFiniteError(NipqError):
-    """Data, a boundary or a loss holds NaN or infinity."""
+    """Data, a clipping range or a loss is NaN or infinite."""
 
 
 class FileFormatError(NipqError):
@@ -77,9 +77,25 @@ def require(module: str, *, extra: str, purpose: str) -> ModuleType:
         ) from error
 
 
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "correct its name.") -> str:
+    """Advice about a word that is not among the known ones.
+
+    Args:
+        word: the word that was found.
+        known: the words that were expected.
+        otherwise: advice where none of them is close.
+
+    Example:
+        >>> did_you_mean("granularty", ["grid", "granularity"])
+        "did you mean 'granularity'?"
+    """
+    close = get_close_matches(word, list(known), n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise
+
+
 @dataclass(frozen=True)
-class Finding:
-    """One thing that ``prepare_`` would refuse, leave float, or do in a way worth knowing.
+class Diagnostic:
+    """A fact about a model that ``prepare_`` would refuse, leave float, or do in a way worth knowing.
 
     Attributes:
         name: full name of the module.

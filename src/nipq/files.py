@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and replace nothing unless told to."""
+"""Atomic writing of files, and checks that nothing is overwritten by accident."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_free(path: Path, *, overwrite: bool, command: str) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """Write to a file beside the one that is meant, which it replaces at the end: a kill leaves the old or the new one.
+    """Write a file atomically: to a temporary one beside it, which replaces it at the end, so a kill leaves either.
 
     Args:
         path: the file; replaced if it exists.

@@ -1,11 +1,11 @@
-"""What is counted for docs/scale.md, on chains of a few layers, and the page made from it."""
+"""What is counted for docs/internals/scale.md, on chains of a few layers, and the page made from it."""
 
 from __future__ import annotations
 
 import pytest
 
 from benchmarks import record, scale_page
-from benchmarks.scale import line, memory, saved
+from benchmarks.scale import line
 from benchmarks.scale_page import Decoder
 
 POINT = {
@@ -18,21 +18,6 @@ POINT = {
         "freeze_bits_": {"bytes": 4000, "messages": 2},
     },
 }  # fmt: skip
-
-
-def test_a_quantizer_takes_two_numbers_and_what_its_optimizer_keeps() -> None:
-    found = memory(10)
-    numbers = 2 * 20 - 1  # the model's own input has fixed bits
-    learned = numbers - 1  # and its boundary stays as calibrated
-    assert (found["parameters"], found["gradients"], found["adam"]) == (4 * numbers, 4 * learned, 8 * learned)
-    assert found["python"] > 0
-
-
-def test_quantized_weights_are_kept_for_backward_unless_recomputed() -> None:
-    found = saved(20)
-    weights = 20 * 16 * 16 * 4
-    assert found["quantized"] == found["float"] + weights
-    assert found["quantized, blocks of ten recomputed"] < found["quantized"]
 
 
 def test_a_line_is_found_again() -> None:
@@ -54,14 +39,9 @@ def test_the_page_shows_measurement_and_formula(monkeypatch: pytest.MonkeyPatch)
         "lines": {"penalty + backward": {"fixed": 100.0, "each": 2.0, "largest relative error": 0.04}},
     }  # fmt: skip
     monkeypatch.setattr(record, "read", lambda name: content if name == "scale" else None)
-    text = scale_page.page()
+    text = scale_page.BLOCKS["scale-measured"]() + scale_page.BLOCKS["scale-decoder"]()
     assert "| penalty + backward, us | 700 |" in text
     assert "| penalty + backward, on this CPU | 100 us + 2.00 us x Q | 1.3 ms |" in text
     assert "| said at the freeze by each rank, once | 200 B x Q | 113 KiB |" in text
     assert "| quantized weights kept for backward | 2 B x N (bf16) | 13.5 GB |" in text
     assert "no point is further off than 4%" in text
-
-
-def test_without_a_file_there_is_no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record, "read", lambda _: None)
-    assert scale_page.page() == ""

@@ -87,8 +87,7 @@ def test_compiled_and_many_quantizers() -> None:
     assert "| penalty | 2 | 250 |" in text
 
 
-def test_the_page_leaves_out_what_was_not_measured(monkeypatch: pytest.MonkeyPatch, steps: dict[str, Any]) -> None:
+def test_a_block_says_when_nothing_was_measured(monkeypatch: pytest.MonkeyPatch, steps: dict[str, Any]) -> None:
     monkeypatch.setattr(record, "read", {"training_step": steps}.get)
-    text = speed_page.page()
-    assert "### A training step" in text
-    assert "### An element" not in text
+    assert "MobileNet-v2" in speed_page.BLOCKS["speed-step"]()
+    assert speed_page.BLOCKS["speed-elements"]() == "Nothing is measured yet.\n"

@@ -1,22 +1,12 @@
 from __future__ import annotations
 
-import gc
-import time
-from collections import Counter
-
 import pytest
-import torch
 
 from benchmarks.timing import (
     Quartiles,
-    clock,
-    cores,
-    interleaved,
     median_interval,
-    on_threads,
     quartiles,
     ratio,
-    rotated,
     total,
 )
 
@@ -43,50 +33,3 @@ def test_units_and_digits() -> None:
     assert Quartiles(1.0, 2.0, 3.0).times(1e3) == Quartiles(1e3, 2e3, 3e3)
     assert Quartiles(1.23456, 123456.0, 0.00123456).rounded() == [1.235, 123500.0, 0.001235]
     assert total([1, 2], [10, 20]) == [11, 22]
-
-
-def test_each_round_begins_with_another_task() -> None:
-    assert [rotated("abc", places)[0] for places in range(4)] == ["a", "b", "c", "a"]
-    assert sorted(rotated("abc", 2)) == ["a", "b", "c"]
-
-
-def test_every_task_is_timed_once_a_round_after_it_was_tried() -> None:
-    calls: Counter[str] = Counter()
-    tasks = {name: lambda name=name: calls.update([name]) for name in "ab"}
-    samples = interleaved(tasks, rounds=3)
-    assert {name: len(found) for name, found in samples.items()} == {"a": 3, "b": 3}
-    assert calls["a"] == calls["b"] == 2 + 2 * 3
-
-
-def test_a_short_task_is_repeated_within_a_sample() -> None:
-    calls: Counter[str] = Counter()
-    interleaved({"a": lambda: calls.update(["a"])}, rounds=1, least=1e-3)
-    assert calls["a"] > 10
-
-
-def test_longer_tasks_have_longer_times() -> None:
-    samples = interleaved({"short": lambda: sum(range(100)), "long": lambda: sum(range(100_000))}, rounds=5)
-    assert quartiles(samples["short"]).median < quartiles(samples["long"]).median
-
-
-def test_cpu_time_for_one_thread_and_wall_time_for_more() -> None:
-    assert (clock(1), clock(2)) == (time.process_time, time.perf_counter)
-
-
-def test_threads_and_the_collector_are_restored() -> None:
-    before = torch.get_num_threads()
-    with on_threads(before + 1):
-        assert torch.get_num_threads() == before + 1
-        assert not gc.isenabled()
-    assert torch.get_num_threads() == before
-    assert gc.isenabled()
-    assert gc.get_freeze_count() == 0
-
-
-def test_one_thread_stays_on_one_core() -> None:
-    before = cores()  # none where the system does not say
-    with on_threads(1):
-        assert len(cores()) == min(1, len(before))
-    assert cores() == before
-    with on_threads(2):
-        assert cores() == before

@@ -13,7 +13,7 @@ from nipq.budget.budget import AverageBits, BitOps
 from nipq.budget.hawq import allocate_, sensitivities, squared_error
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError, ConfigError, OrderError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_range
 from nipq.functional.grid import SIGNED
 from nipq.functional.uniform import quantize
 from nipq.prepare.layer_table import layer_table, quantizers, set_phase_
@@ -66,7 +66,7 @@ def test_traces_and_losses_are_those_of_the_closed_form() -> None:
         weight = row.layer.parametrizations.weight.original.detach()
         one = found[f"maps.{place}.weight"]
         assert one.trace.trace == pytest.approx(2 * factor * SIZE * SIZE, rel=1e-9)
-        alpha = noise_optimal_boundary(weight, 3.0, SIGNED)
+        alpha = noise_optimal_range(weight, 3.0, SIGNED)
         squared = (quantize(weight, alpha, 3.0, SIGNED) - weight).square().sum()
         assert one.losses[3] == pytest.approx(one.trace.trace / weight.numel() * float(squared), rel=1e-6)
         assert list(one.losses) == [2, 3, 4, 5, 6, 7, 8]
@@ -82,7 +82,7 @@ def test_predicted_loss_is_the_loss_that_rounding_adds() -> None:
     found = {one.name: one for one in sensitivities(model, loader, quadratic, probes=2)}[row.weight.name]
     weight = layer.parametrizations.weight.original.detach()
     for bits in (2, 4):
-        error = quantize(weight, noise_optimal_boundary(weight, float(bits), SIGNED), float(bits), SIGNED) - weight
+        error = quantize(weight, noise_optimal_range(weight, float(bits), SIGNED), float(bits), SIGNED) - weight
         added = FACTORS[1] * (loader[0][0][:, SIZE : 2 * SIZE] @ error.T).square().sum(1).mean()
         assert found.losses[bits] / 2 == pytest.approx(float(added), rel=1e-9)
 

@@ -10,10 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from nipq.cli import app
-from nipq.compare.cells import expand
-from nipq.compare.grid import load_grid
-from nipq.compare.runner import Outcome
 from nipq.errors import MissingDependencyError
+from nipq.train.compare import CompareFolder, Outcome, expand, load_grid
 
 GRID = """
 name: tiny
@@ -38,7 +36,8 @@ def grid(tmp_path: Path) -> Path:
 def folder(grid: Path, tmp_path: Path) -> Path:
     """A comparison whose cells are all done."""
     place = tmp_path / "compare"
-    (place / "cells").mkdir(parents=True)
+    records = CompareFolder(place).records
+    place.mkdir()
     for cell in expand(load_grid(grid)):
         states = {"float": {"test": {"accuracy": 90.0 + cell.seed}}}
         if not cell.is_float:
@@ -55,7 +54,7 @@ def folder(grid: Path, tmp_path: Path) -> Path:
             "bops": 1e6,
             "seconds_per_step": {"overall": 0.1},
         }
-        (place / "cells" / f"{cell.name}.json").write_text(json.dumps(record), encoding="utf-8")
+        records.append(record)
     return place
 
 
@@ -90,7 +89,7 @@ def test_json(grid: Path, folder: Path) -> None:
 
 
 def test_table_only_trains_nothing(grid: Path, folder: Path) -> None:
-    (folder / "cells" / "rival-4-4-seed1.json").unlink()
+    CompareFolder(folder).records.discard(["rival-4-4-seed1"])
     status, answer = call_json(grid, "--run", folder, "--table-only")
     assert status == 0
     assert answer["table"]["missing"] == ["rival-4-4-seed1"]

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from nipq.cli import app
-from nipq.export import arrays as reference
+from nipq.export import arrays_reference as reference
 from nipq.export.packed_read import load
 from nipq.train.config import load_config
 from nipq.train.models import digits_net

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nipq.compare.grid import Grid
+from nipq.train.compare import Grid, cell_name
 
 TREE: dict[str, Any] = {
     "name": "tiny",
@@ -73,7 +73,7 @@ def made_up_record(
     if metric is not None:
         results["metric"] = metric
     return {
-        "cell": {"row": row, "budget": budget, "seed": seed},
+        "cell": {"name": cell_name(row, budget, seed), "row": row, "budget": budget, "seed": seed},
         "config": {},
         "results": results,
         "bops": bops,

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from nipq.compare.cells import expand
-from nipq.compare.grid import Grid, load_grid
 from nipq.errors import ConfigError
+from nipq.train.compare import Grid, expand, load_grid
 from nipq.train.config import METHODS, check_config, merged
 
 GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))

@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 from scipy import stats
 
-from nipq.compare.cells import expand
-from nipq.compare.grid import Grid
-from nipq.compare.show import headings, markdown, notes, prefixed, verdict_line
-from nipq.compare.table import Comparison, Estimate, compare, tabulate
 from nipq.errors import ConfigError
+from nipq.train.compare import Grid, expand
+from nipq.train.compare_table import (
+    Comparison,
+    Estimate,
+    compare,
+    headings,
+    markdown,
+    notes,
+    prefixed,
+    tabulate,
+    verdict_line,
+)
 
 MakeGrid = Callable[..., Grid]
 Record = Callable[..., dict[str, Any]]
@@ -27,12 +35,12 @@ def table(record: Record) -> Table:
     """A comparison at one budget, 4/4, of rows given by their scores of seeds 0, 1, ...; None is a missing cell."""
 
     def make(grid: Grid, scores: dict[str, list[float | None]], **settings: Any) -> Comparison:
-        records = {}
-        for row, values in scores.items():
-            budget = None if row == "float" else "4/4"
-            for seed, value in enumerate(values):
-                if value is not None:
-                    records[row, budget, seed] = record(row, budget, seed, value, **settings)
+        records = [
+            record(row, None if row == "float" else "4/4", seed, value, **settings)
+            for row, values in scores.items()
+            for seed, value in enumerate(values)
+            if value is not None
+        ]
         return tabulate(grid, records)
 
     return make
@@ -53,7 +61,7 @@ def test_differences_are_paired_by_seed(make_grid: MakeGrid, table: Table) -> No
     # Seeds differ by tens of points, methods by one: only pairing can see it.
     found = table(make_grid(), {"float": [50, 70, 90], "ours": [49, 70, 88], "rival": [48, 68.5, 87.5]})
     ours, rival = found.blocks[0].rows
-    assert ours.to_float == Estimate.of([-1, 0, -2])
+    assert ours.to_float == Estimate.of([-1.0, 0.0, -2.0])
     assert rival.behind == Estimate.of([1, 1.5, 0.5])
     assert ours.behind is None
     verdict = found.blocks[0].verdict
@@ -119,7 +127,7 @@ def test_the_last_state_counts_not_the_best(make_grid: MakeGrid, record: Record)
     worse = record("ours", "4/4", 0, 70.0)
     worse["results"]["states"]["frozen"]["test"]["accuracy"] = 95.0
     unfinished = record("rival", "4/4", 0, 60.0, state="bn")
-    found = tabulate(make_grid(), {("ours", "4/4", 0): worse, ("rival", "4/4", 0): unfinished})
+    found = tabulate(make_grid(), [worse, unfinished])
     assert [(row.score.mean, row.state) for row in found.blocks[0].rows] == [(70.0, "finetuned"), (60.0, "bn")]
     assert "Last states: bn: rival; finetuned: ours." in notes(found)
 
@@ -127,17 +135,16 @@ def test_the_last_state_counts_not_the_best(make_grid: MakeGrid, record: Record)
 def test_a_float_cell_counts_before_rounding(make_grid: MakeGrid, record: Record) -> None:
     start = record("float", None, 0, 91.0)
     start["results"]["states"]["bn"] = {"test": {"accuracy": 40.0}}
-    found = tabulate(make_grid(), {("float", None, 0): start})
+    found = tabulate(make_grid(), [start])
     assert found.float_row is not None
     assert (found.float_row.score.mean, found.float_row.file_bytes) == (91.0, 32000.0)
 
 
 def test_costs_are_means_and_training_cost_is_relative_to_float(make_grid: MakeGrid, record: Record) -> None:
-    records = {("float", None, seed): record("float", None, seed, 90) for seed in (0, 1)}
+    records = [record("float", None, seed, 90) for seed in (0, 1)]
     for seed, (bops, seconds) in enumerate([(2e6, 0.2), (4e6, 0.4)]):
-        records["ours", "4/4", seed] = record(
-            "ours", "4/4", seed, 89, bops=bops, seconds=seconds, size=1000 + seed, verified=seed == 0
-        )
+        settings = {"bops": bops, "seconds": seconds, "size": 1000 + seed, "verified": seed == 0}
+        records.append(record("ours", "4/4", seed, 89, **settings))
     row = tabulate(make_grid(), records).blocks[0].rows[0]
     assert (row.bops, row.file_bytes, row.verified) == (3e6, 1000.5, 1)
     assert (row.seconds_per_step, row.cost) == pytest.approx((0.3, 3.0))
@@ -150,16 +157,13 @@ def test_costs_are_means_and_training_cost_is_relative_to_float(make_grid: MakeG
 def test_a_row_with_float_inputs_has_no_average_of_them(make_grid: MakeGrid, record: Record) -> None:
     entry = record("ours", "4/4", 0, 89)
     entry["results"]["average_bits"]["activations"] = None
-    found = tabulate(make_grid(), {("ours", "4/4", 0): entry})
+    found = tabulate(make_grid(), [entry])
     assert found.blocks[0].rows[0].activation_bits is None
     assert "4.00/float" in markdown(found)
 
 
 def test_two_metrics_are_refused(make_grid: MakeGrid, record: Record) -> None:
-    records = {
-        ("ours", "4/4", 0): record("ours", "4/4", 0, 89),
-        ("rival", "4/4", 0): record("rival", "4/4", 0, 1.0, metric=PSNR),
-    }
+    records = [record("ours", "4/4", 0, 89), record("rival", "4/4", 0, 1.0, metric=PSNR)]
     with pytest.raises(ConfigError, match=r"one metric in all cells, found accuracy \[%\], loss-like \[dB\]"):
         tabulate(make_grid(), records)
 

@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from nipq.compare.cells import Cell, expand
-from nipq.compare.grid import Grid
-from nipq.compare.plots import plot_comparison
-from nipq.compare.record import CompareFolder, seconds_per_step
-from nipq.compare.runner import run_cells
-from nipq.compare.table import compare
-from nipq.compare.worker import end_with, run_job
 from nipq.errors import ConfigError
+from nipq.train.compare import Cell, CompareFolder, Grid, expand, run_cells
+from nipq.train.compare_cell import end_with, run_job
+from nipq.train.compare_plots import plot_comparison
+from nipq.train.compare_table import compare
+from nipq.train.records import seconds_per_step
 
 SOURCE = Path(__file__).parents[2] / "src"
 
 
 def job(cell: Cell, folder: Path) -> dict[str, Any]:
-    named = {"name": cell.name, "row": cell.row, "budget": cell.budget, "seed": cell.seed}
-    return {"folder": str(folder), "grid": "tiny", "cell": named, "config": cell.config, "data": None}
+    return {"folder": str(folder), "grid": "tiny", "cell": cell.to_dict(), "config": cell.config, "data": None}
 
 
 @pytest.fixture(scope="module")
@@ -44,18 +43,18 @@ def finished(grid: Grid, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_record_says_all_about_its_cell(finished: Path) -> None:
-    text = (finished / "cells" / "nipq-4-4-seed0.json").read_text(encoding="utf-8")
-    record = json.loads(text)
+    records = CompareFolder(finished).read()
+    record = records["nipq-4-4-seed0"]
     assert record["cell"] == {"name": "nipq-4-4-seed0", "row": "nipq", "budget": "4/4", "seed": 0}
     assert record["config"]["model"]["weights"] == "runs/float-seed0/float.pt"
-    assert str(finished) not in text
+    assert str(finished) not in json.dumps(records)
     assert record["machine"]["threads"] == 1
     assert {"python", "torch", "nipq"} <= record["versions"].keys()
     layers = json.loads((finished / "runs" / "nipq-4-4-seed0" / "layers.json").read_text(encoding="utf-8"))
     assert record["bops"] == sum(layer["macs"] * layer["weight_bits"] * layer["activation_bits"] for layer in layers)
     assert record["learned_bits"].keys() == {layer["name"] for layer in layers}
     assert record["seconds_per_step"]["overall"] > 0
-    start = json.loads((finished / "cells" / "float-seed0.json").read_text(encoding="utf-8"))
+    start = records["float-seed0"]
     assert record["results"]["states"]["float"] == start["results"]["states"]["float"], "it starts from that network"
 
 
@@ -67,7 +66,7 @@ def test_table_and_pictures(grid: Grid, finished: Path, tmp_path: Path) -> None:
     assert row.verified == 1
     assert found.missing == ()
     pictures = plot_comparison(found, tmp_path)
-    assert len(pictures) == 4
+    assert [picture.stem for picture in pictures] == ["accuracy", "accuracy_against_bops", "accuracy_against_bytes"]
     for picture in pictures:
         with Image.open(picture) as image:
             assert len(image.convert("L").getcolors(256) or []) > 10
@@ -77,12 +76,12 @@ def test_the_process_of_a_cell_continues_it(grid: Grid, finished: Path, tmp_path
     monkeypatch.setenv("PYTHONPATH", str(SOURCE))
     folder = tmp_path / "compare"
     shutil.copytree(finished, folder)
-    record = folder / "cells" / "float-seed0.json"
-    before = record.read_bytes()
-    record.unlink()
+    records = CompareFolder(folder).records
+    before = records.read()
+    records.discard(["float-seed0"])
     outcomes = run_cells(expand(grid), folder, grid="tiny", say=lambda _line: None)
     assert [outcome.state for outcome in outcomes] == ["done", "skipped"], outcomes[0].log.read_text()
-    assert record.read_bytes() == before
+    assert records.read() == before
 
 
 def test_a_float_network_that_comes_out_differently_is_refused(grid: Grid, finished: Path, tmp_path: Path) -> None:
@@ -90,16 +89,16 @@ def test_a_float_network_that_comes_out_differently_is_refused(grid: Grid, finis
     shutil.copytree(finished, folder)
     start = expand(grid)[0]
     run_job(job(start, folder))  # the same numbers: nothing to say
-    path = CompareFolder(folder).record(start.name)
-    record = json.loads(path.read_text(encoding="utf-8"))
+    records = CompareFolder(folder).records
+    record = records.read()[start.name]
     record["results"]["states"]["frozen"]["test"]["accuracy"] += 1.0
-    path.write_text(json.dumps(record), encoding="utf-8")
+    records.append(record, replace=True)
     run_job(job(start, folder))  # no other cell starts from what its 8-bit check says
     record["results"]["states"]["float"]["test"]["accuracy"] += 1.0
-    path.write_text(json.dumps(record), encoding="utf-8")
+    records.append(record, replace=True)
     with pytest.raises(ConfigError, match="came out with other numbers than its record"):
         run_job(job(start, folder))
-    assert json.loads(path.read_text(encoding="utf-8")) == record
+    assert records.read()[start.name] == record
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the lock is a POSIX one")
@@ -119,10 +118,11 @@ def test_a_cell_ends_when_its_runner_does() -> None:
     ended: list[int] = []
     thread = end_with(reading, ended.append)
     os.write(writing, b"still here")
-    thread.join(0.05)
+    while select.select([reading], [], [], 0)[0]:  # until the thread has read it
+        time.sleep(0.001)
     assert (thread.is_alive(), ended) == (True, [])
     os.close(writing)
-    thread.join(30)
+    thread.join()
     os.close(reading)
     assert (thread.is_alive(), ended) == (False, [1])
 

@@ -20,12 +20,13 @@ def common_noise() -> Iterator[None]:
     Ranks that are seeded alike draw the same keys; each computes the noise of the whole batch and uses its slice, as
     if the batch of one process were theirs one behind the other.
     """
-    learn = InputQuantizer._learn
+    search = InputQuantizer._search
 
-    def of_the_whole_batch(self: InputQuantizer, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
-        return learn(self, torch.cat([x] * world_size()), key, offset).chunk(world_size())[rank()]
+    def of_the_whole_batch(self: InputQuantizer, x: Tensor, key: Tensor) -> Tensor:
+        return search(self, torch.cat([x] * world_size()), key).chunk(world_size())[rank()]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nipq.nn.quantizer.backend", lambda *_: None)
-        patch.setattr(InputQuantizer, "_learn", of_the_whole_batch)
+        patch.setattr("nipq.kernels.dispatch.backend", lambda *_: None)
+        patch.setattr("nipq.nn.estimators.backend", lambda *_: None)
+        patch.setattr(InputQuantizer, "_search", of_the_whole_batch)
         yield

@@ -1,21 +1,8 @@
-"""Two real processes, started once for all tests here."""
+"""Without torch.distributed there is nothing to test here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch.distributed as dist
-
-from tests.distributed.ranks import Ranks
 
 if not dist.is_available():
     collect_ignore_glob = ["test_*.py"]
-
-
-@pytest.fixture(scope="session")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """``ranks(function, *args)`` calls a function of a test module on two ranks and gives both results."""
-    group = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield group
-    group.close()

@@ -12,7 +12,7 @@ from torch import nn
 from nipq import distributed
 from nipq.distributed.collectives import checksum
 from nipq.errors import BudgetError, DistributedError
-from tests.distributed.ranks import Ranks
+from tests.distributed.ranks import PATIENCE, Ranks
 
 
 def test_without_a_group_nothing_happens() -> None:
@@ -171,18 +171,17 @@ def test_a_checksum_sees_values_and_places_of_every_type(dtype: torch.dtype) -> 
     assert len({int(checksum(t)) for t in (values, changed, swapped)}) == 3
 
 
-def meet(seconds: float) -> None:
-    distributed.barrier("the meeting", seconds)
+def meet() -> None:
+    distributed.barrier("the meeting", PATIENCE.total_seconds())
 
 
+@pytest.mark.distributed
 def test_a_rank_that_is_gone_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
     pair = Ranks(tmp_path)
     try:
-        pair(meet, 30.0)
-        pair.processes[1].kill()
-        pair.processes[1].join()
-        pair.pipes.pop()
-        ((kind, error),) = pair.outcomes(meet, 2.0)
+        pair(meet)
+        pair.kill(1)
+        ((kind, error),) = pair.survivors(meet).values()
         assert kind == "error"
         assert isinstance(error, DistributedError)
         assert "the meeting: expected all 2 ranks to take part, found on rank 0 that one did not" in str(error)

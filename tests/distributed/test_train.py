@@ -290,10 +290,11 @@ def dying(folder: Path) -> None:
         run(check_config({**SETTINGS, **SHORT}), folder, quiet=True)
 
 
+@pytest.mark.distributed
 def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path: Path) -> None:
     pair = Ranks(tmp_path)
     try:
-        (kind, error), _ = pair.outcomes(dying, tmp_path / "run")
+        ((kind, error),) = pair.survivors(dying, tmp_path / "run").values()
         assert kind == "error"
         assert isinstance(error, DistributedError)
         assert "expected all 2" in str(error)

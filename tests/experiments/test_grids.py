@@ -6,8 +6,7 @@ import pytest
 from torch import nn
 
 import experiments.tasks.networks
-from nipq.compare.cells import expand
-from nipq.compare.grid import load_grid
+from nipq.train.compare import expand, load_grid
 from nipq.train.factory import find_factory
 
 TASKS = Path(experiments.tasks.networks.__file__).parent

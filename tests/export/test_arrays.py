@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nipq.export import arrays as reference
+from nipq.export import arrays_reference as reference
 from nipq.export.api import export
 from nipq.export.arrays import arrays_bytes
 from nipq.export.modules import deployed_layers

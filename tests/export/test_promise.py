@@ -17,11 +17,10 @@ from nipq.config import Config, Rule
 from nipq.errors import OrderError
 from nipq.export.api import export
 from nipq.export.convert import convert
-from nipq.export.onnx_write import KEY
+from nipq.export.onnx_write import KEY, promised_bytes
 from nipq.prepare.layer_table import quantizers, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
-from nipq.report.inspect import promised_bytes
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
@@ -134,7 +133,7 @@ def test_the_model_is_not_changed() -> None:
 
 
 def test_grids_have_to_be_known() -> None:
-    with pytest.raises(OrderError, match=r"stem\.input: expected a calibrated boundary, found none.*chooses the grids"):
+    with pytest.raises(OrderError, match=r"stem\.input: expected a calibrated clipping range.*chooses the grids"):
         promised_bytes(prepare_(Net(), X), X)
     with pytest.raises(OrderError, match="expected a prepared model"):
         promised_bytes(nn.Linear(2, 2), torch.zeros(1, 2))

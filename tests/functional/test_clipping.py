@@ -1,4 +1,4 @@
-"""Boundary parameters, and boundaries from data."""
+"""Boundary parameters, boundaries from data, and the values of a tensor that they are taken from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.functional import theory
-from nipq.functional.clipping import alpha_from_raw, max_boundary, noise_optimal_boundary, raw_from_alpha
+from nipq.functional.clipping import alpha_from_raw, even_stride, max_range, noise_optimal_range, raw_from_alpha
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 
 HSWISH = Grid("shifted", 0.375)
@@ -39,34 +39,34 @@ def test_raw_and_alpha_are_inverse(alpha: float) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, math.nan, math.inf])
 def test_an_impossible_boundary_is_refused(alpha: float) -> None:
-    with pytest.raises(ConfigError, match="expected positive, finite boundaries; found"):
+    with pytest.raises(ConfigError, match="expected positive, finite clipping ranges; found"):
         raw_from_alpha(torch.tensor([1.0, alpha]))
 
 
 def test_max_boundary_truncates_nothing_and_is_the_smallest_that_does_not() -> None:
     x = torch.tensor([-3.0, 0.5, 2.0])
-    assert max_boundary(x, SIGNED).tolist() == [3.0]
-    assert max_boundary(x, UNSIGNED).tolist() == [2.0]
-    assert max_boundary(x, HSWISH).tolist() == [2.375]
+    assert max_range(x, SIGNED).tolist() == [3.0]
+    assert max_range(x, UNSIGNED).tolist() == [2.0]
+    assert max_range(x, HSWISH).tolist() == [2.375]
 
 
 def test_one_boundary_for_each_channel() -> None:
     x = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 2.0, 5.0])[:, None]
     for grid in (SIGNED, UNSIGNED, HSWISH):
         for axis in (1, -2):
-            peaks = max_boundary(x, grid, channel_axis=axis)
-            roots = noise_optimal_boundary(x, 4, grid, channel_axis=axis)
+            peaks = max_range(x, grid, channel_axis=axis)
+            roots = noise_optimal_range(x, 4, grid, channel_axis=axis)
             assert peaks.shape == roots.shape == (3,)
             for c in range(3):
-                assert torch.equal(peaks[c : c + 1], max_boundary(x[:, c], grid))
-                torch.testing.assert_close(roots[c : c + 1], noise_optimal_boundary(x[:, c], 4, grid))
+                assert torch.equal(peaks[c : c + 1], max_range(x[:, c], grid))
+                torch.testing.assert_close(roots[c : c + 1], noise_optimal_range(x[:, c], 4, grid))
 
 
 def test_each_channel_may_have_bits_of_its_own() -> None:
     x = torch.randn(2, 500, generator=torch.Generator().manual_seed(0))
-    roots = noise_optimal_boundary(x, torch.tensor([2.0, 8.0]), SIGNED, channel_axis=0)
-    assert roots[0] == noise_optimal_boundary(x[0], torch.tensor([2.0]), SIGNED)
-    assert roots[1] == noise_optimal_boundary(x[1], torch.tensor([8.0]), SIGNED)
+    roots = noise_optimal_range(x, torch.tensor([2.0, 8.0]), SIGNED, channel_axis=0)
+    assert roots[0] == noise_optimal_range(x[0], torch.tensor([2.0]), SIGNED)
+    assert roots[1] == noise_optimal_range(x[1], torch.tensor([8.0]), SIGNED)
 
 
 @properties
@@ -80,8 +80,8 @@ def test_each_channel_may_have_bits_of_its_own() -> None:
 def test_t6_the_boundary_is_where_the_proxys_gradient_changes_sign(x: list[float], bits: int, grid: Grid) -> None:
     """On any data, ties, zeros and single points included: negative just below, not negative just above."""
     data = torch.tensor(x, dtype=torch.float64)
-    alpha = noise_optimal_boundary(data, bits, grid).item()
-    extent = max_boundary(data, grid).item()
+    alpha = noise_optimal_range(data, bits, grid).item()
+    extent = max_range(data, grid).item()
     if not (data.abs() if grid == SIGNED else data.clamp(min=0)).any():
         assert alpha == 1
         return
@@ -98,37 +98,56 @@ def test_t6_equals_the_closed_form_root_of_the_normal_distribution() -> None:
     x = torch.special.ndtri((torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000)
     for grid in (SIGNED, UNSIGNED):
         for bits in (2, 3, 4, 6):  # at 8 bits the boundary lies where 200 k points are too few
-            root = theory.least_error_boundary(theory.normal_tails, bits, grid).item()
+            root = theory.least_error_range(theory.normal_tails, bits, grid).item()
             sample = x if grid == SIGNED else x.clamp(min=0)
-            assert noise_optimal_boundary(sample, bits, grid).item() == pytest.approx(root, rel=3e-3)
+            assert noise_optimal_range(sample, bits, grid).item() == pytest.approx(root, rel=3e-3)
 
 
 def test_a_shifted_grid_uses_the_unsigned_root_of_what_is_shifted() -> None:
     x = torch.nn.functional.hardswish(torch.randn(10_000, generator=torch.Generator().manual_seed(0)))
-    shifted = noise_optimal_boundary(x, 4, HSWISH)
-    torch.testing.assert_close(shifted, noise_optimal_boundary(x + 0.375, 4, UNSIGNED))
+    shifted = noise_optimal_range(x, 4, HSWISH)
+    torch.testing.assert_close(shifted, noise_optimal_range(x + 0.375, 4, UNSIGNED))
 
 
 @pytest.mark.parametrize("grid", [SIGNED, UNSIGNED], ids=lambda g: g.kind)
 def test_data_without_extent_give_one(grid: Grid) -> None:
     x = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
-    assert max_boundary(x, grid, channel_axis=0).tolist() == [1.0, 2.0]
-    assert noise_optimal_boundary(x, 8, grid, channel_axis=0)[0] == 1
-    assert noise_optimal_boundary(torch.zeros(5), 8, grid).tolist() == [1.0]
+    assert max_range(x, grid, channel_axis=0).tolist() == [1.0, 2.0]
+    assert noise_optimal_range(x, 8, grid, channel_axis=0)[0] == 1
+    assert noise_optimal_range(torch.zeros(5), 8, grid).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_type_of_the_data_is_kept(dtype: torch.dtype) -> None:
     x = torch.randn(100, generator=torch.Generator().manual_seed(0)).to(dtype)
-    assert max_boundary(x, SIGNED).dtype == dtype
-    assert noise_optimal_boundary(x, 4, SIGNED).dtype == dtype
+    assert max_range(x, SIGNED).dtype == dtype
+    assert noise_optimal_range(x, 4, SIGNED).dtype == dtype
 
 
-@pytest.mark.parametrize("find", [max_boundary, lambda x, grid: noise_optimal_boundary(x, 4, grid)])
+@pytest.mark.parametrize("find", [max_range, lambda x, grid: noise_optimal_range(x, 4, grid)])
 def test_data_that_cannot_be_calibrated_on_are_refused(find) -> None:
     with pytest.raises(ConfigError, match="found an empty tensor"):
         find(torch.empty(0), SIGNED)
     with pytest.raises(NonFiniteError, match="found 2 of 3 elements NaN or infinite"):
         find(torch.tensor([math.nan, 1.0, math.inf]), SIGNED)
     with pytest.raises(ConfigError, match="at least 2"):
-        noise_optimal_boundary(torch.ones(3), 1, SIGNED)
+        noise_optimal_range(torch.ones(3), 1, SIGNED)
+
+
+# ---------------------------------------------------------------------- sampling
+
+
+@given(shape=st.lists(st.integers(1, 40), min_size=1, max_size=4), most=st.integers(1, 500))
+def test_every_column_is_met_before_one_is_met_again(shape: list[int], most: int) -> None:
+    places = torch.stack(torch.meshgrid(*map(torch.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
+    stride = even_stride(len(places), most)
+    kept = places[::stride]
+    assert len(kept) <= most or stride == 1
+    inner = shape[-1]
+    assert len(kept[:inner, -1].unique()) == len(kept[:inner])
+
+
+def test_as_many_as_are_asked_for_but_for_the_search_of_a_coprime() -> None:
+    assert even_stride(2**20, 2**12) == 257
+    assert even_stride(8 * 528 * 27 * 27, 2**14) == 191  # 188 would be even, 189 is 7 rows
+    assert even_stride(0, 5) == even_stride(5, 5) == 1

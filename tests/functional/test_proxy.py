@@ -151,7 +151,7 @@ def correction_gradient(x: Tensor, alpha: float, bits: float, grid: Grid, *, cor
     out = []
     for seed in range(repeats):
         a = f64(alpha).requires_grad_()
-        y = noise_proxy(x, a, f64(bits), uniform_noise(x, generator(seed)), grid, correct_boundary=correct)
+        y = noise_proxy(x, a, f64(bits), uniform_noise(x, generator(seed)), grid, correct_range=correct)
         out.append(torch.autograd.grad(((y - x) ** 2).mean(), a)[0])
     return torch.cat(out)
 
@@ -185,7 +185,7 @@ def test_t4b_leaves_the_value_and_the_other_gradients_alone(grid: Grid) -> None:
     x = torch.randn(200, generator=generator(), dtype=torch.float64).requires_grad_()
     alpha, bits = f64(1.2).requires_grad_(), f64(3.0).requires_grad_()
     noise = uniform_noise(x, generator(1))
-    plain, corrected = (noise_proxy(x, alpha, bits, noise, grid, correct_boundary=c) for c in (False, True))
+    plain, corrected = (noise_proxy(x, alpha, bits, noise, grid, correct_range=c) for c in (False, True))
     assert torch.equal(plain, corrected)
     before, after = (torch.autograd.grad(y.sum(), (x, alpha, bits)) for y in (plain, corrected))
     assert torch.equal(before[0], after[0])
@@ -203,7 +203,7 @@ def test_type_and_layout_are_kept_with_a_boundary_for_each_channel(dtype: torch.
     x = torch.randn(2, 3, 4, 5, generator=generator()).to(dtype).to(memory_format=torch.channels_last).requires_grad_()
     alpha = torch.tensor([0.5, 1.0, 2.0]).reshape(3, 1, 1).requires_grad_()
     bits = torch.tensor([4.0], requires_grad=True)
-    y = noise_proxy(x, alpha, bits, uniform_noise(x), grid, clip_after_noise=True, correct_boundary=True)
+    y = noise_proxy(x, alpha, bits, uniform_noise(x), grid, clip_after_noise=True, correct_range=True)
     assert (y.dtype, y.stride()) == (dtype, x.stride())
     grads = torch.autograd.grad(y.float().sum(), (x, alpha, bits))
     assert [(g.dtype, g.shape) for g in grads] == [(a.dtype, a.shape) for a in (x, alpha, bits)]
@@ -220,14 +220,14 @@ def test_an_all_zero_and_an_empty_tensor_pass() -> None:
         x.requires_grad_()
         for grid in GRIDS:
             alpha, bits = torch.tensor([1.0], requires_grad=True), torch.tensor([4.0], requires_grad=True)
-            y = noise_proxy(x, alpha, bits, uniform_noise(x), grid, correct_boundary=True)
+            y = noise_proxy(x, alpha, bits, uniform_noise(x), grid, correct_range=True)
             for g in torch.autograd.grad(y.sum(), (x, alpha, bits)):
                 assert g.isfinite().all()
 
 
 def draw(x: Tensor, alpha: Tensor, bits: Tensor) -> Tensor:
     whole = stochastic_round_bits(bits, (2, 3, 4))
-    first = noise_proxy(x, alpha, whole, uniform_noise(x), SIGNED, correct_boundary=True)
+    first = noise_proxy(x, alpha, whole, uniform_noise(x), SIGNED, correct_range=True)
     second = noise_proxy(x, alpha, whole, empirical_noise(x, alpha, whole, UNSIGNED), UNSIGNED, clip_after_noise=True)
     return first.sum() + second.sum() + quantize(x, alpha, round_bits(bits, (2, 4, 8)), HSWISH).sum()
 

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from nipq.errors import ConfigError
 from nipq.functional import theory
-from nipq.functional.clipping import max_boundary, noise_optimal_boundary
+from nipq.functional.clipping import max_range, noise_optimal_range
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.noise import ERROR_TABLE, EmpiricalMethod, empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
+from nipq.functional.theory import laplace_tails, normal_tails, sample_tails
 from nipq.functional.uniform import quantize
 
 SHARES = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
@@ -142,7 +144,7 @@ def test_t4b_the_gap_between_lsq_and_the_true_derivative(grid: Grid, alpha: floa
     """Reference: the identity holds to 4 decimals, and the signs agree in every cell."""
     true = slope_of_true_error(NORMAL, alpha, bits, grid)
     estimate = lsq(NORMAL, alpha, bits, grid).alpha.item()
-    gap = theory.boundary_correction(NORMAL, alpha, bits, grid).item()
+    gap = theory.range_correction(NORMAL, alpha, bits, grid).item()
     assert true - estimate == pytest.approx(gap, abs=5e-5)
     assert true * estimate > 0
     if grid == SIGNED and bits > 2:
@@ -185,10 +187,10 @@ def test_t5_and_t6_the_proxys_boundary_minimises_the_true_error(
     whose root is 2.03 where that of uniform noise is 1.96: hence 3 %. The closed form is met closely.
     """
     x, grid = SETTINGS[name]
-    found = noise_optimal_boundary(x, bits, grid).item()
+    found = noise_optimal_range(x, bits, grid).item()
     assert found == pytest.approx(proxy, rel=0.03)
     formula = theory.laplace_tails if name == "laplace" else theory.normal_tails
-    exact = theory.least_error_boundary(formula, bits, grid).item()
+    exact = theory.least_error_range(formula, bits, grid).item()
     assert found == pytest.approx(exact, rel=2e-3 if bits < 8 else 1e-2)
     best = least(x, bits, grid, true)
     assert best == pytest.approx(true, rel=0.02)
@@ -198,7 +200,7 @@ def test_t5_and_t6_the_proxys_boundary_minimises_the_true_error(
 
 def test_t5_gaussian_noise_costs_7_to_19_percent() -> None:
     for bits in (2, 3, 4):
-        wide = theory.least_error_boundary(theory.normal_tails, bits, SIGNED, noise_variance=1 / 4).item()
+        wide = theory.least_error_range(theory.normal_tails, bits, SIGNED, noise_variance=1 / 4).item()
         best = least(NORMAL[::2], bits, SIGNED, {2: 1.23, 3: 1.96, 4: 2.47}[bits])
         excess = (theory.true_error(NORMAL, wide, bits, SIGNED) / theory.true_error(NORMAL, best, bits, SIGNED)).item()
         assert 1.06 < excess < 1.20
@@ -215,7 +217,7 @@ def test_t6_gradient_descent_on_the_proxy_arrives_at_the_root() -> None:
         ((noise_proxy(x, alpha, bits, uniform_noise(x, generator), SIGNED) - x) ** 2).mean().backward()
         optimizer.step()
         schedule.step()
-    assert alpha.item() == pytest.approx(noise_optimal_boundary(x, 4, SIGNED).item(), abs=0.02)
+    assert alpha.item() == pytest.approx(noise_optimal_range(x, 4, SIGNED).item(), abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -231,8 +233,8 @@ def test_t6_gradient_descent_on_the_proxy_arrives_at_the_root() -> None:
 def test_t7_truncation_beats_min_max(name: str, bits: int, truncated: float, whole: float) -> None:
     """Reference: 400 k random draws. Their largest value is random, so the min-max error is compared loosely."""
     x, grid = SETTINGS[name]
-    at_root = theory.true_error(x, noise_optimal_boundary(x, bits, grid).item(), bits, grid).item()
-    at_max = theory.true_error(x, max_boundary(x, grid).item(), bits, grid).item()
+    at_root = theory.true_error(x, noise_optimal_range(x, bits, grid).item(), bits, grid).item()
+    at_max = theory.true_error(x, max_range(x, grid).item(), bits, grid).item()
     assert at_root == pytest.approx(truncated, rel=0.02)
     assert at_max == pytest.approx(whole, rel=0.35)
     assert at_root < at_max
@@ -271,3 +273,34 @@ def test_nothing_in_range_has_no_error_power() -> None:
 
 def test_every_public_name_is_there() -> None:
     assert all(hasattr(theory, name) for name in theory.__all__)
+
+
+# ---------------------------------------------------------------------- tails of a distribution
+
+
+FINE_SHARES = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+SAMPLES = {
+    normal_tails: torch.special.ndtri(FINE_SHARES),
+    laplace_tails: -torch.sign(FINE_SHARES - 0.5) * torch.log1p(-2 * (FINE_SHARES - 0.5).abs()),
+}
+
+
+@pytest.mark.parametrize("tails", [normal_tails, laplace_tails])
+@pytest.mark.parametrize("grid", [SIGNED, UNSIGNED], ids=lambda g: g.kind)
+def test_formula_equals_sample(tails, grid: Grid) -> None:
+    sample = SAMPLES[tails]
+    sample = sample if grid == SIGNED else sample.clamp(min=0)
+    for alpha in (0.3, 1.0, 2.5, 4.0):
+        for exact, counted in zip(tails(alpha, grid), sample_tails(sample, alpha, grid), strict=True):
+            assert counted.item() == pytest.approx(exact.item(), rel=1e-3, abs=1e-5)
+
+
+def test_negative_values_on_an_unsigned_grid_cost_but_do_not_pull_the_boundary() -> None:
+    tails = sample_tails(torch.tensor([-2.0, 0.0, 1.0, 5.0]), 3.0, UNSIGNED)
+    assert [t.item() for t in tails] == [0.25, 0.5, 2.0]
+
+
+@pytest.mark.parametrize("tails", [normal_tails, laplace_tails, lambda a, g: sample_tails(torch.ones(2), a, g)])
+def test_a_shifted_grid_is_refused(tails) -> None:
+    with pytest.raises(ConfigError, match="expected a signed or an unsigned grid"):
+        tails(1.0, Grid("shifted", 0.375))

@@ -14,8 +14,7 @@ from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, Grid
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.cpu import library
-from nipq.kernels.dispatch import proxy, quantize
-from nipq.kernels.fused import plain_noise_proxy
+from nipq.kernels.dispatch import plain_noise_proxy, proxy_operator, quantize_operator
 
 compiled_kernels = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
@@ -49,7 +48,7 @@ def test_the_operator_of_the_proxy_keeps_its_promises_to_the_compiler(channels: 
     leaves = (x, tensors.alpha_raw, tensors.bit_raw)
     found = [
         torch.autograd.grad(function(x, tensors, settings).square().sum(), leaves)
-        for function in (proxy, plain_noise_proxy)
+        for function in (proxy_operator, plain_noise_proxy)
     ]
     for ours, theirs in zip(*found, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4)
@@ -59,7 +58,7 @@ def test_the_operator_of_the_proxy_keeps_its_promises_to_the_compiler(channels: 
 def test_the_operator_of_the_quantizer_keeps_its_promises_to_the_compiler() -> None:
     x, alpha, bits = (part.requires_grad_() for part in (torch.randn(4, 30), torch.ones(4, 1), torch.tensor([3.0])))
     torch.library.opcheck(torch.ops.nipq.quantize, (x, alpha, bits, "signed", 0.0, 0, float("inf")))
-    assert torch.equal(quantize(x, alpha, bits, SIGNED, 0), nipq.functional.quantize(x, alpha, bits, SIGNED))
+    assert torch.equal(quantize_operator(x, alpha, bits, SIGNED, 0), nipq.functional.quantize(x, alpha, bits, SIGNED))
 
 
 def small_net() -> nn.Module:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import relu6
 
+from nipq.config import NoiseKind
 from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.noise import error_table
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.cpu import library
-from nipq.kernels.dispatch import backend
-from nipq.kernels.fused import fused_noise_proxy as fused_noise_proxy_on
-from nipq.kernels.fused import plain_noise_proxy
+from nipq.kernels.dispatch import backend, noise_proxy, plain_noise_proxy
+from nipq.kernels.dispatch import fused_noise_proxy as fused_noise_proxy_on
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
@@ -243,3 +244,38 @@ def test_what_there_is_no_kernel_for() -> None:
     assert backend(torch.zeros(3), one.bfloat16(), 0) is None
     assert backend(torch.zeros(3, device="meta"), one, 0) is None
     assert backend(torch.zeros(5, 4, 2, 2).to(memory_format=torch.channels_last), torch.zeros(4), 1) is None
+
+
+# ------------------------------------------------------------------------------------------------- the dispatch
+
+
+def made_by_kernels(x: Tensor, tensors: ProxyTensors, chosen: ProxySettings) -> bool:
+    node = noise_proxy(x.requires_grad_(), tensors, chosen).grad_fn
+    assert node is not None
+    return type(node).__name__ == "_FusedProxyBackward"
+
+
+@pytest.mark.parametrize("noise", get_args(NoiseKind))
+def test_fused_kernels_serve_the_noise_that_they_have(noise: NoiseKind) -> None:
+    fused = noise in ("uniform", "empirical")
+    assert made_by_kernels(torch.randn(50), parameters(), replace(settings(), noise=noise)) == fused
+
+
+@pytest.mark.parametrize("switch", ["clip_after_noise", "range_correction"])
+def test_plain_operations_do_what_no_kernel_does(switch: str) -> None:
+    assert not made_by_kernels(torch.randn(50), parameters(), replace(settings(), **{switch: True}))
+    assert not made_by_kernels(torch.randn(50, dtype=torch.float64), parameters(), settings())
+    mixed = replace(parameters(), error_share=torch.tensor([0.5]))
+    assert not made_by_kernels(torch.randn(50), mixed, settings())
+
+
+@pytest.mark.parametrize("noise", ["uniform", "empirical"])
+def test_either_way_gives_the_same_numbers(noise: NoiseKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, tensors, chosen = torch.randn(9000), parameters(), replace(settings(), noise=noise)
+    found = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr("nipq.kernels.dispatch.backend", lambda *_: None)
+        torch.manual_seed(3)  # of the elements that an error table is made from
+        found.append(noise_proxy(x, tensors, chosen))
+    assert torch.equal(*found)

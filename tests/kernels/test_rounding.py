@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import nipq.functional.uniform as uniform
-import nipq.kernels.fused as rounding
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.kernels import dispatch as rounding
 from nipq.kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")

@@ -15,15 +15,13 @@ import torch
 from torch import Tensor
 
 import nipq.functional.uniform as uniform
-import nipq.kernels.fused as rounding
-import nipq.kernels.triton as triton_proxy
-import nipq.kernels.triton as triton_rounding
+import nipq.kernels.triton as kernels
 from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.noise import error_table
+from nipq.kernels import dispatch as rounding
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
-from nipq.kernels.dispatch import Backend
-from nipq.kernels.fused import fused_noise_proxy, plain_noise_proxy
+from nipq.kernels.dispatch import Backend, fused_noise_proxy, plain_noise_proxy
 from nipq.kernels.triton import interpreting, tl, triton
 from nipq.kernels.triton_tiles import Sizes, on_trial, tiling
 from nipq.kernels.triton_tuning import proxy_step
@@ -36,8 +34,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 KERNELS = Backend(
-    triton_proxy.supported, triton_proxy.proxy_forward, triton_proxy.proxy_backward,
-    triton_rounding.round_forward, triton_rounding.round_backward,
+    kernels.supported, kernels.proxy_forward, kernels.proxy_backward, kernels.round_forward, kernels.round_backward,
 )  # fmt: skip
 GRIDS = [SIGNED, UNSIGNED, Grid("shifted", 0.375)]
 TYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -6,9 +6,9 @@ from torch.nn import functional
 
 from nipq.config import BitRange
 from nipq.errors import NonFiniteError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import noise_optimal_range
 from nipq.functional.grid import SIGNED, Grid
-from nipq.nn.init import SHIFTS, start_input_boundary_, start_weight_boundary_
+from nipq.nn.init import SHIFTS, start_input_range_, start_weight_range_
 from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
 
 
@@ -22,23 +22,23 @@ def input_quantizer(**settings: object) -> InputQuantizer:
 def test_weight_boundary_minimises_the_error_at_the_bits_of_the_moment() -> None:
     weight = torch.randn(500)
     quantizer = WeightQuantizer("w", BitRange())
-    start_weight_boundary_(quantizer, weight)
+    start_weight_range_(quantizer, weight)
     at_five = quantizer.alpha.clone()
-    torch.testing.assert_close(at_five, noise_optimal_boundary(weight, 5.0, SIGNED))
+    torch.testing.assert_close(at_five, noise_optimal_range(weight, 5.0, SIGNED))
     quantizer.freeze_bits_(2)
-    start_weight_boundary_(quantizer, weight)
+    start_weight_range_(quantizer, weight)
     assert quantizer.alpha.item() < at_five.item()
 
 
 def test_weight_boundary_max_is_the_largest_magnitude() -> None:
     quantizer = WeightQuantizer("w", BitRange(), init="max")
-    start_weight_boundary_(quantizer, torch.tensor([0.5, -3.0]))
+    start_weight_range_(quantizer, torch.tensor([0.5, -3.0]))
     assert quantizer.alpha.item() == pytest.approx(3.0)
 
 
 def test_weight_boundary_release_leaves_softplus_in() -> None:
     quantizer = WeightQuantizer("w", BitRange(), init="release")
-    start_weight_boundary_(quantizer, torch.tensor([0.5, -3.0]))
+    start_weight_range_(quantizer, torch.tensor([0.5, -3.0]))
     assert quantizer.alpha_raw.item() == 0.5
     assert quantizer.alpha.item() == pytest.approx(functional.softplus(torch.tensor(0.5)).item())
     assert quantizer.calibrated
@@ -47,8 +47,8 @@ def test_weight_boundary_release_leaves_softplus_in() -> None:
 def test_weight_boundaries_per_channel() -> None:
     weight = torch.randn(3, 40) * torch.tensor([1.0, 2.0, 4.0]).reshape(3, 1)
     quantizer = WeightQuantizer("w", BitRange(fixed=4), channels=3)
-    start_weight_boundary_(quantizer, weight)
-    expected = torch.cat([noise_optimal_boundary(row, 4.0, SIGNED) for row in weight])
+    start_weight_range_(quantizer, weight)
+    expected = torch.cat([noise_optimal_range(row, 4.0, SIGNED) for row in weight])
     torch.testing.assert_close(quantizer.alpha, expected)
 
 
@@ -67,7 +67,7 @@ def test_weight_boundaries_per_channel() -> None:
 )
 def test_the_grid_follows_the_activation_function(function, kind: str, shift: float) -> None:
     quantizer = input_quantizer()
-    start_input_boundary_(quantizer, function(2 * torch.randn(20_000)))
+    start_input_range_(quantizer, function(2 * torch.randn(20_000)))
     assert quantizer.grid == Grid(kind, shift)
     assert quantizer.calibrated
 
@@ -83,37 +83,37 @@ def test_no_activation_function_dips_below_its_shift(function) -> None:
 @pytest.mark.parametrize("choice", ["signed", "unsigned", "shifted"])
 def test_a_rule_overrides_the_choice_of_grid(choice: str) -> None:
     quantizer = input_quantizer(grid_choice=choice)
-    start_input_boundary_(quantizer, functional.hardswish(torch.randn(1000)))
+    start_input_range_(quantizer, functional.hardswish(torch.randn(1000)))
     assert quantizer.grid.kind == choice
 
 
 def test_a_shift_that_no_known_function_covers_is_taken_from_the_sample() -> None:
     quantizer = input_quantizer(grid_choice="shifted")
-    start_input_boundary_(quantizer, torch.tensor([-1.5, 0.0, 4.0]))
+    start_input_range_(quantizer, torch.tensor([-1.5, 0.0, 4.0]))
     assert quantizer.grid == Grid("shifted", 1.5)
 
 
 def test_input_boundary_max_covers_the_sample() -> None:
     quantizer = input_quantizer(init="max")
-    start_input_boundary_(quantizer, torch.tensor([0.0, 1.0, 7.0]))
+    start_input_range_(quantizer, torch.tensor([0.0, 1.0, 7.0]))
     assert quantizer.alpha.item() == pytest.approx(7.0)
 
 
 @pytest.mark.parametrize(("sample", "raw"), [([0.0, 1.0], 6.0), ([-1.0, 1.0], 3.0)])
 def test_input_boundary_release_is_the_published_constant(sample: list[float], raw: float) -> None:
     quantizer = input_quantizer(init="release")
-    start_input_boundary_(quantizer, torch.tensor(sample))
+    start_input_range_(quantizer, torch.tensor(sample))
     assert quantizer.alpha_raw.item() == raw
     assert quantizer.calibrated
 
 
 def test_an_input_that_is_always_zero_gets_some_boundary() -> None:
     quantizer = input_quantizer()
-    start_input_boundary_(quantizer, torch.zeros(10))
+    start_input_range_(quantizer, torch.zeros(10))
     assert quantizer.alpha.item() > 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_refused_by_name(value: float) -> None:
     with pytest.raises(NonFiniteError, match=r"layer\.input: expected finite activations while calibrating"):
-        start_input_boundary_(input_quantizer(), torch.tensor([0.0, value]))
+        start_input_range_(input_quantizer(), torch.tensor([0.0, value]))

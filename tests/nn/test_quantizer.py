@@ -11,7 +11,7 @@ from nipq.config import BitRange, Phase
 from nipq.errors import ConfigError, FileFormatError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import quantize
-from nipq.nn.estimator import Estimator
+from nipq.nn.estimators import NoiseProxy
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 
 LEARNED = BitRange(min=2, max=8, start=3.3)
@@ -59,12 +59,12 @@ def test_no_file_holds_fewer_than_2_or_more_than_16_bits(bits: int) -> None:
 
 @pytest.mark.parametrize("alpha", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_boundary_is_finite_and_positive(alpha: float) -> None:
-    with pytest.raises(ConfigError, match=r"layer\.weight: expected finite boundaries above 0"):
+    with pytest.raises(ConfigError, match=r"layer\.weight: expected finite clipping ranges above 0"):
         quantizer(alpha=alpha)
 
 
 def test_at_least_one_boundary() -> None:
-    with pytest.raises(ConfigError, match="at least one boundary, found 0 channels"):
+    with pytest.raises(ConfigError, match="at least one clipping range, found 0"):
         TensorQuantizer("x", LEARNED, channels=0)
 
 
@@ -73,7 +73,7 @@ def test_at_least_one_boundary() -> None:
 
 def test_uncalibrated_forward_names_the_tensor_and_the_remedy() -> None:
     made = TensorQuantizer("features.0.input", LEARNED)
-    with pytest.raises(OrderError, match=r"features\.0\.input: expected a calibrated boundary.*calibrate_"):
+    with pytest.raises(OrderError, match=r"features\.0\.input: expected a calibrated clipping range.*calibrate_"):
         made(torch.zeros(3))
 
 
@@ -154,7 +154,7 @@ def test_stochastic_bits_visit_the_two_neighbours_in_proportion() -> None:
 
 
 def test_bits_are_not_drawn_when_asked_not_to() -> None:
-    made = quantizer(BitRange(start=3.3), estimator=Estimator(stochastic_bits=False)).train()
+    made = quantizer(BitRange(start=3.3), estimator=NoiseProxy(stochastic_bits=False)).train()
     largest = max(made(torch.zeros(500)).abs().max().item() for _ in range(50))
     assert 0.95 * 0.25 < largest <= 0.25 * (1 + 1e-6)  # always 3 bits: step 0.5, noise at most half of it
 
@@ -171,12 +171,12 @@ def test_both_parameters_get_a_gradient_in_training() -> None:
 def test_clip_after_noise_keeps_the_range() -> None:
     x = torch.full((1000,), 1.49)
     assert quantizer().train()(x).max().item() > 1.5
-    assert quantizer(estimator=Estimator(clip_after_noise=True)).train()(x).max().item() <= 1.5 * (1 + 1e-6)
+    assert quantizer(estimator=NoiseProxy(clip_after_noise=True)).train()(x).max().item() <= 1.5 * (1 + 1e-6)
 
 
 def test_empirical_noise_is_the_tensors_own_error() -> None:
     # Half of the values lie on a level of the 3-bit grid, half a quarter step above one: so do the errors.
-    made = quantizer(BitRange(fixed=3), estimator=Estimator(noise="empirical")).train()
+    made = quantizer(BitRange(fixed=3), estimator=NoiseProxy(noise="empirical")).train()
     x = torch.tensor([0.5, 0.625]).repeat(50)
     noise = (made(x) - x) / made.step()
     assert {round(value, 3) for value in noise.tolist()} == {0.0, -0.25}

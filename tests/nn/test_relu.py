@@ -91,7 +91,7 @@ def test_the_relu_runs_wherever_the_quantizer_does_not_take_its_place(case: str)
         case "uncalibrated":
             quantizer.calibrated = False
         case "tempered":
-            nipq.temper_(model, 0.5)
+            nipq.set_noise_mix_(model, 0.5)
     assert not quantizer.replaces_relu(x)
     relu = model[0][2]
     assert torch.equal(relu(x), x.relu())

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 import nipq
-from nipq.analysis.network import float_twin, layers, stored_weights
 from nipq.budget.budget import AverageBits, BitOps
 from nipq.budget.hawq import sensitivities
+from nipq.budget.hessian import float_twin, layers, stored_weights
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, FileFormatError, NotQuantizableError
 from nipq.export.modules import deployed_products
@@ -98,9 +98,9 @@ def test_from_search_to_file(tmp_path: Path) -> None:
     path = nipq.save(deployed, tmp_path / "model.nipq.safetensors")
     result = nipq.verify(model, deployed, [X], file=path)
     assert result, str(result)
-    assert [rung.name[:2] for rung in result.rungs] == ["E0", "E1", "E2", "E3"]
+    assert [check.name[:2] for check in result.checks] == ["E0", "E1", "E2", "E3"]
     assert torch.equal(nipq.load(path, Net())(X), deployed(X))
-    assert path.stat().st_size == result.rungs[0].numbers["bytes_promised"]
+    assert path.stat().st_size == result.checks[0].numbers["bytes_promised"]
     twin = prepared()
     twin.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(twin.eval()(X), model.eval()(X))
@@ -117,7 +117,7 @@ def test_a_changed_operand_is_noticed(part: str) -> None:
         key.bits += 1
     result = nipq.verify(model, deployed, [X])
     assert not result
-    assert result.rungs[0].first_difference.startswith(f"{SCORES}: y: {part}")
+    assert result.checks[0].first_difference.startswith(f"{SCORES}: y: {part}")
 
 
 def test_a_float_checkpoint_loads_strictly_and_restore_gives_the_model_back() -> None:

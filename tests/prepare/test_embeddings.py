@@ -102,7 +102,7 @@ def test_what_is_counted() -> None:
     assert size.form.weight.tolist() == [11, 6, 8, 11]
     assert operations.accounting.startswith("per sample over 2 layers")
     assert summary(model).bops == (64 + 88) * 6 * 5 * 5
-    assert "Embedding tables count in the model's size alone" in str(inspect(Language(), IDS))
+    assert "Embedding tables count in the model's size alone" in inspect(Language(), IDS).policy
     (tied,) = AverageBits(weights=4).limits(model := prepared(tied=True))
     assert tied.accounting == "over 152 weights in 2 tensors, first and last layer included, 1 embedding tables not"
     assert stored_rows(layer_table(model))[0].name == "head"
@@ -179,7 +179,7 @@ def test_from_search_to_file(tied: bool, granularity: str, tmp_path: Path) -> No
     path = nipq.save(deployed, tmp_path / "model.nipq.safetensors")
     result = nipq.verify(model, deployed, [IDS], file=path)
     assert result, str(result)
-    assert [rung.name[:2] for rung in result.rungs] == ["E0", "E1", "E2", "E3"]
+    assert [check.name[:2] for check in result.checks] == ["E0", "E1", "E2", "E3"]
     assert torch.equal(nipq.load(path, Language(tied=tied))(IDS), deployed(IDS))
     assert deployed.words.weight_codes.dtype == torch.int8
     assert (deployed.words.tied_to == "head" or deployed.head.tied_to == "words") == tied

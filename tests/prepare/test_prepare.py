@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from nipq.config import BitRange, Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
-from nipq.nn.estimator import Estimator
+from nipq.nn.estimators import NoiseProxy
 from nipq.prepare.layer_table import layer_table, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
@@ -81,7 +81,7 @@ def test_phase_float_is_the_float_model_bit_for_bit(small_net: Build, x: Tensor)
 
 @pytest.mark.parametrize("noise", ["uniform", "empirical"])
 def test_every_quantizer_parameter_gets_a_gradient_in_one_noise_step(small_net: Build, x: Tensor, noise: str) -> None:
-    prepared = calibrate_(prepare_(small_net(), x, Config(noise=noise, learn_input_boundary=True)), [x]).train()
+    prepared = calibrate_(prepare_(small_net(), x, Config(noise=noise, learn_input_range=True)), [x]).train()
     functional.cross_entropy(prepared(x), torch.arange(4)).backward()
     learned = [(q.name, name, p) for q in quantizers(prepared) for name, p in q.named_parameters()]
     assert len(learned) == 2 * (2 * len(LAYERS)) - 1  # the model's input has no learned bit-width
@@ -95,9 +95,9 @@ def test_every_quantizer_parameter_gets_a_gradient_in_one_noise_step(small_net: 
     ("settings", "learned"),
     [
         ({}, False),
-        ({"learn_input_boundary": True}, True),
+        ({"learn_input_range": True}, True),
         ({"input_bits": 4}, True),
-        ({"input_bits": 4, "learn_input_boundary": False}, False),
+        ({"input_bits": 4, "learn_input_range": False}, False),
         ({"rules": [Rule("stem", activation_bits=(4, 10))]}, True),
         ({"input_bits": 16}, False),
     ],
@@ -218,9 +218,9 @@ def test_rules_reach_the_quantizers(small_net: Build, x: Tensor) -> None:
 
 
 def test_settings_of_the_proxy_reach_every_quantizer(small_net: Build, x: Tensor) -> None:
-    settings = {"noise": "empirical", "stochastic_bits": False, "clip_after_noise": True, "boundary_correction": True}
+    settings = {"noise": "empirical", "stochastic_bits": False, "clip_after_noise": True, "range_correction": True}
     for quantizer in quantizers(prepare_(small_net(), x, Config(**settings, init="max"))):
-        assert quantizer.estimator == Estimator(**settings)
+        assert quantizer.estimator == NoiseProxy(**settings)
         assert quantizer.init == "max"
 
 
@@ -266,10 +266,10 @@ def test_a_rule_that_matches_nothing_is_an_error_and_changes_nothing(small_net: 
 
 def test_an_uncalibrated_forward_says_which_input(small_net: Build, x: Tensor) -> None:
     prepared = prepare_(small_net(), x)
-    with pytest.raises(OrderError, match=r"stem\.input: expected a calibrated boundary"):
+    with pytest.raises(OrderError, match=r"stem\.input: expected a calibrated"):
         prepared(x)
 
 
-def test_float_pieces_are_listed_by_name(small_net: Build, x: Tensor) -> None:
+def test_unquantized_ops_are_listed_by_name(small_net: Build, x: Tensor) -> None:
     listed = [finding.reason.split(":")[0] for finding in validate(small_net(), x)]
     assert listed == ["hardswish", "mean", "sigmoid", "mul", "add", "adaptive_avg_pool2d"]

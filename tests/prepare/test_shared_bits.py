@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import nipq
+from nipq.budget.allocate import allocate_bits_
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import AverageBits, BitOps, ModelSize
-from nipq.budget.allocate import allocate_bits_
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError
 from nipq.prepare.layer_table import layer_table, set_bits_

@@ -39,7 +39,7 @@ def test_a_model_goes_through_every_phase_and_comes_back(name: str) -> None:
     state = {key: value.clone() for key, value in model.state_dict().items()}
     assert not [finding for finding in validate(model, x[:1]) if finding.severity in ("error", "note")]
 
-    prepare_(model, x[:1], Config(init="max", learn_input_boundary=True))  # the quickest start
+    prepare_(model, x[:1], Config(init="max", learn_input_range=True))  # the quickest start
     rows = layer_table(model)
     assert sum(row.spec.is_input for row in rows) == 1
     assert all(row.spec.calls == 1 for row in rows)
@@ -114,7 +114,7 @@ def assert_close_layer_by_layer(
 
 
 def listed(name: str) -> set[tuple[str, str]]:
-    return {(piece.name, piece.operation) for piece in trace(build(name), images(1)).float_pieces}
+    return {(piece.name, piece.operation) for piece in trace(build(name), images(1)).unquantized_ops}
 
 
 def test_residual_adds_and_pools_are_named() -> None:

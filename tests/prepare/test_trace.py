@@ -15,7 +15,7 @@ def specs(model: nn.Module, x: object) -> dict[str, LayerSpec]:
 
 
 def pieces(model: nn.Module, x: object) -> set[tuple[str, str, int]]:
-    return {(piece.name, piece.operation, piece.count) for piece in trace(model, x).float_pieces}
+    return {(piece.name, piece.operation, piece.count) for piece in trace(model, x).unquantized_ops}
 
 
 # ---------------------------------------------------------------------- counts
@@ -222,7 +222,7 @@ class Pieces(nn.Module):
         return torch.cat([functional.relu(y), y @ y.mT], dim=1)
 
 
-def test_functional_pieces_are_found_by_name_and_counted() -> None:
+def test_functional_ops_are_found_by_name_and_counted() -> None:
     assert pieces(Pieces(), torch.randn(2, 2, 4, 4)) == {
         ("", "add", 2),
         ("", "mul", 2),
@@ -237,7 +237,7 @@ def test_functional_pieces_are_found_by_name_and_counted() -> None:
 def test_every_piece_has_a_reason_and_the_module_it_happens_in() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.GELU(), nn.LayerNorm(4)), nn.Softmax(dim=1))
     traced = trace(model, torch.randn(2, 4))
-    found = {piece.name: piece for piece in traced.float_pieces}
+    found = {piece.name: piece for piece in traced.unquantized_ops}
     assert {name: piece.operation for name, piece in found.items()} == {
         "1.0": "gelu",
         "1.1": "layer_norm",
@@ -258,7 +258,7 @@ def test_attention_is_named_and_its_projection_is_unused() -> None:
 
     traced = trace(Attention(), torch.randn(1, 3, 4))
     assert traced.unused == ("attention.out_proj",)
-    assert ("attention", "multi_head_attention_forward") in {(p.name, p.operation) for p in traced.float_pieces}
+    assert ("attention", "multi_head_attention_forward") in {(p.name, p.operation) for p in traced.unquantized_ops}
     assert [spec.name for spec in traced.layers] == ["head"]
 
 

@@ -6,14 +6,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from nipq.config import Config, Rule
-from nipq.errors import ConfigError, Finding, NotQuantizableError
+from nipq.errors import ConfigError, Diagnostic, NotQuantizableError
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 
 X = torch.zeros(1, 4)
 
 
-def found(model: nn.Module, x: object = X, config: Config | None = None) -> dict[tuple[str, str], Finding]:
+def found(model: nn.Module, x: object = X, config: Config | None = None) -> dict[tuple[str, str], Diagnostic]:
     return {(finding.severity, finding.name): finding for finding in validate(model, x, config)}
 
 
@@ -96,7 +96,7 @@ def test_a_prepared_model_is_an_error_too() -> None:
 
 def test_channels_of_a_grouped_transposed_convolution_are_refused() -> None:
     model, x = nn.Sequential(nn.ConvTranspose1d(4, 4, 2, groups=2)), torch.zeros(1, 4, 3)
-    message = "error: 0: boundaries per channel of a grouped transposed convolution do not lie along one axis"
+    message = "error: 0: clipping ranges per channel of a grouped transposed convolution do not lie along one axis"
     refused(model, message, Config(granularity="channel"), x)
     prepare_(model, x)
 
@@ -183,5 +183,5 @@ def test_a_rule_that_matches_nothing_is_an_error_here_too() -> None:
 
 
 def test_a_finding_reads_as_one_line() -> None:
-    assert str(Finding("a.b", "float", "why")) == "float: a.b: why."
-    assert str(Finding("", "error", "why", "Do this.")) == "error: the model: why. Do this."
+    assert str(Diagnostic("a.b", "float", "why")) == "float: a.b: why."
+    assert str(Diagnostic("", "error", "why", "Do this.")) == "error: the model: why. Do this."

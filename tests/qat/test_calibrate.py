@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from nipq.config import Config
 from nipq.errors import ConfigError, NonFiniteError, OrderError
-from nipq.functional.clipping import noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.grid import SIGNED, UNSIGNED
 from nipq.prepare.batches import inputs_of, to_device
 from nipq.prepare.layer_table import layer_table, phase_of, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_
-from nipq.qat.calibrate import SAMPLE_SIZE, calibrate_
+from nipq.qat.calibrate import calibrate_
 
 
 def net() -> nn.Sequential:
@@ -32,10 +32,10 @@ def test_boundaries_come_from_the_float_model() -> None:
     batches = [torch.randn(20, 6) for _ in range(3)]
     assert calibrate_(model, batches) is model
     first, last = layer_table(model)
-    torch.testing.assert_close(first.input.alpha, noise_optimal_boundary(torch.cat(batches), 8.0, SIGNED))
+    torch.testing.assert_close(first.input.alpha, noise_optimal_range(torch.cat(batches), 8.0, SIGNED))
     set_phase_(model, "float")
     hidden = torch.relu(first.layer(torch.cat(batches)))
-    torch.testing.assert_close(last.input.alpha, noise_optimal_boundary(hidden, 5.0, UNSIGNED))
+    torch.testing.assert_close(last.input.alpha, noise_optimal_range(hidden, 5.0, UNSIGNED))
     assert (first.input.grid, last.input.grid) == (SIGNED, UNSIGNED)
 
 
@@ -46,7 +46,7 @@ def test_all_boundaries_start_at_the_bits_of_the_moment_and_of_the_weights_of_th
     calibrate_(model, [torch.randn(50, 6)])
     for row in layer_table(model):
         stored = row.layer.parametrizations.weight.original
-        torch.testing.assert_close(row.weight.alpha, noise_optimal_boundary(stored, 2.0, SIGNED))
+        torch.testing.assert_close(row.weight.alpha, noise_optimal_range(stored, 2.0, SIGNED))
 
 
 def test_only_the_batches_asked_for_are_read() -> None:

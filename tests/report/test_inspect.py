@@ -15,9 +15,9 @@ from nipq.config import Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError
 from nipq.export.api import export
 from nipq.export.convert import convert
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import ExampleInputs
 from nipq.qat.calibrate import calibrate_
 from nipq.report.inspect import inspect
 
@@ -84,6 +84,26 @@ def test_ranges_keep_what_is_fixed_and_what_is_allowed() -> None:
     assert "whole file" in size.accounting
 
 
+class Experts(nn.Module):
+    """A linear layer beside a larger stack of matrices that is no module's weight, as mixtures of experts have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.stacked = nn.Linear(4, 4, bias=False), nn.Parameter(torch.randn(7, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,eio->bo", self.router(x), self.stacked)
+
+
+def test_the_share_of_the_weights_that_budgets_cover_is_said() -> None:
+    found = inspect(Experts(), torch.randn(2, 4))
+    assert found.coverage == 16 / (16 + 112) == found.to_dict()["coverage"]
+    assert found.largest_float == {"stacked": 112}
+    text = " ".join(str(found).split())
+    assert "Budgets cover these weights: 12.5% of the float model's 128 parameters" in text
+    assert "The largest that stay float: stacked (112)." in text
+
+
 def test_weights_only_has_no_activation_average() -> None:
     found = inspect(Net(), X, Config(quantize_inputs=False))
     assert [entry.name for entry in found.ranges] == ["average weight bits", "model size", "bit-operations"]
@@ -93,19 +113,22 @@ def test_weights_only_has_no_activation_average() -> None:
 def test_it_prints_tables_policy_and_survives_json() -> None:
     rules = [Rule("first", granularity="channel"), Rule("second", granularity="channel")]
     found = inspect(Net(), X, Config(rules=rules))
-    text = str(found)
+    lines = str(found).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(str(found).split())
     assert "3 layers to quantize: 90 weights" in text
+    assert "Budgets cover these weights: 88.2% of the float model's 102 parameters" in text
+    assert "The largest that stay float: conv.weight" not in text
     assert "second = first" in text
     assert "2..8 x3" in text
     assert "8 (image)" in text
-    assert "add: sums of activations stay float; the next layer quantizes what it reads" in " ".join(text.split())
+    assert "add: sums of activations" in text
     assert "First and last layer count in every average and cost (conv: weight 2..8, input 8; second: weight" in text
-    assert max(map(len, text.splitlines())) <= 160
     assert json.loads(json.dumps(found.to_dict()))["layers"][2]["shares_weight_with"] == "first"
 
 
 def test_allowed_sets_are_spelt_out() -> None:
-    text = str(inspect(Net(), X, Config(weight_bits={2, 4, 8}, activation_bits=4)))
+    text = " ".join(str(inspect(Net(), X, Config(weight_bits={2, 4, 8}, activation_bits=4))).split())
     assert "conv: weight 2,4,8, input 8; second: weight 2,4,8, input 4" in text
 
 
@@ -114,6 +137,7 @@ def test_a_model_that_would_be_refused_says_why() -> None:
     assert found.layers == found.ranges == ()
     assert found.findings[0].severity == "error"
     assert "weight norm" in str(found)
+    assert found.coverage == 0
     assert "Nothing would be quantized" in str(found)
 
 

@@ -83,7 +83,7 @@ def test_float_inputs_count_as_such(x: Tensor) -> None:
 def test_without_quantized_inputs_there_is_no_average(x: Tensor) -> None:
     found = summary(prepare_(Tied(), x, Config(quantize_inputs=False)))
     assert found.activation_bits is found.activation_bits_with_input is None
-    assert "all inputs float" in str(found)
+    assert "all inputs float" in " ".join(str(found).split())
     only_image = summary(prepare_(nn.Sequential(nn.Linear(10, 2)), x))
     assert only_image.activation_bits is None
     assert only_image.activation_bits_with_input == 8
@@ -91,10 +91,12 @@ def test_without_quantized_inputs_there_is_no_average(x: Tensor) -> None:
 
 def test_it_prints_a_table_with_the_accounting_and_survives_json(model: nn.Module) -> None:
     found = summary(model)
-    text = str(found)
+    assert max(map(len, str(found).splitlines())) <= 80
+    text = " ".join(str(found).split())
     assert "3 layers, first and last included; average bits: 4.154 over weights, 5.000 over inputs (6.000 with" in text
     assert all(layer.name in text for layer in found.layers)
-    assert max(map(len, text.splitlines())) <= 160
+    assert (found.parameters, found.coverage) == (100 + 10 + 10 + 30 + 3, 130 / 153)  # without those of quantizers
+    assert "Budgets cover 85.0% of 153 parameters." in text
     assert json.loads(json.dumps(found.to_dict()))["layers"][0]["name"] == "first"
 
 

@@ -63,7 +63,6 @@ def test_the_two_recipes_differ_in_the_budget_only() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_runs_unchanged_on_a_tiny_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_images(tmp_path / "images")

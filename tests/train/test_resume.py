@@ -49,6 +49,8 @@ def counted(self, path):
         else:
             save(self, path)
         os.kill(os.getpid(), signal.SIGKILL)
+    if len(saves) == {wait_at}:
+        signal.pause()
     save(self, path)
 
 checkpoint.Checkpoint.save = counted
@@ -56,8 +58,10 @@ run(load_config(sys.argv[1]), sys.argv[2], resume=True, quiet=True)
 """
 
 
-def start(config: Path, folder: Path, count: int = 0, half: bool = False) -> subprocess.Popen[bytes]:
-    code = KILLED_AT.format(count=count, half=half)
+def start(
+    config: Path, folder: Path, *, count: int = 0, half: bool = False, wait_at: int = 0
+) -> subprocess.Popen[bytes]:
+    code = KILLED_AT.format(count=count, half=half, wait_at=wait_at)
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
     return subprocess.Popen([sys.executable, "-c", code, str(config), str(folder)], env=environment)
 
@@ -67,6 +71,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.distributed
 def test_kill_and_resume_gives_the_same_numbers(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(SETTINGS, encoding="utf-8")
@@ -76,13 +81,13 @@ def test_kill_and_resume_gives_the_same_numbers(tmp_path: Path) -> None:
 
     # Killed in the float stage within an epoch, then in the search while a checkpoint is half written.
     for count, half in ((5, False), (7, True)):
-        process = start(path, broken, count, half)
+        process = start(path, broken, count=count, half=half)
         assert process.wait() == -signal.SIGKILL
     assert not (broken / "results.json").exists()
 
-    # Killed from outside, whenever that happens to be.
+    # Killed from outside, whenever that happens to be; it waits for that before its last epochs.
     before = len(rows(broken))
-    process = start(path, broken)
+    process = start(path, broken, wait_at=8)
     while len(rows(broken)) <= before and process.poll() is None:
         time.sleep(0.01)
     process.kill()

@@ -17,12 +17,12 @@ onnx = pytest.importorskip("onnx")
 numpy_helper = onnx.numpy_helper
 
 
-def rungs(result: VerifyResult) -> dict[str, bool]:
-    return {rung.name[:2]: rung.passed for rung in result.rungs}
+def checks(result: VerifyResult) -> dict[str, bool]:
+    return {check.name[:2]: check.passed for check in result.checks}
 
 
 def first(result: VerifyResult, name: str) -> str:
-    return str(next(rung.first_difference for rung in result.rungs if rung.name.startswith(name)))
+    return str(next(check.first_difference for check in result.checks if check.name.startswith(name)))
 
 
 class Graph:

@@ -18,8 +18,8 @@ from nipq.verify import VerifyResult, verify
 Make = Callable[..., tuple[nn.Module, list[Any]]]
 
 
-def rungs(result: VerifyResult) -> dict[str, bool]:
-    return {rung.name[:2]: rung.passed for rung in result.rungs}
+def checks(result: VerifyResult) -> dict[str, bool]:
+    return {check.name[:2]: check.passed for check in result.checks}
 
 
 # ---------------------------------------------------------------------- planted faults
@@ -90,10 +90,10 @@ def test_a_planted_fault_is_found_without_running_anything(
     fault(deployed)
     result = verify(model, deployed, data)
     assert not result
-    assert not rungs(result)["E0"]
+    assert not checks(result)["E0"]
     assert result.first_difference is not None
     assert result.first_difference.startswith(where)
-    assert what in str(result.rungs[0].first_difference)
+    assert what in str(result.checks[0].first_difference)
     assert "DIFFERS" in str(result)
 
 
@@ -102,7 +102,7 @@ def test_a_fault_that_matters_is_found_by_running_as_well(trained: Any, fault: C
     model, data = trained
     deployed = convert(model)
     fault(deployed)
-    result = rungs(verify(model, deployed, data))
+    result = checks(verify(model, deployed, data))
     assert not result["E1"]
     assert not result["E3"]
 
@@ -133,8 +133,8 @@ def test_a_layer_that_computes_otherwise_is_found_and_named(trained: Any) -> Non
     deployed = convert(model)
     deployed.one.__class__ = OtherArithmetic
     result = verify(model, deployed, data)
-    assert rungs(result)["E0"]
-    assert not rungs(result)["E1"]
+    assert checks(result)["E0"]
+    assert not checks(result)["E1"]
     assert result.first_difference is not None
     assert result.first_difference.startswith("one: the output differs by")
 
@@ -145,7 +145,7 @@ def test_a_quantizer_that_computes_otherwise_is_found_and_named(trained: Any, ot
     deployed = convert(model)
     deployed.two.__class__ = otherwise
     result = verify(model, deployed, data)
-    assert rungs(result)["E0"]
+    assert checks(result)["E0"]
     assert result.first_difference is not None
     assert result.first_difference.startswith("two:")
     assert "codes differ on the same input" in result.first_difference
@@ -157,8 +157,8 @@ def test_a_missing_activation_shows_in_the_next_layers_codes(trained: Any) -> No
     deployed = convert(model)
     deployed.stem_bn = nn.Hardtanh(0.0, 0.5)
     result = verify(model, deployed, data)
-    assert rungs(result)["E0"]
-    assert not rungs(result)["E1"]
+    assert checks(result)["E0"]
+    assert not checks(result)["E1"]
     assert str(result.first_difference).startswith("depthwise: codes of what arrived")
 
 
@@ -177,9 +177,9 @@ def test_a_wrong_output_without_any_layer_at_fault_is_found(made: Make) -> None:
     deployed = convert(prepared)
     deployed[0].register_forward_hook(lambda _module, _args, output: 2 * output)
     result = verify(prepared, deployed, data)
-    assert rungs(result) == {"E0": True, "E1": True, "E2": False, "E3": False}
+    assert checks(result) == {"E0": True, "E1": True, "E2": False, "E3": False}
     assert "of the largest apart" in str(result.first_difference)
-    assert result.rungs[3].first_difference == "the outputs differ though all codes agree"
+    assert result.checks[3].first_difference == "the outputs differ though all codes agree"
 
 
 # ---------------------------------------------------------------------- the file
@@ -190,7 +190,7 @@ def test_a_file_of_another_training_is_found(made: Make, trained: Any, tmp_path:
     other, _ = made(bits=(3, 4))
     path = save(convert(other), tmp_path / "model")
     result = verify(model, convert(model), data, file=path)
-    assert rungs(result) == {"E0": False, "E1": True, "E2": True, "E3": True}
+    assert checks(result) == {"E0": False, "E1": True, "E2": True, "E3": True}
     assert "promised" in str(result.first_difference)
 
 
@@ -203,10 +203,10 @@ def test_a_file_whose_numbers_differ_is_found(trained: Any, tmp_path: Path) -> N
     assert "saved against in the file" in str(result.first_difference)
 
 
-def test_a_file_that_cannot_be_read_fails_the_first_rung(trained: Any, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_fails_the_first_check(trained: Any, tmp_path: Path) -> None:
     model, data = trained
     path = tmp_path / "model"
     path.write_text("no model")
     result = verify(model, convert(model), data, file=path)
-    assert not rungs(result)["E0"]
+    assert not checks(result)["E0"]
     assert "expected a whole safetensors file" in str(result.first_difference)

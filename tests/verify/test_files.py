@@ -28,11 +28,11 @@ Make = Callable[..., tuple[nn.Module, list[Any]]]
 Exported = dict[str, Path]
 
 
-def test_every_format_passes_its_rungs(trained: Any, exported: Exported) -> None:
+def test_every_format_passes_its_checks(trained: Any, exported: Exported) -> None:
     model, data = trained
     result = verify(model, *exported.values(), loader=data)
     assert result, str(result)
-    climbed = {path.name: [r.name[:2] for r in result.rungs if r.artifact == path.name] for path in exported.values()}
+    climbed = {path.name: [r.name[:2] for r in result.checks if r.artifact == path.name] for path in exported.values()}
     assert climbed == {
         "model.nipq.safetensors": ["E0", "E1", "E2", "E3"],
         "model.onnx": ["E0", "E1", "E2"],
@@ -42,7 +42,7 @@ def test_every_format_passes_its_rungs(trained: Any, exported: Exported) -> None
         "model.pt2": ["E0", "E2", "E3"],
     }
     json.dumps(result.to_dict())
-    codes = {rung.artifact: rung.numbers["codes"] for rung in result.rungs if rung.name == "E1 layers"}
+    codes = {check.artifact: check.numbers["codes"] for check in result.checks if check.name == "E1 layers"}
     assert codes["model.onnx"] == codes["model.qonnx.onnx"] == codes["model.nipq.safetensors"] > 0
 
 
@@ -63,7 +63,7 @@ def test_what_overwrites_a_layer_s_output_is_not_held_against_it(tmp_path: Path)
 def test_bytes_are_promised_and_found(trained: Any, exported: Exported) -> None:
     model, data = trained
     result = verify(model, exported[".onnx"], exported["packed.onnx"], exported[".qonnx.onnx"], loader=data)
-    portable, packed, qonnx = (rung.numbers for rung in result.rungs if rung.name == "E0 static")
+    portable, packed, qonnx = (check.numbers for check in result.checks if check.name == "E0 static")
     elements = sum(layer.weight.numel() for layer in convert(model).modules() if hasattr(layer, "weight_bits"))
     assert portable["weight_bytes_promised"] == portable["weight_bytes_found"] == elements
     assert packed["weight_bytes_found"] < elements == packed["weight_bytes_promised"]
@@ -77,16 +77,16 @@ def test_more_bytes_than_promised_are_a_difference(trained: Any, exported: Expor
     file = onnx.load(exported[".onnx"])
     file.doc_string = "what nobody trained"
     onnx.save(file, tmp_path / "model.onnx")
-    rung = verify(model, tmp_path / "model.onnx", loader=data).rungs[0]
-    assert not rung.passed
-    assert rung.numbers["bytes_found"] > rung.numbers["bytes_promised"] == exported[".onnx"].stat().st_size
-    assert rung.first_difference is not None
-    assert "bytes on disk, promised" in rung.first_difference
+    check = verify(model, tmp_path / "model.onnx", loader=data).checks[0]
+    assert not check.passed
+    assert check.numbers["bytes_found"] > check.numbers["bytes_promised"] == exported[".onnx"].stat().st_size
+    assert check.first_difference is not None
+    assert "bytes on disk, promised" in check.first_difference
     file.producer_version = "torch 2.11.0, onnxscript 0.7.0"  # whose bytes nobody here can know
     onnx.save(file, tmp_path / "model.onnx")
-    rung = verify(model, tmp_path / "model.onnx", loader=data).rungs[0]
-    assert rung.passed
-    assert "bytes_promised" not in rung.numbers
+    check = verify(model, tmp_path / "model.onnx", loader=data).checks[0]
+    assert check.passed
+    assert "bytes_promised" not in check.numbers
 
 
 def test_a_metric_runs_on_files(trained: Any, exported: Exported) -> None:
@@ -97,7 +97,7 @@ def test_a_metric_runs_on_files(trained: Any, exported: Exported) -> None:
         return max(float(module(x).max()) for x, _ in loader)
 
     result = verify(model, *(exported[end] for end in (".onnx", ".npz", ".pt2")), loader=data, metric=largest)
-    found = {r.artifact: r.numbers for r in result.rungs if r.name == "E2 noise"}
+    found = {r.artifact: r.numbers for r in result.checks if r.name == "E2 noise"}
     assert found.keys() == {"model.onnx", "model.pt2"}
     for numbers in found.values():
         assert numbers["metric_deployed"] == pytest.approx(numbers["metric_trained"], rel=0.05)
@@ -106,7 +106,7 @@ def test_a_metric_runs_on_files(trained: Any, exported: Exported) -> None:
 def test_another_training_fails_in_every_format(made: Make, exported: Exported) -> None:
     other, data = made(bits=(5, 6, 3))
     result = verify(other, *exported.values(), loader=data)
-    failed = {rung.artifact for rung in result.rungs if rung.name == "E0 static" and not rung.passed}
+    failed = {check.artifact for check in result.checks if check.name == "E0 static" and not check.passed}
     assert failed == {path.name for path in exported.values()}
 
 
@@ -116,7 +116,7 @@ def test_another_format_under_the_name_is_refused(trained: Any, tmp_path: Path, 
     path = save(convert(model), tmp_path / f"model{end}")
     result = verify(model, path, loader=data)
     assert not result
-    assert result.rungs[0].claim == "the file can be read"
+    assert result.checks[0].claim == "the file can be read"
     torch.save(model.state_dict(), path)
     assert not verify(model, path, loader=data)
 

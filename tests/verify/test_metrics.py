@@ -1,32 +1,40 @@
-"""The bounds of the rungs: how many flips, how far apart, how many other decisions."""
+"""The bounds of the checks: how many flips, how far apart, how many other decisions."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from nipq.verify.metrics import Distance, Evidence, labels_of, most_by_chance
+from nipq.verify.metrics import LayerComparison, OutputComparison, exact_check, most_by_chance
+from nipq.verify.reference import labels_of
 
 
 def test_one_flip_of_one_level_is_allowed_and_no_more() -> None:
-    assert Evidence(codes=100, flips=1, jump=1).layer_fault() is None
-    assert "flipped" in str(Evidence(codes=100, flips=2, jump=1).layer_fault())
-    assert Evidence(codes=50_000, flips=5, jump=1).layer_fault() is None
-    assert "flipped" in str(Evidence(codes=50_000, flips=6, jump=1).layer_fault())
-    assert "by up to 2 levels" in str(Evidence(codes=50_000, flips=1, jump=2).layer_fault())
+    assert LayerComparison(codes=100, flips=1, jump=1).layer_fault() is None
+    assert "flipped" in str(LayerComparison(codes=100, flips=2, jump=1).layer_fault())
+    assert LayerComparison(codes=50_000, flips=5, jump=1).layer_fault() is None
+    assert "flipped" in str(LayerComparison(codes=50_000, flips=6, jump=1).layer_fault())
+    assert "by up to 2 levels" in str(LayerComparison(codes=50_000, flips=1, jump=2).layer_fault())
 
 
 def test_what_is_not_a_number_fails() -> None:
     nan = float("nan")
-    assert Evidence(codes=9, jump=nan).layer_fault() is not None
-    assert Evidence(codes=9, error=nan, largest=1).layer_fault() is not None
-    distance = Distance()
+    assert LayerComparison(codes=9, jump=nan).layer_fault() is not None
+    assert LayerComparison(codes=9, error=nan, largest=1).layer_fault() is not None
+    distance = OutputComparison()
     distance.add(torch.ones(4, 2), torch.full((4, 2), nan), torch.ones(4, 2), None)
-    assert not distance.rung({}).passed
+    assert not distance.check({}).passed
 
 
-def test_calls_that_differ_fail_both_layer_rungs() -> None:
-    seen = Evidence(calls_differ=True)
+def test_what_is_not_a_number_in_one_batch_is_not_forgotten_in_the_next() -> None:
+    found = OutputComparison()
+    for value in (float("nan"), 1.0):
+        found.add(torch.ones(4, 2), torch.full((4, 2), value), torch.ones(4, 2), None)
+    assert not exact_check({}, found.exact).passed
+
+
+def test_calls_that_differ_fail_both_layer_checks() -> None:
+    seen = LayerComparison(calls_differ=True)
     assert "differently often" in str(seen.layer_fault())
     assert "differently often" in str(seen.exact_fault())
 
@@ -36,11 +44,11 @@ def test_the_limit_of_the_distance_is_the_models_own_noise() -> None:
     trained = torch.eye(4).repeat(25, 1)
 
     def passes(batch_noise: float, kernel_noise: float, apart: float) -> bool:
-        distance = Distance()
+        distance = OutputComparison()
         distance.add_batch_noise(trained, trained + batch_noise)
         distance.add_kernel_noise(trained, trained + kernel_noise)
         distance.add(trained, trained + apart, trained, None)
-        return distance.rung({}).passed
+        return distance.check({}).passed
 
     for noise in ((0.02, 0.0), (0.0, 0.02)):
         assert passes(*noise, 0.05)
@@ -54,9 +62,9 @@ def test_flips_that_the_layers_were_seen_to_make_are_allowed_for_up_to_one_in_tw
     trained = torch.eye(4).repeat(100, 1)
 
     def passes(flips: int, in_units_of_a_flip: float) -> bool:
-        distance = Distance()
+        distance = OutputComparison()
         distance.add(trained, trained + in_units_of_a_flip * 0.03 / 400, trained, None)
-        return distance.rung({}, flips).passed
+        return distance.check({}, flips).passed
 
     assert passes(0, 2.9)
     assert not passes(0, 3.1)
@@ -75,11 +83,11 @@ def test_decisions_must_agree_unless_the_trained_model_disagrees_with_itself() -
         other, again = logits.clone(), logits.clone()
         other[:flipped] = other[:flipped].flip(1)
         again[:own] = again[:own].flip(1)
-        distance = Distance()
+        distance = OutputComparison()
         distance.add_batch_noise(logits, again)
         distance.add_kernel_noise(logits, again)
         distance.add(logits, other, other, None)
-        return distance.rung({}).passed
+        return distance.check({}).passed
 
     assert passes(10, 0)  # 0.5 % are 5; more than 10 come by chance in 1.4 % of cases
     assert not passes(11, 0)
@@ -104,6 +112,3 @@ def test_labels_are_found_where_loaders_put_them() -> None:
     assert labels_of(x) is None
     assert labels_of((x,)) is None
     assert labels_of((x, x)) is None
-
-
-# ---------------------------------------------------------------------- artifacts

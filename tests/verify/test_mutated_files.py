@@ -1,4 +1,4 @@
-"""Damaged and hostile exported files: a rung that fails or nothing that matters; never a crash, never anything run."""
+"""Damaged and hostile exported files: a check that fails or nothing that matters; never a crash, never anything run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nipq.verify import verify
-from nipq.verify.static import members
+from nipq.verify.archives import members
 
 onnx = pytest.importorskip("onnx")
 
@@ -78,7 +78,7 @@ def refusal(trained: Any, path: Path) -> str:
     """Why a file cannot be read."""
     model, data = trained
     result = verify(model, path, loader=[data[0][0][:2]])
-    assert [(rung.claim, rung.passed) for rung in result.rungs] == [("the file can be read", False)], str(result)
+    assert [(check.claim, check.passed) for check in result.checks] == [("the file can be read", False)], str(result)
     return str(result.first_difference)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nipq.verify import verify
-from tests.verify.planting import Graph, array_changed, first, rewritten, rungs
+from tests.verify.planting import Graph, array_changed, checks, first, rewritten
 
 onnx = pytest.importorskip("onnx")
 helper, numpy_helper = onnx.helper, onnx.numpy_helper
@@ -119,8 +119,8 @@ def test_what_is_planted_in_a_graph_is_found(
     result = verify(model, path, loader=data)
     assert not result
     assert first(result, "E0").startswith(f"{layer}: {what}"), str(result)
-    assert rungs(result)["E1"] is runs, str(result)
-    if not rungs(result)["E1"]:
+    assert checks(result)["E1"] is runs, str(result)
+    if not checks(result)["E1"]:
         assert first(result, "E1").startswith(f"{layer}: ")
 
 
@@ -134,7 +134,7 @@ def test_a_missing_activation_is_seen_by_the_next_quantizer(trained: Any, export
     graph.nodes.remove(swish)
     onnx.save(graph.model, path)
     result = verify(model, path, loader=data)
-    assert rungs(result)["E0"]
+    assert checks(result)["E0"]
     assert first(result, "E1").startswith("two: ")
     assert "codes of what arrived flipped" in first(result, "E1")
 
@@ -147,7 +147,7 @@ def test_a_layer_of_other_geometry_is_named(trained: Any, exported: Exported, tm
     conv.attribute.append(helper.make_attribute("pads", [2, 2, 0, 0]))
     onnx.save(graph.model, path)
     result = verify(model, path, loader=data)
-    assert rungs(result)["E0"]
+    assert checks(result)["E0"]
     assert first(result, "E1").startswith("stem: the output differs")
 
 
@@ -157,8 +157,8 @@ def test_a_file_that_does_not_run_on_the_data_fails(trained: Any, exported: Expo
     graph.put("one.weight", np.zeros((8, 3, 1, 1), np.int8))
     onnx.save(graph.model, path)
     result = verify(model, path, exported[".onnx"], loader=data, metric=lambda module, _: float(module is model))
-    assert [rung.passed for rung in result.rungs] == [False, False, True, True, True]
-    assert result.rungs[1].claim == "the file runs on the data"
+    assert [check.passed for check in result.checks] == [False, False, True, True, True]
+    assert result.checks[1].claim == "the file runs on the data"
     assert "expected a file that runs on inputs of shape" in first(result, "E1")
 
 
@@ -180,7 +180,7 @@ def test_what_is_planted_in_qonnx_is_found(
     graph.own(quant, place, (graph.value(quant.input[place]) + change).astype(np.float32))
     onnx.save(graph.model, path)
     result = verify(model, path, loader=data)
-    assert not rungs(result)["E0"]
+    assert not checks(result)["E0"]
     assert first(result, "E0").startswith(what), str(result)
 
 
@@ -224,7 +224,7 @@ def test_what_is_planted_in_arrays_is_found(
 ) -> None:
     model, data = trained
     result = verify(model, rewritten(exported[".npz"], tmp_path / "model.npz", change), loader=data)
-    assert not rungs(result)["E0"]
+    assert not checks(result)["E0"]
     assert first(result, "E0").startswith(where), str(result)
 
 
@@ -233,7 +233,7 @@ def test_numpy_itself_is_compared(trained: Any, exported: Exported, tmp_path: Pa
     model, data = trained
     wrong = array_changed("two.weight", lambda v: np.roll(v, 1, 0))
     result = verify(model, rewritten(exported[".npz"], tmp_path / "model.npz", wrong), loader=data)
-    assert rungs(result) == {"E0": False, "E1": False, "E3": False}
+    assert checks(result) == {"E0": False, "E1": False, "E3": False}
     assert first(result, "E1").startswith("two: the output differs")
     assert first(result, "E3").startswith("two: the output differs")
 
@@ -260,5 +260,5 @@ def test_what_is_planted_in_a_program_is_found(
 ) -> None:
     model, data = trained
     result = verify(model, rewritten(exported[".pt2"], tmp_path / "model.pt2", change), loader=data)
-    assert rungs(result) == {"E0": False}  # what differs is not run
+    assert checks(result) == {"E0": False}  # what differs is not run
     assert first(result, "E0").startswith(where), str(result)

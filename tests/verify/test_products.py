@@ -20,7 +20,7 @@ from nipq.export.packed_write import save
 from nipq.prepare.layer_table import set_bits_
 from nipq.verify import verify
 from tests.prepare.attention_net import MIX, SCORES, X, prepared
-from tests.verify.planting import Graph, array_changed, first, rewritten, rungs
+from tests.verify.planting import Graph, array_changed, checks, first, rewritten
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -57,7 +57,7 @@ def files(model: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Exporte
 def test_every_format_is_proven(model: nn.Module, files: Exported) -> None:
     result = verify(model, convert(model), *files.values(), loader=DATA)
     assert result, str(result)
-    found = {(rung.artifact, rung.name[:2]): rung.numbers for rung in result.rungs}
+    found = {(check.artifact, check.name[:2]): check.numbers for check in result.checks}
     operands = sum(len(x) for x in DATA) * (4 * 96 - 24)  # query, key, value and 72 probabilities of a sample
     layers = sum(x.numel() for x in DATA) * 2
     for name in ("deployed model", "model.onnx", "model.qonnx.onnx", "model.nipq.safetensors"):
@@ -70,7 +70,7 @@ def test_every_format_is_proven(model: nn.Module, files: Exported) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_wide_operands_are_proven(tmp_path: Path, bits: int) -> None:
-    """At 16 bits float32 has no digit to spare: more codes of what arrives may flip, as the ladder says."""
+    """At 16 bits float32 has no digit to spare: more codes of what arrives may flip, as E1 allows."""
     model = attention(bits)
     deployed = convert(model)
     export(deployed, tmp_path / "model.onnx", X)
@@ -156,9 +156,9 @@ def test_what_is_planted_in_a_graph_is_found(
     fault(graph)
     onnx.save(graph.model, path)
     result = verify(model, path, loader=DATA)
-    assert not rungs(result)["E0"]
+    assert not checks(result)["E0"]
     assert where in first(result, "E0"), str(result)
-    assert rungs(result).get("E1") is runs, str(result)
+    assert checks(result).get("E1") is runs, str(result)
     if runs is False:
         assert first(result, "E1").startswith(where.split(":")[0]), str(result)
 
@@ -218,9 +218,9 @@ def test_what_is_planted_in_arrays_is_found(
     model: nn.Module, files: Exported, tmp_path: Path, change: Any, where: str, runs: bool
 ) -> None:
     result = verify(model, rewritten(files[".npz"], tmp_path / "model.npz", change), loader=DATA)
-    assert not rungs(result)["E0"]
+    assert not checks(result)["E0"]
     assert where in first(result, "E0"), str(result)
-    assert rungs(result)["E1"] is runs, str(result)
+    assert checks(result)["E1"] is runs, str(result)
     if not runs:
         assert first(result, "E1").startswith(where.split(":")[0].removesuffix(".x.step")), str(result)
 

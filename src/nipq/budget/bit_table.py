@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nipq.errors import NonFiniteError, OrderError
 from nipq.functional.bitwidth import bits_from_raw
-from nipq.nn.quantizer import QuantizerParameters, TensorQuantizer
+from nipq.nn.parameters import QuantizerParameters
+from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import LayerRow
 
 

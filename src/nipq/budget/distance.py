@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from nipq.config import Phase
 from nipq.errors import ConfigError
+from nipq.prepare.batches import ExampleInputs, call_model, tensors_in
 from nipq.prepare.layer_table import phase_of, set_phase_
-from nipq.prepare.trace import ExampleInputs, call_model, tensors_in
 
 #: Least variance that an output is divided by, so that a constant output has a finite distance.
 LEAST_VARIANCE = 1e-12

@@ -21,22 +21,28 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nipq.analysis.curvature import Trace, input_traces, weight_traces
-from nipq.analysis.hessian import LabelledBatch, labelled
-from nipq.analysis.network import LossFn, float_twin, input_samples
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.freeze import Assignment, freeze_to_
+from nipq.budget.hessian import (
+    LabelledBatch,
+    LossFn,
+    Trace,
+    float_twin,
+    input_samples,
+    input_traces,
+    labelled,
+    weight_traces,
+)
 from nipq.budget.solver import least_loss_bits
 from nipq.distributed import all_or_none, check_same_, from_rank_zero, gather_objects, inner, world_size
 from nipq.errors import ConfigError, OrderError
-from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_boundary
+from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.uniform import quantize
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import to_device
+from nipq.prepare.batches import ExampleInputs, call_model, to_device
 from nipq.prepare.layer_table import layer_table
-from nipq.prepare.trace import ExampleInputs, call_model
 
 
 @dataclass(frozen=True)
@@ -200,7 +206,7 @@ def squared_error(quantizer: TensorQuantizer, values: Tensor, bits: int) -> floa
         E[(Q_b(x) - x)^2], units of x squared.
     """
     axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
-    alpha = noise_optimal_boundary(values, float(bits), quantizer.grid, channel_axis=axis)
+    alpha = noise_optimal_range(values, float(bits), quantizer.grid, channel_axis=axis)
     if axis is not None:
         alpha = alpha.reshape([-1 if place == axis else 1 for place in range(values.ndim)])
     return float((quantize(values, alpha, float(bits), quantizer.grid) - values).double().square().mean())

@@ -33,8 +33,7 @@ from nipq.errors import ConfigError, DistributedError, NonFiniteError, OrderErro
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import inputs_of, to_device
-from nipq.prepare.trace import call_model
+from nipq.prepare.batches import call_model, inputs_of, to_device
 
 #: A loss of outputs and targets, a scalar.
 LossFn = Callable[[Any, Any], Tensor]
@@ -173,7 +172,7 @@ def _probed(quantizers: list[TensorQuantizer], sign: float, seed: int) -> Iterat
             raise OrderError(
                 f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_ before."
             )
-        alpha = quantizer._spread(quantizer.alpha.detach(), x.ndim)
+        alpha = quantizer.spread(quantizer.alpha.detach(), x.ndim)
         noise = sign * uniform_noise(x.detach(), generator)
         return noise_proxy(x, alpha, bits[quantizer.name], noise, quantizer.grid)
 

@@ -1,4 +1,4 @@
-"""``nipq compare``: a grid file and a folder in, a table and pictures out."""
+"""``nipq compare``: train the cells of a grid file, then write, draw and print their table."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 
 from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
-from nipq.compare.cells import expand
-from nipq.compare.grid import load_grid
-from nipq.compare.plots import plot_comparison
-from nipq.compare.record import CompareFolder
-from nipq.compare.runner import run_cells
-from nipq.compare.show import print_comparison, save_table
-from nipq.compare.table import compare
-from nipq.errors import MissingDependencyError
+from nipq.errors import MissingDependencyError, require
+from nipq.train.compare import CompareFolder, expand, load_grid, run_cells
+from nipq.train.compare_plots import plot_comparison
+from nipq.train.compare_table import compare, print_comparison, save_table
 
 
 def run_compare(
@@ -35,7 +31,7 @@ def run_compare(
 
     Args:
         path: grid file.
-        folder: where everything goes.
+        folder: the comparison's folder.
         data: folder of the data.
         workers: cells side by side.
         table_only: train nothing.
@@ -44,7 +40,11 @@ def run_compare(
 
     Returns:
         Whether every cell of the grid that should have run has its result.
+
+    Raises:
+        MissingDependencyError: without pandas.
     """
+    require("pandas", extra="report", purpose="the table of a comparison")  # before hours of training, not after
     grid = load_grid(path)
     cells = expand(grid)
     console, progress = Console(), Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What several processes do together: sums, samples, decisions of rank 0, and errors that reach every rank.
+"""Collectives over ranks: sums, samples, decisions of rank 0, and errors that reach every rank; FSDP and batch norms.
 
 Everything here works on torch's default process group, whoever made it (``torchrun``, ``accelerate``, Lightning), and
 does nothing, at no cost, when there is none. All functions are collective where ranks are many: every rank has to call

@@ -1,13 +1,10 @@
-"""Who is there, what each has to say, and errors that reach every rank.
+"""Rank and world size, collectives over objects and tensors, error handling, and consistency checks across ranks.
 
-Tensors over ranks: sums, means, samples, and tensors of which each rank holds a part.
-
-Whether all ranks hold the same model.
+Everything works on torch's default process group, and does nothing, at no cost, where there is none.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +19,7 @@ from torch import Tensor, nn
 
 from nipq.errors import DistributedError, NipqError
 from nipq.functional.clipping import even_stride
+from nipq.functional.counter_rng import seed_of
 
 T = TypeVar("T")
 
@@ -66,12 +64,11 @@ def rank_seed(seed: int) -> int:
     own = rank()
     if own == 0:
         return seed
-    digest = hashlib.blake2b(repr(("rank", seed, own)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+    return seed_of("rank", seed, own)
 
 
 def gather_objects(value: T) -> list[T]:
-    """What every rank has to say, in the order of ranks.
+    """Gather one object from every rank, in the order of ranks.
 
     Args:
         value: small; it is pickled.
@@ -344,9 +341,9 @@ def check_same_(model: nn.Module, what: str) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith(QUANTIZER_PARAMETERS) and is_sharded(parameter):
             raise DistributedError(
-                f"{what}: expected every rank to hold boundaries and bit-widths whole, found {name} sharded. "
-                "Shard with nipq.distributed.fsdp.shard_; or give fully_shard ignored_params=set(quantizer_parameters(model)) "
-                "and call nipq.distributed.fsdp.average_gradients_(model) after it."
+                f"{what}: expected every rank to hold clipping ranges and bit-widths whole, found {name} sharded. "
+                "Shard with nipq.distributed.fsdp.shard_; or give fully_shard "
+                "ignored_params=set(quantizer_parameters(model)) and call average_gradients_(model) after it."
             )
     ranks = gather_objects(_fingerprint(model))
     for other, found in enumerate(ranks[1:], start=1):

@@ -1,10 +1,11 @@
-"""Prepared models under FSDP2: weights are sharded, the few numbers of the quantizers stay whole on every rank.
+"""Prepared models under FSDP2 and DistributedDataParallel.
 
-A boundary or a bit-width is one number. Sharding it over ranks would leave it on one of them, and the price of bits,
-the freeze and every report would have to fetch thousands of single numbers. So quantizers' parameters are not sharded,
-and their gradients are averaged over ranks by one message at the end of every backward pass.
+FSDP2 shards the weights; the few numbers of the quantizers stay whole on every rank. A clipping range or a bit-width is
+one number: sharded, it would lie on one of the ranks, and the price of bits, the freeze and every report would have to
+fetch thousands of single numbers. So quantizers' parameters are not sharded, and their gradients are averaged over
+ranks by one message at the end of every backward pass.
 
-Wrappers that trainers put around a model: looked through, and refused when they came too early.
+Wrappers that trainers put around a model are looked through, and refused where they were built before ``prepare_``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _AVERAGED: WeakSet[TensorQuantizer] = WeakSet()
 
 
 def quantizer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Boundaries, bit-widths and offsets: what ``fully_shard`` is to leave alone, as ``ignored_params``."""
+    """Clipping ranges, bit-widths and offsets of a model, the ``ignored_params`` of ``fully_shard``."""
     return list(dict.fromkeys(_parameters(_owners(model))))
 
 
@@ -175,7 +176,8 @@ def check_wrapper(model: nn.Module) -> None:
     if any(isinstance(module, first_generation) for module in model.modules()):
         raise DistributedError(
             f"{type(bare).__name__}: expected FSDP2 (fully_shard), found FullyShardedDataParallel, which flattens "
-            "parameters and shards boundaries and bit-widths with them. Use nipq.distributed.fsdp.shard_ on the bare model."
+            "parameters and shards clipping ranges and bit-widths with them. Use nipq.distributed.fsdp.shard_ on the "
+            "bare model."
         )
     check_averaged(bare)
     for layer in _layers(model):

@@ -1,8 +1,7 @@
-"""A deployed model as a file for other programs: ONNX, QONNX, plain arrays, a ``torch.export`` program."""
+"""Deployed models: convert a trained model, save and load it, and export it (ONNX, QONNX, arrays, torch.export)."""
 
 from __future__ import annotations
 
-from nipq.export.api import Format, export
-from nipq.export.report import ExportedLayer, ExportedProduct, ExportReport
+from nipq.export.api import ExportedLayer, ExportedProduct, ExportReport, Format, export
 
 __all__ = ["ExportReport", "ExportedLayer", "ExportedProduct", "Format", "export"]

@@ -1,22 +1,25 @@
-"""``nipq.export``: one deployed model, the files that others read."""
+"""``nipq.export``: write a deployed model as a file for other programs, and report what the file holds."""
 
 from __future__ import annotations
 
+import io
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
 from nipq.errors import ConfigError
 from nipq.export.arrays import arrays_bytes
-from nipq.export.modules import deployed_layers
+from nipq.export.modules import check_deployed, deployed_layers, deployed_products
 from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
-from nipq.export.portable import portable_products
 from nipq.export.program import program_bytes
-from nipq.export.report import ExportedLayer, ExportedProduct, ExportReport
 from nipq.files import check_free, written_whole
-from nipq.prepare.trace import ExampleInputs
+from nipq.prepare.batches import ExampleInputs
 
+#: Formats of files.
 Format = Literal["onnx", "qonnx", "arrays", "program"]
 
 #: Formats by the end of a file's name, the longest ends first.
@@ -34,13 +37,13 @@ def export(
 ) -> ExportReport:
     """Write a deployed model as a file for other programs, whole or not at all.
 
-    The integers and the input steps in the file are those that were trained; see docs/export.md for what each format
-    holds and what equality to expect of whoever runs it.
+    The integers and the input steps in the file are those that were trained. The documentation of ``export`` says what
+    each format holds, and how equal the results of each runtime are.
 
     Args:
-        deployed: what ``nipq.convert`` or ``nipq.load`` returned; it is not changed.
+        deployed: a model from ``nipq.convert`` or ``nipq.load``; it is not changed.
         path: the file.
-        example_inputs: what the model is called with: a tensor, a sequence of arguments, or a mapping by name. Values
+        example_inputs: the model's inputs: a tensor, a sequence of arguments, or a mapping by name. Values
             do not matter; the first dimension is the batch and stays open.
         format: ``"onnx"`` (QuantizeLinear, Clip, DequantizeLinear), ``"qonnx"`` (Quant nodes), ``"arrays"`` (NPZ) or
             ``"program"`` (``torch.export``); by the end of the path if not given: ``.onnx``, ``.qonnx.onnx``,
@@ -49,7 +52,7 @@ def export(
         overwrite: replace an existing file.
 
     Returns:
-        What was written; prints itself.
+        A report of the file, which prints as a table.
 
     Raises:
         NotQuantizableError: if a layer has no form in the format.
@@ -66,19 +69,16 @@ def export(
             f"export: expected pack=True with the format 'onnx' only, found {chosen!r}. "
             "Leave it out; nipq.save writes the smallest file."
         )
-    if not deployed_layers(deployed):
-        raise ConfigError(
-            f"export: expected a deployed model, found a {type(deployed).__name__} without a deployed layer. "
-            "Call nipq.convert(model) first."
-        )
+    check_deployed(deployed, "export")
     check_free(path, overwrite=overwrite, command="export")
     opset: int | None = None
+    layers, products = deployed_layers(deployed), deployed_products(deployed)
+    containers = {name: str(layer.weight_codes.dtype).removeprefix("torch.") for name, layer in layers.items()}
     warnings: tuple[str, ...] = ()
-    layers = _layers(deployed)
     if chosen == "onnx":
-        data, opset, layers, warnings = onnx_bytes(deployed, example_inputs, pack=pack)
+        data, opset, containers, warnings = onnx_bytes(deployed, example_inputs, pack=pack)
     elif chosen == "qonnx":
-        data, opset, layers, warnings = qonnx_bytes(deployed, example_inputs)
+        data, opset, containers, warnings = qonnx_bytes(deployed, example_inputs)
     elif chosen == "arrays":
         data, warnings = arrays_bytes(deployed, example_inputs)
     else:
@@ -86,11 +86,18 @@ def export(
         warnings = () if any_batch else (FIXED_BATCH,)
     with written_whole(path) as temporary:
         temporary.write_bytes(data)
-    products = tuple(
-        ExportedProduct(name, operands["x"].bits, operands["y"].bits)
-        for name, operands in portable_products(deployed).items()
+    return ExportReport(
+        path,
+        chosen,
+        len(data),
+        opset,
+        tuple(
+            ExportedLayer(name, layer.weight_bits, containers[name], getattr(layer, "input_bits", None))
+            for name, layer in layers.items()
+        ),
+        warnings,
+        tuple(ExportedProduct(name, product.x.bits, product.y.bits) for name, product in products.items()),
     )
-    return ExportReport(path, chosen, len(data), opset, layers, warnings, products)
 
 
 def format_of(path: Path) -> Format:
@@ -117,13 +124,85 @@ def format_of(path: Path) -> Format:
     )
 
 
-def _layers(deployed: nn.Module) -> tuple[ExportedLayer, ...]:
-    """Layers in a file that holds the codes in the types of the deployed model."""
-    return tuple(
-        ExportedLayer(name, layer.weight_bits, str(layer.weight_codes.dtype).removeprefix("torch."), _input_bits(layer))
-        for name, layer in deployed_layers(deployed).items()
-    )
+class ExportedLayer(NamedTuple):
+    """One layer in a file.
+
+    Attributes:
+        name: full name in the model.
+        weight_bits: bit-width of the weight.
+        container: type that the weight's codes are stored as.
+        input_bits: bit-width of the input, or None when it stays float.
+    """
+
+    name: str
+    weight_bits: int
+    container: str
+    input_bits: int | None
 
 
-def _input_bits(layer: nn.Module) -> int | None:
-    return getattr(layer, "input_bits", None)
+class ExportedProduct(NamedTuple):
+    """One product inside attention in a file.
+
+    Attributes:
+        name: full name in the model.
+        x_bits: bit-width of the first operand, query or probability.
+        y_bits: bit-width of the second one, key or value.
+    """
+
+    name: str
+    x_bits: int
+    y_bits: int
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """Description of an exported file; prints as a table.
+
+    Attributes:
+        path: the file.
+        format: ``"onnx"``, ``"qonnx"``, ``"arrays"`` or ``"program"``.
+        bytes: size of the file.
+        opset: version of ONNX's operators, or None.
+        layers: the quantized layers.
+        warnings: restrictions of this file, and runtimes that compute it otherwise.
+        products: the quantized products inside attention.
+    """
+
+    path: Path
+    format: str
+    bytes: int
+    opset: int | None
+    layers: tuple[ExportedLayer, ...]
+    warnings: tuple[str, ...] = ()
+    products: tuple[ExportedProduct, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        layers, products = ([part._asdict() for part in parts] for parts in (self.layers, self.products))
+        plain = {"path": str(self.path), "layers": layers, "warnings": list(self.warnings), "products": products}
+        return asdict(self) | plain
+
+    def table(self) -> Table:
+        """Layers and products, for a rich console."""
+        table = Table()
+        table.add_column("layer", overflow="fold")
+        for heading in ("W bits", "stored as", "A bits"):
+            table.add_column(heading, justify="right")
+        for layer in self.layers:
+            inputs = "float" if layer.input_bits is None else str(layer.input_bits)
+            table.add_row(layer.name or "(the model)", str(layer.weight_bits), layer.container, inputs)
+        for product in self.products:
+            table.add_row(product.name, "-", "-", f"{product.x_bits} x {product.y_bits}")
+        return table
+
+    def __str__(self) -> str:
+        """File, layers and warnings as plain text."""
+        text = io.StringIO()
+        console = Console(file=text, width=80, color_system=None)
+        opset = "" if self.opset is None else f", opset {self.opset}"
+        heading = f"{self.path}: {self.format}{opset}, {self.bytes:,} bytes"
+        console.print(heading, soft_wrap=True, markup=False)
+        console.print(self.table())
+        for warning in self.warnings:
+            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        return text.getvalue()

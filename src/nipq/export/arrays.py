@@ -1,16 +1,6 @@
 """Plain arrays: one NPZ file with integers, scales and facts, for people with hardware of their own.
 
-What a deployed layer or product computes, in NumPy alone: a reference for people with hardware of their own.
-
-This file needs nothing but NumPy and may be copied. ``load`` reads what ``nipq.export(model, "model.npz", ...)`` wrote;
-``run`` computes one layer from its float input to its float output, to the bit as the deployed model does::
-
-    codes  = clip(round_half_even(x / input_step), code_low, code_high)      float32 division, then whole numbers
-    sums   = convolution or product of codes and weight                      whole numbers only
-    output = float32(sums) * scale + offset                                  one multiply, one add, in float32
-
-Codes count from the value 0, so padding pads with code 0; hardware with a zero point stores ``codes + zero_point``.
-A product inside attention has two such inputs, ``x`` and ``y``, whose codes are multiplied, and no weight.
+:mod:`nipq.export.arrays_reference` reads the file and computes its layers with NumPy alone.
 """
 
 from __future__ import annotations
@@ -21,7 +11,6 @@ import json
 import math
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nipq.export.inputs import call_arguments
 from nipq.export.modules import (
     Deployed,
     DeployedLayer,
@@ -41,32 +29,34 @@ from nipq.export.modules import (
 )
 from nipq.export.portable import input_facts, plain_kind, portable_input
 from nipq.nn.kinds import kind_of, weight_channel_axis
-from nipq.prepare.trace import ExampleInputs
+from nipq.prepare.batches import ExampleInputs, call_model, to_device
 
+#: Name and version of the format.
 FORMAT, VERSION = "nipq-arrays", 1
 #: Name of the text file inside the archive that holds everything which is not an array.
 FACTS = "nipq.json"
-#: What it calls the kind of a product inside attention.
+#: The ``kind`` of a product inside attention.
 PRODUCT = "product"
 
-#: A layer or product, the shapes of one sample of what it reads, and of what it writes.
+#: A layer or product, and the shapes of one sample of its inputs and of its output.
 _Call = tuple[Deployed | DeployedProduct, list[tuple[int, ...]], tuple[int, ...]]
 
+#: Warning about a layer.
 CUSTOM = "{}: its class has a forward of its own, which the NumPy reference does not compute"
 
 
 def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[bytes, tuple[str, ...]]:
-    """The NPZ file; ``nipq.export.arrays`` reads it and computes its layers.
+    """The NPZ file of a deployed model.
 
     It holds layers, products inside attention and what stays float, but not how they are connected; the ONNX file has
     that.
 
     Args:
         deployed: a deployed model.
-        example_inputs: what it is called with, for the order of the layers and the shapes of what they read and write.
+        example_inputs: its inputs, for the order of the layers and the shapes of their inputs and outputs.
 
     Returns:
-        The file, and what a reader should know.
+        The file, and warnings for its readers.
     """
     model = copy.deepcopy(deployed).cpu().eval()
     arrays: dict[str, NDArray[Any]] = {}
@@ -100,8 +90,7 @@ def _calls(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, _Call]:
         found.setdefault(names[layer], (layer, read, tuple(output.shape[1:])))
 
     handles = [layer.register_forward_hook(hook, with_kwargs=True) for layer in names]
-    args, kwargs = call_arguments(example_inputs)
-    model(*args, **kwargs)
+    call_model(model, to_device(example_inputs, torch.device("cpu")))
     for handle in handles:
         handle.remove()
     return found
@@ -128,7 +117,7 @@ def _facts(layer: Deployed, read: tuple[int, ...], written: tuple[int, ...]) -> 
 def _product_facts(
     name: str, product: DeployedProduct, read: list[tuple[int, ...]], written: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The same of a product: of each operand what a layer's input has, under its name."""
+    """The same of a product: for each operand the facts of a layer's input, under its name."""
     operands = product.operands()
     parts = {
         part: {"input_shape": shape, **input_facts(portable_input(operand))}
@@ -172,7 +161,7 @@ def _sum_bits(layer: DeployedLayer) -> int:
 
 
 def _npz(arrays: Mapping[str, NDArray[Any]], facts: str) -> bytes:
-    """What ``numpy.load`` reads, without pickles, and a text beside the arrays; equal models make equal files."""
+    """An archive for ``numpy.load``, without pickles, with a text beside the arrays; equal models make equal files."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(zipfile.ZipInfo(FACTS), facts)
@@ -180,86 +169,3 @@ def _npz(arrays: Mapping[str, NDArray[Any]], facts: str) -> bytes:
             with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, value, allow_pickle=False)
     return file.getvalue()
-
-
-Array = NDArray[Any]
-Layer = dict[str, Any]
-PAD_MODES: dict[str, Any] = {"zeros": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-
-
-def load(path: str | Path) -> dict[str, Layer]:
-    """Layers and products by name; each holds its arrays and facts under the names that docs/export.md lists."""
-    with np.load(path, allow_pickle=False) as file:
-        facts = json.loads(file["nipq.json"])["layers"]
-        return {name: fact | {part: file[key] for part, key in fact["arrays"].items()} for name, fact in facts.items()}
-
-
-def run(layer: Layer, x: Array, y: Array | None = None) -> Array:
-    """Float32 output of a layer for a batch of float32 inputs, or of a product for its float32 operands x and y."""
-    if layer["kind"] == "product":
-        if y is None:
-            raise ValueError("this is a product inside attention: give both of its operands")
-        return product(layer, x, y)
-    if layer["input_bits"] is None:
-        raise ValueError("this layer's input is float: multiply its weight by its scale and compute in floats")
-    if layer["custom"]:
-        raise ValueError("this layer's class has a forward of its own, which is not known here")
-    return to_output(layer, sums(layer, codes(layer, x)))
-
-
-def product(layer: Layer, x: Array, y: Array) -> Array:
-    """Product of codes, shapes (..., n, k) and (..., k, m), times the product of both steps in float32."""
-    whole = codes(operand(layer, "x"), x) @ codes(operand(layer, "y"), y)
-    output: Array = whole.astype(np.float32) * (layer["x_step"] * layer["y_step"])
-    return output
-
-
-def operand(layer: Layer, which: str) -> Layer:
-    """The operand ``"x"`` or ``"y"`` of a product, to be quantized by ``codes`` as a layer's input is."""
-    found: Layer = layer[which] | {"input_step": layer[f"{which}_step"]}
-    return found
-
-
-def codes(layer: Layer, x: Array) -> Array:
-    """Whole codes of a float32 input."""
-    whole: Array = np.clip(np.rint(x / layer["input_step"]), layer["code_low"], layer["code_high"])
-    return whole.astype(np.int64)
-
-
-def sums(layer: Layer, q: Array) -> Array:
-    """Whole sums of products of codes and weight; int64 here, an accumulator of ``sum_bits`` bits holds them."""
-    weight: Array = layer["weight"].astype(np.int64)
-    if layer["kind"] in ("Linear", "Conv1D"):  # Conv1D is GPT-2's linear layer, its weight the other way round
-        product: Array = q @ (weight.T if layer["kind"] == "Linear" else weight)
-        return product
-    groups, stride, padding = layer["groups"], layer["stride"], layer["padding"]
-    if layer["kind"].startswith("ConvTranspose"):  # a convolution of the input with zeros between its elements
-        q, weight = _spread(q, stride), _turned(weight, groups)
-        stride = [1] * len(stride)
-    q = np.pad(q, [(0, 0), (0, 0), *padding], mode=PAD_MODES[layer["padding_mode"]])
-    axes = tuple(range(2, q.ndim))
-    extent = tuple(d * (k - 1) + 1 for d, k in zip(layer["dilation"], weight.shape[2:], strict=True))
-    steps: list[Any] = [slice(None, None, step) for step in (1, 1, *stride, *layer["dilation"])]
-    windows: Array = np.lib.stride_tricks.sliding_window_view(q, extent, axes)[tuple(steps)]
-    parts = zip(np.split(windows, groups, axis=1), np.split(weight, groups), strict=True)
-    contracted = [1, *range(2 + len(axes), 2 + 2 * len(axes))], [1, *axes]
-    return np.concatenate([np.moveaxis(np.tensordot(a, b, contracted), -1, 1) for a, b in parts], axis=1)
-
-
-def to_output(layer: Layer, s: Array) -> Array:
-    """The one multiply and the one add, along the channels."""
-    shape = [-1] + [1] * (0 if layer["kind"] in ("Linear", "Conv1D") else s.ndim - 2)
-    output: Array = s.astype(np.float32) * layer["scale"].reshape(shape) + layer["offset"].reshape(shape)
-    return output
-
-
-def _spread(q: Array, stride: list[int]) -> Array:
-    wide = np.zeros((*q.shape[:2], *(s * (n - 1) + 1 for s, n in zip(stride, q.shape[2:], strict=True))), q.dtype)
-    wide[(slice(None), slice(None), *(slice(None, None, s) for s in stride))] = q
-    return wide
-
-
-def _turned(weight: Array, groups: int) -> Array:
-    """Inputs and outputs of each group exchanged, kernel reversed."""
-    blocks = [np.swapaxes(block, 0, 1) for block in np.split(weight, groups)]
-    return np.flip(np.concatenate(blocks), tuple(range(2, weight.ndim)))

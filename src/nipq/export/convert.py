@@ -1,4 +1,4 @@
-"""From a trained model with frozen bits to plain inference modules with integer weights."""
+"""Convert a trained model with frozen bits into plain inference modules with integer weights."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def convert(model: nn.Module) -> nn.Module:
         The same tree with deployed layers, in evaluation mode, without gradients.
 
     Raises:
-        OrderError: if the model is not prepared, a bit-width is still learned, or a boundary was never set.
+        OrderError: if the model is not prepared or not calibrated, or a bit-width is still learned.
         NonFiniteError: if a weight, a bias or a batch norm holds NaN or infinity.
     """
     for quantizer in quantizers(model):
@@ -54,10 +54,11 @@ def convert(model: nn.Module) -> nn.Module:
             )
         if not quantizer.calibrated:
             raise OrderError(
-                f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_(model, loader)."
+                f"{quantizer.name}: expected a calibrated clipping range, found none. "
+                "Call nipq.calibrate_(model, loader)."
             )
     for row, weight in weight_table(model):
-        _check_finite(weight.name, _float_weight(row))
+        _check_finite(weight.name, float_weight(row.layer).detach())
     deployed = deploy_copy(model)
     for name, layer in deployed_layers(deployed).items():
         for part in (layer.scale, layer.offset):
@@ -76,12 +77,12 @@ def deploy_copy(model: nn.Module) -> nn.Module:
     Returns:
         A deployed copy.
     """
-    twin = copy.deepcopy(model)
-    set_phase_(twin, Phase.ROUND)
-    names = {module: name for name, module in twin.named_modules()}
+    clone = copy.deepcopy(model)
+    set_phase_(clone, Phase.ROUND)
+    names = {module: name for name, module in clone.named_modules()}
     owners: dict[nn.Module, nn.Module] = {}
     replacements: dict[nn.Module, nn.Module] = {}
-    for row in layer_table(twin):
+    for row in layer_table(clone):
         if row.spec.is_product:
             replacements[row.layer] = _product(row)
             continue
@@ -95,7 +96,7 @@ def deploy_copy(model: nn.Module) -> nn.Module:
         replacements[row.layer] = _deployed(row, codes, tied_to, batchnorm)
         if batchnorm is not None and row.batchnorm is not None:
             replacements[row.batchnorm] = nn.Identity()
-    return replace_modules(twin, replacements).eval().requires_grad_(False)
+    return replace_modules(clone, replacements).eval().requires_grad_(False)
 
 
 def _deployed(row: LayerRow, codes: Tensor, tied_to: str | None, batchnorm: str | None) -> Deployed:
@@ -140,12 +141,7 @@ def _operand(quantizer: TensorQuantizer) -> DeployedOperand:
 
 def _codes(row: LayerRow) -> Tensor:
     dtype = torch.int8 if row.weight.bits_rounded <= 8 else torch.int16
-    return row.weight.codes(_float_weight(row)).to(dtype)
-
-
-def _float_weight(row: LayerRow) -> Tensor:
-    weight = float_weight(row.layer)
-    return weight.detach()
+    return row.weight.codes(float_weight(row.layer).detach()).to(dtype)
 
 
 def _check_finite(what: str, numbers: Tensor) -> None:

@@ -18,17 +18,17 @@ from torch._dynamo.utils import counters
 from torch._inductor import config
 from torch.nn.functional import conv2d, linear
 
-from nipq.errors import ConfigError, require
-from nipq.export.modules import Deployed, DeployedLayer, deployed_layers, replace_modules
+from nipq.errors import require
+from nipq.export.modules import Deployed, DeployedLayer, check_deployed, deployed_layers, replace_modules
 from nipq.export.portable import PortableLayer, portable_layers
 from nipq.export.runtimes import CompiledModel, Kernel
 from nipq.nn.kinds import along_channels
+from nipq.prepare.batches import ExampleInputs, call_model
 from nipq.prepare.plan import inductor_reason
-from nipq.prepare.trace import ExampleInputs, call_model
 
 #: The compiler's counts of what it recognised.
 COUNTS = {nn.Conv2d: "qconv_weight_prepack_matcher_count", nn.Linear: "qlinear_weight_prepack_matcher_count"}
-#: Weights become constants of the compiled code, which is what the passes ask for; set around calls only.
+#: Weights become constants of the compiled code, as the passes require; set around calls only.
 FREEZING = config.patch(freezing=True)
 #: Zero point of a signed grid: the kernels read uint8.
 SIGNED_ZERO_POINT = 128
@@ -89,7 +89,7 @@ class InductorModel(CompiledModel):
     Args:
         compiled: the compiled function.
         kernels: how each layer is computed.
-        warnings: what differs from the deployed model.
+        warnings: differences from the deployed model.
     """
 
     def __init__(self, compiled: Callable[..., Any], kernels: Sequence[Kernel], warnings: Sequence[str]) -> None:
@@ -117,8 +117,8 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
     middle of two levels a code may differ by one.
 
     Args:
-        deployed: what ``nipq.convert`` or ``nipq.load`` returned; it is not changed.
-        example_inputs: what it is called with; compiled for this batch size now, for others when they come.
+        deployed: a model from ``nipq.convert`` or ``nipq.load``; it is not changed.
+        example_inputs: its inputs; compiled for this batch size now, for others when they come.
         strict: refuse a model whose layers the compiler did not all recognise.
 
     Returns:
@@ -134,21 +134,17 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
             "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer",  # the passes, registered by the import alone
         ):
             require(module, extra="inductor", purpose="integer kernels from PyTorch's compiler")
-    if not deployed_layers(deployed):
-        raise ConfigError(
-            f"inductor_model: expected a deployed model, found a {type(deployed).__name__} without deployed layers. "
-            "Call nipq.convert(model) first."
-        )
-    twin = copy.deepcopy(deployed).cpu().eval()
-    numbers = portable_layers(twin)
-    reasons = {name: _reason(layer) for name, layer in deployed_layers(twin).items()}
+    check_deployed(deployed, "inductor_model")
+    clone = copy.deepcopy(deployed).cpu().eval()
+    numbers = portable_layers(clone)
+    reasons = {name: _reason(layer) for name, layer in deployed_layers(clone).items()}
     forms: dict[nn.Module, nn.Module] = {
         layer: Int8Layer(layer, numbers[name])
-        for name, layer in deployed_layers(twin).items()
+        for name, layer in deployed_layers(clone).items()
         if reasons[name] is None and isinstance(layer, DeployedLayer)
     }
-    kinds = {name: type(layer.layer) for name, layer in deployed_layers(twin).items()}
-    compiled: Any = torch.compile(replace_modules(twin, forms), dynamic=False)
+    kinds = {name: type(layer.layer) for name, layer in deployed_layers(clone).items()}
+    compiled: Any = torch.compile(replace_modules(clone, forms), dynamic=False)
     before = {kind: counters["inductor"][key] for kind, key in COUNTS.items()}
     with FREEZING:
         call_model(compiled, example_inputs)
@@ -161,7 +157,7 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
 
 
 def _reason(layer: Deployed) -> str | None:
-    """Why a layer stays as it is; None if it need not."""
+    """The reason for which a layer stays as it is, or None."""
     if not isinstance(layer, DeployedLayer):
         return "its input stays float"
     if max(layer.weight_bits, layer.input_bits) > 8:
@@ -172,7 +168,7 @@ def _reason(layer: Deployed) -> str | None:
 def _kernels(
     reasons: dict[str, str | None], kinds: dict[str, type[nn.Module]], found: dict[type[nn.Module], int]
 ) -> list[Kernel]:
-    """The compiler counts what it recognised and names nothing, so a kind is in integers as a whole or not at all."""
+    """Kernels by the compiler's counts: it names no layers, so a kind is in integers as a whole or not at all."""
     wanted = {kind: sum(reasons[name] is None and kinds[name] is kind for name in reasons) for kind in COUNTS}
     kernels = []
     for name, reason in reasons.items():
@@ -186,7 +182,7 @@ def _kernels(
 
 
 class _quiet:  # noqa: N801  (used as a context)
-    """torchao says on import which of its extensions were not built; none of them is used here."""
+    """Silences torchao's remarks on import about extensions that were not built; none of them is used here."""
 
     def __enter__(self) -> None:
         self.level = logging.root.manager.disable

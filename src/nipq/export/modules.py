@@ -1,6 +1,7 @@
-"""A layer after training is over: whole weight codes, a step for its input, one multiply and one add.
+"""Modules of a deployed model: layers and products inside attention on whole codes, for inference.
 
-Attention's products after training is over: a step for each operand, whole codes, one multiply.
+A deployed layer holds whole weight codes and a step for its input; after the integer sums come one multiply and one
+add. A deployed product holds a step for each operand; one multiply comes after its sums.
 """
 
 from __future__ import annotations
@@ -11,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nipq.errors import ConfigError
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
-from nipq.nn.attention import refuse_dropout
-from nipq.nn.integer import integer_forward, needs_float64, whole_product
+from nipq.nn.integer import integer_forward, needs_float64, refuse_dropout, whole_product
 from nipq.nn.kinds import along_channels, channel_dim, close_shortcuts_, is_plain, is_table, weight_channel_axis
 
 
 class _Deployed(nn.Module, ABC):
-    """What both kinds of deployed layer hold.
+    """Base of both kinds of deployed layer.
 
     Args:
         layer: an empty shell of the trained layer, see ``nipq.nn.layers.plain_shell``.
@@ -53,7 +54,7 @@ class _Deployed(nn.Module, ABC):
     @property
     @abstractmethod
     def weight_scale(self) -> Tensor:
-        """What a code of the weight stands for, one element or one for each channel."""
+        """Step of the weight, units of the weight, one element or one for each channel."""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (as torch's own)
         """Settings of the trained layer, such as ``in_features``, for models that look at them."""
@@ -133,7 +134,7 @@ class DeployedLayer(_Deployed):
         """The layer's output, float32.
 
         Args:
-            *args: the input and what else the trained layer takes.
+            *args: the trained layer's arguments, the input first.
             **kwargs: the same by name.
         """
         args, kwargs, x = take_input(args, kwargs)
@@ -191,10 +192,12 @@ class DeployedWeightOnlyLayer(_Deployed):
         """The layer's output.
 
         Args:
-            *args: the input and what else the trained layer takes.
+            *args: the trained layer's arguments, the input first.
             **kwargs: the same by name.
         """
-        if is_table(self.layer) and is_plain(self.layer):  # look the codes up: a table is larger than what is read
+        if is_table(self.layer) and is_plain(
+            self.layer
+        ):  # look the codes up: a table is larger than the rows that are read
             rows, steps = (
                 torch.func.functional_call(self.layer, {"weight": part}, args, kwargs)
                 for part in (self.weight_codes, self.scale.reshape(-1, 1).expand(len(self.weight_codes), 1))
@@ -217,83 +220,8 @@ class DeployedWeightOnlyLayer(_Deployed):
         return f"weight_bits={self.weight_bits}, input float"
 
 
-#: The two kinds of layer in a deployed model.
-Deployed = DeployedLayer | DeployedWeightOnlyLayer
-
-
-def take_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """The other arguments of a layer's call, and its input: the first argument, or the first tensor given by name.
-
-    Args:
-        args: positional arguments of the call.
-        kwargs: named ones.
-
-    Returns:
-        Both without the input, and the input.
-    """
-    if args:
-        return args[1:], kwargs, args[0]
-    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
-    return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
-
-
-def deployed_layers(model: nn.Module) -> dict[str, Deployed]:
-    """Deployed layers by full name, each once.
-
-    Args:
-        model: what ``convert`` or ``load`` returned.
-
-    Returns:
-        Name -> layer, in the order of the model.
-    """
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Deployed)}
-
-
-def full_name(name: str, part: str) -> str:
-    """``part`` of the module ``name``; the model itself has the empty name."""
-    return f"{name}.{part}" if name else part
-
-
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put new modules wherever the old ones stand, under every name.
-
-    Args:
-        model: changed in place.
-        replacements: old module -> new module.
-
-    Returns:
-        The model, or its replacement when it is itself replaced.
-    """
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    close_shortcuts_(model)
-    return replacements.get(model, model)
-
-
-def deploy_state(model: nn.Module) -> dict[str, Tensor]:
-    """State of a deployed model without the layers' whole codes: scales, offsets, steps, and what stays float.
-
-    A tensor with two names, be it a tied parameter or a module that stands in two places, is there once.
-
-    Args:
-        model: a deployed model.
-
-    Returns:
-        Tensor by name.
-    """
-    seen = {id(layer.weight_codes) for layer in deployed_layers(model).values()}
-    found: dict[str, Tensor] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in seen:
-            seen.add(id(value))
-            found[key] = value.detach() if isinstance(value, Tensor) else value
-    return found
-
-
 class DeployedOperand(nn.Module):
-    """How one operand becomes whole codes.
+    """Quantizer of one operand of a product: step, bit-width and range of its whole codes.
 
     Args:
         step: units of the operand, one element, float32.
@@ -327,7 +255,7 @@ class DeployedOperand(nn.Module):
 
 
 class DeployedProduct(nn.Module):
-    """``round(codes(x) @ codes(y)) * (step of x * step of y)``.
+    """A product inside attention: ``round(codes(x) @ codes(y)) * (step of x * step of y)``.
 
     Args:
         name: full name, for messages.
@@ -359,25 +287,69 @@ class DeployedProduct(nn.Module):
         return whole_product(self.x(x), self.y(y), self.x.step * self.y.step, *ranges)
 
 
-def product_record(product: DeployedProduct) -> dict[str, dict[str, Any]]:
-    """What the packed file's metadata say of a product; its steps are among the tensors.
+#: The two kinds of layer in a deployed model.
+Deployed = DeployedLayer | DeployedWeightOnlyLayer
 
-    Args:
-        product: a deployed product.
+
+def take_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """Split a call's arguments into the others and the input: the first argument, or the first tensor given by name."""
+    if args:
+        return args[1:], kwargs, args[0]
+    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+    return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
+
+
+def deployed_layers(model: nn.Module) -> dict[str, Deployed]:
+    """Deployed layers of a model by full name, each once, in the order of the model."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Deployed)}
+
+
+def check_deployed(model: nn.Module, command: str) -> None:
+    """Refuse a model without deployed layers, in the name of the command that needs one.
+
+    Raises:
+        ConfigError: if there is no deployed layer.
     """
-    return {
-        name: {"bits": operand.bits, "grid": operand.grid, "zero_point": operand.zero_point}
-        for name, operand in product.operands().items()
-    }
+    if not deployed_layers(model):
+        raise ConfigError(
+            f"{command}: expected a deployed model, found a {type(model).__name__} without deployed layers. "
+            "Call nipq.convert(model) first."
+        )
 
 
 def deployed_products(model: nn.Module) -> dict[str, DeployedProduct]:
-    """Deployed products by full name.
+    """Deployed products inside attention by full name, in the order of the model."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, DeployedProduct)}
 
-    Args:
-        model: what ``convert`` or ``load`` returned.
+
+def full_name(name: str, part: str) -> str:
+    """``part`` of the module ``name``; the model itself has the empty name."""
+    return f"{name}.{part}" if name else part
+
+
+def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
+    """Put new modules wherever the old ones stand, under every name, in place.
 
     Returns:
-        Name -> product, in the order of the model.
+        The model, or its replacement when it is itself replaced.
     """
-    return {name: module for name, module in model.named_modules() if isinstance(module, DeployedProduct)}
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in replacements:
+                parent._modules[name] = replacements[child]
+    close_shortcuts_(model)
+    return replacements.get(model, model)
+
+
+def deploy_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of a deployed model without the layers' whole codes: scales, offsets, steps, and what stays float.
+
+    A tensor with two names, be it a tied parameter or a module that stands in two places, is there once.
+    """
+    seen = {id(layer.weight_codes) for layer in deployed_layers(model).values()}
+    found: dict[str, Tensor] = {}
+    for key, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            found[key] = value.detach() if isinstance(value, Tensor) else value
+    return found

@@ -1,15 +1,11 @@
-"""An ONNX file as data: read without running anything, and refused if it could do more than compute.
+"""Read an ONNX file as data, and match its nodes with layers and quantizers, without running anything.
 
 Nothing outside the file is opened: tensors that say they lie elsewhere are refused before a runtime sees them. So are
 loops, branches and operators from other domains, so that running a file takes as long as its layers do.
 
-The quantizer before a tensor of an ONNX graph, be it a layer's input or an operand, and what numbers it holds.
-
-Which nodes of an ONNX graph are which layer, and what numbers they hold.
-
 A layer is found from the name of its output backwards: the sum it makes, the stored weight and the quantizer before
 it; so are both operands of a product inside attention. A Clip that is missing is therefore missing here, too, and a
-weight is the one that the sum really reads, whatever the file says of itself.
+weight is the one that the sum really reads, whatever the metadata claim.
 """
 
 from __future__ import annotations
@@ -25,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from nipq.errors import FileFormatError, require
-from nipq.prepare.layer_table import place_of
+from nipq.prepare.layer_table import operand_point
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto
@@ -37,10 +33,20 @@ LONGEST = 2**31
 #: The domain of QONNX's operators, and ONNX's own.
 QONNX_DOMAIN = "qonnx.custom_op.general"
 DOMAINS = ("", "ai.onnx", QONNX_DOMAIN)
+#: Operators that only move numbers.
+MOVES = frozenset(
+    {"Pad", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Concat", "Slice", "Cast", "Identity", "Expand"}
+)
+#: Smallest and largest code of the containers, by ONNX's number of the type: (u)int8, (u)int16.
+CONTAINERS = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767)}
+#: Nodes to look at before giving up.
+FAR = 64
+#: Operators that read a layer's weight: sums of products and, of a table, its rows.
+SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 
 
 class OnnxRecord(BaseModel):
-    """What the metadata say of one call of a layer, as far as it is believed: where to look, and what is claimed."""
+    """Metadata of one call of a layer: the tensor to start from, and claimed bit-widths."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -51,7 +57,7 @@ class OnnxRecord(BaseModel):
 
 
 class OperandRecord(BaseModel):
-    """What they claim of an operand of a product."""
+    """Metadata of an operand of a product."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -59,7 +65,7 @@ class OperandRecord(BaseModel):
 
 
 class ProductRecord(BaseModel):
-    """What they say of one call of a product inside attention."""
+    """Metadata of one call of a product inside attention."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -80,7 +86,7 @@ class _About(BaseModel):
 
 @dataclass
 class OnnxFile:
-    """A file that was read.
+    """A file that was read, with its graph indexed by names.
 
     Attributes:
         path: where from.
@@ -115,17 +121,10 @@ class OnnxFile:
         return FileFormatError(f"{self.path}: {name}: expected {expected}, found {found}. Export the model again.")
 
     def values(self, name: str, layer: str) -> Tensor:
-        """A stored tensor; whole numbers come as int32 at least, floats as they are.
-
-        Args:
-            name: of the initialiser.
-            layer: full name of the layer, for messages.
-
-        Returns:
-            The tensor.
+        """A stored tensor of a layer by its name; whole numbers come as int32 at least, floats as they are.
 
         Raises:
-            FileFormatError: if it is not stored, or damaged.
+            FileFormatError: if it is not stored, or damaged; names the layer.
         """
         if name not in self.initialisers:
             raise self.error(layer, f"the stored tensor {name!r}", "none")
@@ -141,7 +140,7 @@ def read_onnx(path: Path) -> OnnxFile:
     """Parse and check a file; no runtime is involved.
 
     Args:
-        path: what ``nipq.export`` wrote.
+        path: a file that ``nipq.export`` wrote.
 
     Returns:
         The file.
@@ -191,7 +190,7 @@ def _about(path: Path, model: ModelProto) -> _About:
 
 
 def _check_harmless(path: Path, model: ModelProto) -> None:
-    """Refuse what reaches out of the file, and what can run for ever."""
+    """Refuse graphs that reach out of the file or can run for ever."""
     for node in model.graph.node:
         if node.domain not in DOMAINS:
             raise FileFormatError(f"{path}: expected operators of ONNX alone, found {node.domain}.{node.op_type}.")
@@ -220,24 +219,14 @@ def _check_inside(path: Path, tensor: TensorProto) -> None:
         )
 
 
-#: Operators that only move numbers.
-MOVES = frozenset(
-    {"Pad", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Concat", "Slice", "Cast", "Identity", "Expand"}
-)
-#: Smallest and largest code of the containers, by ONNX's number of the type: (u)int8, (u)int16.
-CONTAINERS = {2: (0, 255), 3: (-128, 127), 4: (0, 65535), 5: (-32768, 32767)}
-#: Nodes to look at before giving up.
-FAR = 64
-
-
 @dataclass(frozen=True)
 class Quantizer:
-    """What makes a tensor one on levels.
+    """The nodes that put a tensor on levels, and their numbers.
 
     Attributes:
         nodes: from the float tensor to the one on levels, in order.
         codes: tensor that holds the whole codes; None in QONNX, which has none.
-        facts: numbers by name, as in :func:`nipq.verify.onnx.input_facts`.
+        facts: numbers by name, as ``nipq.verify`` expects them.
     """
 
     nodes: tuple[NodeProto, ...]
@@ -246,18 +235,10 @@ class Quantizer:
 
 
 def quantizer_before(file: OnnxFile, tensor: str, layer: str) -> Quantizer | None:
-    """The quantizer of a tensor.
-
-    Args:
-        file: a file that was read.
-        tensor: the tensor on levels, or one that is made of it by moving it only.
-        layer: full name of the layer or operand, for messages.
-
-    Returns:
-        The quantizer; None if there is none.
+    """The quantizer of a tensor, or of the tensor that it is moved from; None if there is none.
 
     Raises:
-        FileFormatError: if it is none that a file can have.
+        FileFormatError: if it is none that a file can have; names the layer or operand.
     """
     end = behind_moves(file, tensor, layer)
     if end is None:
@@ -275,7 +256,7 @@ def quantizer_before(file: OnnxFile, tensor: str, layer: str) -> Quantizer | Non
 
 
 def behind_moves(file: OnnxFile, name: str, layer: str) -> NodeProto | None:
-    """The node that dequantizes or quantizes what a tensor is made of by moving it only; None if there is none."""
+    """The DequantizeLinear or Quant behind a tensor, past nodes that only move numbers; None if there is none."""
     waiting, seen = [name], 0
     while waiting:
         seen += 1
@@ -294,7 +275,7 @@ def behind_moves(file: OnnxFile, name: str, layer: str) -> NodeProto | None:
 
 
 def _limits_codes(file: OnnxFile, quantize: NodeProto) -> bool:
-    """Whether a Clip of floats before this node is its own: so it is with 16 bits; other Clips are activations."""
+    """Whether a Clip of floats before this node limits its codes, as with 16 bits; other Clips are activations."""
     zero_point = file.initialisers.get(quantize.input[2]) if len(quantize.input) > 2 else None
     return zero_point is not None and zero_point.data_type in (4, 5)
 
@@ -303,13 +284,10 @@ def quant_facts(file: OnnxFile, node: NodeProto, layer: str) -> dict[str, Any]:
     """Numbers of a QONNX ``Quant`` node."""
     scale, zero_point, bits = (file.values(name, layer) for name in node.input[1:4])
     attributes = {attribute.name: attribute for attribute in node.attribute}
-    signed = "signed" not in attributes or bool(attributes["signed"].i)
-    narrow = "narrow" in attributes and bool(attributes["narrow"].i)
     rounding = attributes["rounding_mode"].s.decode() if "rounding_mode" in attributes else "ROUND"
     if bits.numel() != 1 or zero_point.numel() != 1 or not 2 <= float(bits) <= 16:
         raise file.error(layer, "one bit-width from 2 to 16 and one zero point", f"{bits.tolist()}"[:40])
-    width = int(bits)
-    low, high = (-(2 ** (width - 1)) + narrow, 2 ** (width - 1) - 1) if signed else (0, 2**width - 1 - narrow)
+    low, high = quant_range(node, int(bits))
     return {
         "step of the input": scale.reshape(-1),
         "zero point": int(zero_point),
@@ -318,6 +296,13 @@ def quant_facts(file: OnnxFile, node: NodeProto, layer: str) -> dict[str, Any]:
         "bits of the Quant": float(bits),
         "rounding": rounding,
     }
+
+
+def quant_range(node: NodeProto, bits: int) -> tuple[int, int]:
+    """Lowest and highest stored code of a QONNX ``Quant`` node of so many bits."""
+    attributes = {attribute.name: attribute.i for attribute in node.attribute}
+    signed, narrow = bool(attributes.get("signed", 1)), bool(attributes.get("narrow", 0))
+    return (-(2 ** (bits - 1)) + narrow, 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1 - narrow)
 
 
 def _qcdq_facts(file: OnnxFile, nodes: list[NodeProto], layer: str) -> dict[str, Any]:
@@ -358,23 +343,19 @@ def _limits(
             yield zero_point + (int(code) if exact else float(bound.double() / scale.double()))
 
 
-#: Operators that read a layer's weight: sums of products and, of a table, its rows.
-SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
-
-
 @dataclass(frozen=True)
-class Cell:
+class MatchedLayer:
     """One call of a layer in a graph, or one operand of a call of a product.
 
     Attributes:
-        name: full name of the layer, or the operand's place.
+        name: full name of the layer, or the operand's quantization point.
         quantizer: nodes from the float input to the quantized one, in order; empty when the input stays float.
         codes: tensor that holds the whole codes; None when the input stays float, or in QONNX, which has none.
         stored: stored tensor of the weight's codes; None for an operand of a product.
         source: tensor that goes into the quantizer, or into the sum if there is none.
         total: node that sums, or looks up.
         output: tensor that leaves the layer or the product.
-        facts: numbers by name, as in :func:`nipq.verify.onnx.expected_facts`.
+        facts: numbers by name, as ``nipq.verify`` expects them.
     """
 
     name: str
@@ -387,51 +368,39 @@ class Cell:
     facts: dict[str, Any]
 
 
-def cells(file: OnnxFile) -> list[Cell]:
-    """Every call of a layer.
-
-    Args:
-        file: a file that was read.
-
-    Returns:
-        Cells in the order of the graph.
+def matched_layers(file: OnnxFile) -> list[MatchedLayer]:
+    """Match every call of a layer with its nodes, in the order of the graph.
 
     Raises:
         FileFormatError: if a layer is not found, with its full name.
     """
-    return [_cell(file, record) for record in file.records]
+    return [_matched(file, record) for record in file.records]
 
 
-def operands(file: OnnxFile) -> list[Cell]:
-    """Both operands of every call of a product inside attention.
-
-    Args:
-        file: a file that was read.
-
-    Returns:
-        Two cells for each call, in the order of the graph.
+def matched_operands(file: OnnxFile) -> list[MatchedLayer]:
+    """Match both operands of every call of a product inside attention with their nodes, in the order of the graph.
 
     Raises:
         FileFormatError: if a product is not found, with its full name.
     """
-    return [cell for record in file.products for cell in _product(file, record)]
+    return [operand for record in file.products for operand in _product(file, record)]
 
 
-def _product(file: OnnxFile, record: ProductRecord) -> list[Cell]:
+def _product(file: OnnxFile, record: ProductRecord) -> list[MatchedLayer]:
     total = file.producers.get(record.output)
     if total is None or total.op_type != "MatMul" or len(total.input) != 2:
         found = "nothing" if total is None else f"a {total.op_type}"
         raise file.error(record.name, f"a product that makes {record.output!r}", found)
     parts = zip(("x", "y"), total.input, (record.x, record.y), strict=True)
     return [
-        _reading(file, place_of(record.name, part), data, None, total, record.output, {}, about.input_bits)
+        _reading(file, operand_point(record.name, part), data, None, total, record.output, {}, about.input_bits)
         for part, data, about in parts
     ]
 
 
-def _cell(file: OnnxFile, record: OnnxRecord) -> Cell:
+def _matched(file: OnnxFile, record: OnnxRecord) -> MatchedLayer:
     total, scales, biases = _sum_before(file, record)
-    data, weight = _operands(file, total, record.name)
+    data, weight = _sum_inputs(file, total, record.name)
     facts = {"weight bits": record.weight_bits} | _weight_facts(file, weight, scales, record.name)
     parts = [file.values(name, record.name).reshape(-1) for name in [*total.input[2:3], *biases] if name]
     facts["bias"] = sum(parts[1:], parts[0]) if parts else None
@@ -447,15 +416,17 @@ def _reading(
     output: str,
     facts: dict[str, Any],
     bits: int | None,
-) -> Cell:
-    """A cell with the quantizer before what its sum reads."""
+) -> MatchedLayer:
+    """A layer or operand with the quantizer before its input."""
     quantizer = quantizer_before(file, data, name)
     if quantizer is None:
         while data in file.producers and file.producers[data].op_type == "Pad":
             data = file.producers[data].input[0]
-        return Cell(name, (), None, stored, data, total, output, facts)
+        return MatchedLayer(name, (), None, stored, data, total, output, facts)
     facts |= quantizer.facts | {"input bits": bits}
-    return Cell(name, quantizer.nodes, quantizer.codes, stored, quantizer.nodes[0].input[0], total, output, facts)
+    return MatchedLayer(
+        name, quantizer.nodes, quantizer.codes, stored, quantizer.nodes[0].input[0], total, output, facts
+    )
 
 
 def _sum_before(file: OnnxFile, record: OnnxRecord) -> tuple[NodeProto, list[str], list[str]]:
@@ -494,8 +465,8 @@ def _stored_behind(file: OnnxFile, name: str) -> str | None:
     return name if name in file.initialisers else None
 
 
-def _operands(file: OnnxFile, total: NodeProto, layer: str) -> tuple[str, NodeProto]:
-    """The tensor that is summed over, and the node that makes the weight from what is stored."""
+def _sum_inputs(file: OnnxFile, total: NodeProto, layer: str) -> tuple[str, NodeProto]:
+    """The tensor that is summed over, and the node that dequantizes the stored weight."""
     places = {"MatMul": ((0, 1), (1, 0)), "Gather": ((1, 0),)}.get(total.op_type, ((0, 1),))
     for data, weight in places:
         node = behind_moves(file, total.input[weight], layer)

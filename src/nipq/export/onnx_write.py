@@ -1,350 +1,35 @@
-"""What the ONNX forms of a computed tensor share (a layer's input, an operand), and a product of two operands.
+"""ONNX files: the portable one (QuantizeLinear, Clip, DequantizeLinear) and QONNX's (Quant).
 
-What the ONNX forms of a deployed layer share: its numbers as buffers, and its own forward between quantizers.
-
-Layers and products that write themselves as QuantizeLinear, integer Clip, DequantizeLinear.
-
-Containers have 8 bits up to 8 bits and 16 above; Clip cuts them to the trained range. It stands after the
-QuantizeLinear, on integers, where runtimes still see an integer layer. ONNX Runtime has no Clip for 16-bit integers, so
-there the float is clipped to the same levels before; the codes are the same.
-
-Layers and products that write themselves as QONNX ``Quant`` nodes, whose bit-width is data and needs no container.
-
-``Quant(x, scale, zero, bits) = (round(clip(x / scale + zero)) - zero) * scale``. Weights are stored as float32 values
-on their levels, as the format wants it. On a shifted grid a tie may be rounded to the other side than in the deployed
-model, because the zero point is added before; all other grids agree.
-
-ONNX files: the portable one (QuantizeLinear, Clip, DequantizeLinear) and QONNX's (Quant).
-
-Both go through torch's exporter and say in their metadata, under the key ``nipq``, which tensors of the graph belong to
-which layer or product. The metadata are a help to find things; a proof compares the tensors themselves.
+The metadata say, under the key ``nipq``, which tensors of the graph belong to which layer or product. They help to find
+things; ``nipq.verify`` compares the tensors themselves.
 """
 
 from __future__ import annotations
 
+import copy
 import json
-from abc import abstractmethod
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from nipq.errors import OrderError, require
+from nipq.export.convert import deploy_copy
+from nipq.export.modules import Deployed, DeployedLayer, deployed_layers
+from nipq.export.onnx_graph import QCDQ, QONNX, Binding, onnx_graph
+from nipq.export.onnx_read import KEY, VERSION
+from nipq.export.portable import PortableProduct, input_facts, portable_input, portable_products
+from nipq.prepare.batches import ExampleInputs
+from nipq.prepare.layer_table import quantizers
 
-from nipq.errors import NotQuantizableError, require
-from nipq.export.modules import Deployed, DeployedLayer, deployed_layers, full_name, take_input
-from nipq.export.onnx_graph import Binding, Forms, LayerForm, mark, onnx_graph, operator
-from nipq.export.portable import (
-    PortableInput,
-    PortableLayer,
-    PortableProduct,
-    input_facts,
-    plain_kind,
-    portable_input,
-    portable_products,
-)
-from nipq.export.report import ExportedLayer
-from nipq.nn.attention import refuse_dropout
-from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table, weight_channel_axis
-from nipq.prepare.trace import ExampleInputs
-
-
-class OnnxInput(LayerForm):
-    """A computed tensor on its levels: a layer's input, or an operand of a product. It can be traced, not run.
-
-    Args:
-        name: full name of the layer or product.
-        given: what becomes of the tensor; None when it stays float.
-        part: which operand of a product it is; nothing of a layer.
-    """
-
-    input_scale: Tensor
-    input_zero_point: Tensor
-
-    def __init__(self, name: str, given: PortableInput | None, part: str = "") -> None:
-        super().__init__()
-        self.name, self.input, self.part = name, given, part
-
-    @abstractmethod
-    def register_input(self, given: PortableInput) -> None:
-        """Keep as buffers what the format stores; after a layer's other ones, as the first of equal tensors names them.
-
-        Args:
-            given: what becomes of the tensor.
-        """
-
-    @abstractmethod
-    def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
-        """The tensor on its levels, as operators of the format, its codes marked."""
-
-    def trained(self) -> set[str]:
-        """The step; a zero point only where the grid may be shifted."""
-        if self.input is None:
-            return set()
-        return {"input_scale", "input_zero_point"} if self.input.grid == "shifted" else {"input_scale"}
-
-    def on_levels(self, x: Tensor) -> Tensor:
-        """The tensor on its levels, marked; as it is where it stays float."""
-        return x if self.input is None else self.marked(self.quantized_input(x, self.input), "input")
-
-    def marked(self, x: Tensor, role: str) -> Tensor:
-        """A tensor named after what it is to the layer or to the operand."""
-        return mark(x, self.name, full_name(self.part, role))
-
-
-class OnnxProduct(LayerForm):
-    """A product inside attention, about to be exported: both operands on their levels, multiplied as floats.
-
-    Args:
-        name: its full name.
-        numbers: its operands.
-        operand: what stands for each of them, made of the name, its numbers and which one it is.
-    """
-
-    def __init__(
-        self, name: str, numbers: PortableProduct, operand: Callable[[str, PortableInput, str], OnnxInput]
-    ) -> None:
-        super().__init__()
-        self.name = name
-        self.x, self.y = (operand(name, numbers[part], part) for part in ("x", "y"))
-        for part, form in (("x", self.x), ("y", self.y)):
-            form.register_input(numbers[part])
-
-    def trained(self) -> set[str]:
-        """Those of both operands."""
-        return {full_name(part, key) for part, form in (("x", self.x), ("y", self.y)) for key in form.trained()}
-
-    def forward(self, x: Tensor, y: Tensor, drop: float = 0.0) -> Tensor:
-        """The product as operators.
-
-        Args:
-            x: shape (..., n, k).
-            y: shape (..., k, m).
-            drop: must be 0.
-        """
-        refuse_dropout(self.name, drop)
-        return mark(torch.matmul(self.x.on_levels(x), self.y.on_levels(y)), self.name, "output")
-
-
-class OnnxLayer(OnnxInput):
-    """One deployed layer, about to be exported; it can be traced, not run.
-
-    Args:
-        layer: the deployed layer.
-        numbers: its portable numbers.
-        name: its full name.
-    """
-
-    weight_scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
-        super().__init__(name, numbers.input)
-        if is_table(layer.layer) and not is_plain(layer.layer):
-            raise NotQuantizableError(
-                f"{name}: expected an embedding that looks its table up and no more, found {layer.kind} with a forward "
-                f"of its own, which ONNX files do not hold. Use Rule({name!r}, quantize=False) when preparing."
-            )
-        self.shell = layer.layer
-        self._buffers["weight"] = numbers.weight  # past register_buffer, as the attribute is a float view
-        self.register_buffer("weight_scale", numbers.weight_scale)
-        self.register_buffer("bias", numbers.bias)
-        #: Whether the weight's scale can only be applied behind the sums.
-        self.scale_after = False
-        # A subclass may do anything with its bias; the deployed layer adds it after the subclass's forward.
-        self.bias_inside = plain_kind(self.shell) is not None or numbers.input is None
-
-    @property
-    def integers(self) -> Tensor:
-        """What the file holds under the name ``weight``."""
-        integers = self._buffers["weight"]
-        assert integers is not None
-        return integers
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as floats, for models that look at its type; see ``nipq.export.modules``."""
-        return self.integers.to(torch.float32) * along_channels(self.weight_scale, self.shell, self.integers)
-
-    def trained(self) -> set[str]:
-        """The numbers of the layer, and those of its input."""
-        return {"weight", "weight_scale", "bias"} | super().trained()
-
-    @abstractmethod
-    def dequantized_weight(self) -> Tensor:
-        """The weight on its levels, as operators of the format."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
-        """The layer as operators.
-
-        Args:
-            *args: the input and what else the trained layer takes.
-            **kwargs: the same by name.
-        """
-        args, kwargs, x = take_input(args, kwargs)
-        x = self.on_levels(x)
-        parts = {"weight": self.marked(self.dequantized_weight(), "weight")}
-        bias = None if self.bias is None else self.marked(self.bias, "bias")
-        inside = self.bias_inside and not self.scale_after
-        if inside and bias is not None:
-            parts["bias"] = bias
-        y: Tensor = torch.func.functional_call(self.shell, parts, (x, *args), kwargs)
-        if self.scale_after:
-            y = y * self._along_channels(self.marked(self.weight_scale, "weight_scale"))
-        if not inside and bias is not None:
-            y = y + self._along_channels(bias)
-        return self.marked(y, "output")
-
-    def _along_channels(self, values: Tensor) -> Tensor:
-        """Shaped to broadcast with the output; no reshape, whose target tools take for a batch and change."""
-        for _ in range(-channel_dim(self.shell) - 1):
-            values = values.unsqueeze(-1)
-        return values
-
-
-class QcdqInput(OnnxInput):
-    """The portable form of a layer's input, or of an operand."""
-
-    low: Tensor
-    high: Tensor
-
-    def register_input(self, given: PortableInput) -> None:
-        """Scale and zero point; limits where the container is wider than the range.
-
-        Args:
-            given: what becomes of the tensor.
-        """
-        self.register_buffer("input_scale", given.scale)
-        self.register_buffer("input_zero_point", torch.tensor(given.zero_point, dtype=given.dtype))
-        if given.fills_container:
-            return
-        if given.bits > 8:
-            low, high = ((code - given.zero_point) * given.scale for code in (given.low, given.high))
-        else:
-            low, high = (torch.tensor(code, dtype=given.dtype) for code in (given.low, given.high))
-        self.register_buffer("low", low)
-        self.register_buffer("high", high)
-
-    def trained(self) -> set[str]:
-        """As in general; limits above 8 bits are floats, which follow the scale."""
-        names = super().trained()
-        return names | {"low", "high"} if self.input is not None and self.input.bits > 8 else names
-
-    def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
-        """QuantizeLinear, Clip where the container is wider than the range, DequantizeLinear."""
-        parameters = (self.input_scale, self.input_zero_point)
-        clip = not given.fills_container
-        if clip and given.bits > 8:
-            x = operator("Clip", (x, self.low, self.high), x.dtype, x.shape)
-        codes = operator("QuantizeLinear", (x, *parameters), given.dtype, x.shape)
-        if clip and given.bits <= 8:
-            codes = operator("Clip", (codes, self.low, self.high), given.dtype, x.shape)
-        return operator("DequantizeLinear", (self.marked(codes, "codes"), *parameters), torch.float32, x.shape)
-
-
-class QcdqLayer(OnnxLayer, QcdqInput):
-    """The portable form of one deployed layer.
-
-    Args:
-        layer: the deployed layer.
-        numbers: its portable numbers.
-        name: its full name.
-    """
-
-    one: Tensor
-
-    def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
-        super().__init__(layer, numbers, name)
-        # A grouped transposed convolution has its channels on two axes of the weight; DequantizeLinear scales one.
-        grouped = weight_channel_axis(self.shell) == 1 and getattr(self.shell, "groups", 1) > 1
-        self.scale_after = grouped and numbers.weight_scale.ndim > 0
-        if self.scale_after:
-            self.register_buffer("one", torch.ones(()))
-        if numbers.input is not None:
-            self.register_input(numbers.input)
-
-    def dequantized_weight(self) -> Tensor:
-        """DequantizeLinear of the integers."""
-        scale = self.one if self.scale_after else self.weight_scale
-        axis = {"axis": weight_channel_axis(self.shell)} if scale.ndim else None
-        return operator("DequantizeLinear", (self.integers, scale), torch.float32, self.integers.shape, axis)
-
-
-#: What stands for layers and products.
-QCDQ = Forms(QcdqLayer, partial(OnnxProduct, operand=QcdqInput))
-
-
-class QonnxInput(OnnxInput):
-    """The QONNX form of a layer's input, or of an operand."""
-
-    input_bits: Tensor
-
-    def register_input(self, given: PortableInput) -> None:
-        """Scale, zero point and bit-width, all as floats.
-
-        Args:
-            given: what becomes of the tensor.
-        """
-        self.register_buffer("input_scale", given.scale)
-        self.register_buffer("input_zero_point", torch.tensor(float(given.zero_point)))
-        self.register_buffer("input_bits", torch.tensor(float(given.bits)))
-
-    def quantized_input(self, x: Tensor, given: PortableInput) -> Tensor:
-        """One Quant."""
-        signed = given.grid == "signed"
-        x = _quant(x, self.input_scale, self.input_zero_point, self.input_bits, signed=signed)
-        return self.marked(x, "codes")
-
-
-class QonnxLayer(OnnxLayer, QonnxInput):
-    """The QONNX form of one deployed layer.
-
-    Args:
-        layer: the deployed layer.
-        numbers: its portable numbers.
-        name: its full name.
-    """
-
-    weight_bits: Tensor
-    weight_zero_point: Tensor
-
-    def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
-        super().__init__(layer, numbers, name)
-        self.weight_scale = along_channels(numbers.weight_scale, self.shell, numbers.weight)
-        self._buffers["weight"] = numbers.weight.float() * self.weight_scale
-        self.register_buffer("weight_bits", torch.tensor(float(numbers.weight_bits)))
-        self.register_buffer("weight_zero_point", torch.zeros(()))
-        if numbers.input is not None:
-            self.register_input(numbers.input)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as floats: the file holds levels."""
-        return self.integers
-
-    def dequantized_weight(self) -> Tensor:
-        """One Quant."""
-        return _quant(self.integers, self.weight_scale, self.weight_zero_point, self.weight_bits, signed=True)
-
-
-def _quant(x: Tensor, scale: Tensor, zero_point: Tensor, bits: Tensor, *, signed: bool) -> Tensor:
-    attributes: dict[str, int | str] = {"signed": int(signed), "narrow": int(signed), "rounding_mode": "ROUND"}
-    kind = "qonnx.custom_op.general::Quant"
-    return operator(kind, (x, scale, zero_point, bits), torch.float32, x.shape, attributes)
-
-
-#: What stands for layers and products.
-QONNX = Forms(QonnxLayer, partial(OnnxProduct, operand=QonnxInput))
-
-
-#: The metadata's one key, and the version of what it holds.
-KEY, VERSION = "nipq", 1
 #: Lowest versions of ONNX's operators that know 4-bit and 16-bit codes, and 2-bit codes; and the one of QONNX files.
 OPSET, OPSET_INT2, OPSET_QONNX = 21, 25, 18
 #: Version of the file itself, by that of the operators.
 IR_VERSIONS = {OPSET_QONNX: 8, OPSET: 10, OPSET_INT2: 13}
 
+#: Warnings of files: a batch that is fixed, packed weights, wide inputs.
 FIXED_BATCH = "the model fixes the size of its batch itself: the file takes batches of the example's size only"
 PACKED = (
     "packed INT4 weights: ONNX Runtime's faithful session computes the same at the same speed; OpenVINO runs these "
@@ -359,16 +44,16 @@ WIDE = "inputs above 8 bits: ONNX Runtime computes these layers in floats, OpenV
 
 def onnx_bytes(
     deployed: nn.Module, example_inputs: ExampleInputs, *, pack: bool
-) -> tuple[bytes, int, tuple[ExportedLayer, ...], tuple[str, ...]]:
+) -> tuple[bytes, int, dict[str, str], tuple[str, ...]]:
     """The portable ONNX file.
 
     Args:
         deployed: a deployed model.
-        example_inputs: what it is called with.
+        example_inputs: its inputs.
         pack: store weights of up to 4 bits as INT4, and of 2 bits as INT2.
 
     Returns:
-        The file, its opset, its layers, and what a reader should know.
+        The file, its opset, the type that each layer's weight codes are stored as, and warnings for its readers.
 
     Raises:
         ConfigError: if torch cannot export the model.
@@ -386,31 +71,79 @@ def onnx_bytes(
     bits = [layer.input_bits for layer in layers.values() if isinstance(layer, DeployedLayer)]
     if max([*bits, *(given.bits for operands in products.values() for given in operands.values())], default=0) > 8:
         warnings.append(WIDE)
-    exported = _written(model, bindings, layers, products, "qcdq", opset, containers)
-    return *exported, tuple(warnings + _batch_warning(model))
+    data = _written(model, bindings, layers, products, "qcdq", opset)
+    return data, opset, containers, tuple(warnings + _batch_warning(model))
 
 
 def qonnx_bytes(
     deployed: nn.Module, example_inputs: ExampleInputs
-) -> tuple[bytes, int, tuple[ExportedLayer, ...], tuple[str, ...]]:
-    """The QONNX file, whose ``Quant`` nodes hold bit-widths as data.
-
-    Args:
-        deployed: a deployed model.
-        example_inputs: what it is called with.
-
-    Returns:
-        As :func:`onnx_bytes`.
-
-    Raises:
-        ConfigError: if torch cannot export the model.
-        MissingDependencyError: if the packages that write ONNX are not installed.
-    """
+) -> tuple[bytes, int, dict[str, str], tuple[str, ...]]:
+    """The QONNX file, whose ``Quant`` nodes hold bit-widths as data; results and errors as of :func:`onnx_bytes`."""
     layers = deployed_layers(deployed)
     model, bindings = onnx_graph(deployed, example_inputs, QONNX, OPSET_QONNX)
-    containers, products = dict.fromkeys(layers, "float32"), portable_products(deployed)
-    exported = _written(model, bindings, layers, products, "qonnx", OPSET_QONNX, containers)
-    return *exported, tuple(_batch_warning(model))
+    data = _written(model, bindings, layers, portable_products(deployed), "qonnx", OPSET_QONNX)
+    return data, OPSET_QONNX, dict.fromkeys(layers, "float32"), tuple(_batch_warning(model))
+
+
+@torch.no_grad()
+def promised_bytes(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    pack: bool = False,
+    format: Literal["onnx", "qonnx"] = "onnx",
+) -> int:
+    """Bytes of the ONNX file that ``nipq.export`` will write of this model at its present bit-widths.
+
+    They follow from the graph, the bit-widths and the kinds of grid, and not from a number that training moves, so the
+    promise of an untrained model holds for the trained one. To try bit-widths: ``nipq.set_bits_`` on a copy. The one
+    exception: float tensors outside of the quantized layers that turn out equal, number by number, are stored once, and
+    the file is smaller by the other.
+
+    Args:
+        model: a prepared and calibrated model (bits still learned count as evaluation rounds them), or a deployed one.
+        example_inputs: as for ``nipq.export``.
+        pack: as for ``nipq.export``.
+        format: ``"onnx"`` or ``"qonnx"``.
+
+    Returns:
+        Bytes on disk.
+
+    Raises:
+        OrderError: if the model is neither prepared nor deployed, or not calibrated.
+        ConfigError: if the model cannot be traced.
+        MissingDependencyError: if the packages that write ONNX are not installed.
+    """
+    deployed = copy.deepcopy(model) if deployed_layers(model) else _deployed(model)
+    _unlike(deployed)
+    if format == "qonnx":
+        return len(qonnx_bytes(deployed, example_inputs)[0])
+    return len(onnx_bytes(deployed, example_inputs, pack=pack)[0])
+
+
+def _deployed(model: nn.Module) -> nn.Module:
+    for quantizer in quantizers(model):
+        if not quantizer.calibrated:
+            raise OrderError(
+                f"{quantizer.name}: expected a calibrated clipping range, found none. "
+                "Call nipq.calibrate_(model, loader): it chooses the grids, on which the size of an ONNX file depends."
+            )
+    return deploy_copy(model)
+
+
+def _unlike(model: nn.Module) -> None:
+    """Make float parameters and running statistics unequal, as training leaves them and fresh ones are not."""
+    layers = set(deployed_layers(model).values())
+    draws = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if module in layers:
+            continue
+        found: list[Tensor | None] = list(module._parameters.values())
+        if isinstance(module, _NormBase):
+            found += [module.running_mean, module.running_var]
+        for tensor in found:
+            if tensor is not None and tensor.is_floating_point():
+                tensor.copy_(torch.rand(tensor.shape, generator=draws) + 0.5)
 
 
 def _written(
@@ -420,8 +153,8 @@ def _written(
     products: dict[str, PortableProduct],
     form: str,
     opset: int,
-    containers: dict[str, str],
-) -> tuple[bytes, int, tuple[ExportedLayer, ...]]:
+) -> bytes:
+    """The bytes of a file, with its metadata."""
     about: dict[str, Any] = {"format": form, "version": VERSION}
     about["layers"] = [_record(call, layers[call["name"]]) for call in bindings if call["name"] in layers]
     if products:
@@ -431,15 +164,11 @@ def _written(
     model.ir_version, model.producer_name, model.producer_version = IR_VERSIONS[opset], "nipq", producer()
     ir = require("onnx_ir", extra="onnx", purpose="ONNX files")
     data: bytes = ir.serde.serialize_model(model).SerializeToString(deterministic=True)
-    exported = tuple(
-        ExportedLayer(name, layer.weight_bits, containers[name], getattr(layer, "input_bits", None))
-        for name, layer in layers.items()
-    )
-    return data, opset, exported
+    return data
 
 
 def producer() -> str:
-    """The packages on which the bytes of a file depend beside its model."""
+    """Versions of the packages on which the bytes of a file depend beside its model."""
     exporter = require("onnxscript", extra="onnx", purpose="ONNX files")
     return f"torch {torch.__version__}, onnxscript {exporter.__version__}"
 
@@ -449,7 +178,7 @@ def _text(about: dict[str, Any]) -> str:
 
 
 def _longest(value: Any) -> Any:  # noqa: ANN401  (any JSON)
-    """Metadata with the most digits that zero points may have: a file's size is not to depend on where they fall."""
+    """Metadata with the most digits that zero points may have, so that a file's size does not depend on them."""
     if isinstance(value, list):
         return [_longest(inner) for inner in value]
     if not isinstance(value, dict):
@@ -461,7 +190,7 @@ def _longest(value: Any) -> Any:  # noqa: ANN401  (any JSON)
 
 
 def _record(binding: Binding, layer: Deployed) -> dict[str, Any]:
-    """What the metadata say of one call of a layer."""
+    """Metadata of one call of a layer."""
     weight, bias = binding["weight"].producer().inputs, binding.get("bias")
     return {
         "name": binding["name"],
@@ -477,7 +206,7 @@ def _record(binding: Binding, layer: Deployed) -> dict[str, Any]:
 
 
 def _product_record(binding: Binding, operands: PortableProduct) -> dict[str, Any]:
-    """What the metadata say of one call of a product."""
+    """Metadata of one call of a product."""
     parts = {part: _input_names(binding[f"{part}.codes"]) | input_facts(given) for part, given in operands.items()}
     return {"name": binding["name"], **parts, "output": binding["output"].name}
 

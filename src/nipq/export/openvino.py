@@ -12,31 +12,31 @@ import torch
 from torch import Tensor
 
 from nipq.errors import FileFormatError, require
-from nipq.export.inputs import call_arguments
-from nipq.export.onnx_read import Cell, OnnxFile, cells, operands, read_onnx
+from nipq.export.onnx_read import MatchedLayer, OnnxFile, matched_layers, matched_operands, read_onnx
+from nipq.export.program import call_arguments
 from nipq.export.runtimes import CompiledModel, Kernel
-from nipq.prepare.trace import ExampleInputs
+from nipq.prepare.batches import ExampleInputs
 
 #: Kinds of node in OpenVINO's execution graph that sum products.
 SUMS = frozenset({"Convolution", "Deconvolution", "FullyConnected", "MatMul"})
 #: Kind of node that chains of small linear layers become.
 FUSED = "Subgraph"
-#: Types of what an integer kernel reads.
+#: Input types of integer kernels.
 INTEGERS = frozenset({"u8", "i8"})
 #: Without it a CPU that knows bfloat16 computes every float part in it, which moves codes.
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 class OpenVinoModel(CompiledModel):
-    """An ONNX file in the hands of OpenVINO, compiled once for each shape of its inputs.
+    """An ONNX file compiled by OpenVINO, once for each shape of its inputs.
 
     Args:
         path: the file, for messages.
         graph: the file's contents.
         settings: of the runtime.
         found: its layers.
-        example_inputs: what it is called with; compiled for their shapes now.
-        warnings: what differs from the deployed model.
+        example_inputs: its inputs; compiled for their shapes now.
+        warnings: differences from the deployed model.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class OpenVinoModel(CompiledModel):
         path: Path,
         graph: bytes,
         settings: Mapping[str, Any],
-        found: Sequence[Cell],
+        found: Sequence[MatchedLayer],
         example_inputs: ExampleInputs,
         warnings: Sequence[str],
     ) -> None:
@@ -80,7 +80,7 @@ class OpenVinoModel(CompiledModel):
         if shapes not in self.programs:
             try:
                 model = self.core.read_model(self.graph)
-                # With an open batch size OpenVINO 2026.4 overwrites what a residual sum has yet to read.
+                # With an open batch size OpenVINO 2026.4 overwrites tensors that a residual sum has yet to read.
                 model.reshape({key: list(value.shape) for key, value in given.items()})
                 self.programs[shapes] = self.core.compile_model(model, "CPU", self.settings)
             except Exception as error:  # the runtime raises plain RuntimeErrors
@@ -103,8 +103,8 @@ def openvino_model(
     Float parts are computed in float32. Which layers run in integers is read off the runtime's own execution graph.
 
     Args:
-        path: what ``nipq.export(deployed, "model.onnx", ...)`` wrote.
-        example_inputs: what it is called with; compiled for this batch size now, for others when they come.
+        path: a file that ``nipq.export(deployed, "model.onnx", ...)`` wrote.
+        example_inputs: its inputs; compiled for this batch size now, for others when they come.
         threads: threads of one inference; as many as the machine has cores if not given.
         strict: refuse a model with a layer of at most 8 bits that the runtime computes in floats. Layers that read the
             same tensor as another layer are excused, as OpenVINO computes those in floats; ``warnings`` names them.
@@ -119,9 +119,9 @@ def openvino_model(
     """
     require("openvino", extra="openvino", purpose="integer kernels from OpenVINO")
     file = read_onnx(Path(path))
-    found = cells(file)
-    for number, cell in enumerate(found):
-        cell.total.name = _mark(number)
+    found = matched_layers(file)
+    for number, layer in enumerate(found):
+        layer.total.name = _mark(number)
     settings = PRECISION | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
     graph = file.model.SerializeToString()
     model = OpenVinoModel(file.path, graph, settings, found, example_inputs, _warnings(file, found))
@@ -135,14 +135,14 @@ def _mark(number: int) -> str:
     return f"nipq_layer_{number}_"
 
 
-def _kernels(compiled: Any, found: Sequence[Cell]) -> list[Kernel]:  # noqa: ANN401
+def _kernels(compiled: Any, found: Sequence[MatchedLayer]) -> list[Kernel]:  # noqa: ANN401
     """One kernel for each call of a layer."""
-    # What is fused may be called after the node or after the tensor that leaves the layer.
+    # A fused kernel may be named after the node or after the tensor that leaves the layer.
     marks = {_mark(number): number for number in range(len(found))}
-    marks |= {cell.output: number for number, cell in enumerate(found)}
+    marks |= {layer.output: number for number, layer in enumerate(found)}
     # Where a layer's last factor was moved behind a residual sum its kernel has a name of the runtime's own.
-    calls = Counter(cell.stored for cell in found)
-    weights = {cell.stored: number for number, cell in enumerate(found) if calls[cell.stored] == 1}
+    calls = Counter(layer.stored for layer in found)
+    weights = {layer.stored: number for number, layer in enumerate(found) if calls[layer.stored] == 1}
     seen: dict[int, tuple[str, str]] = {}
     for node in compiled.get_runtime_model().get_ops():
         facts = {key: str(value.astype(str)) for key, value in node.get_rt_info().items() if hasattr(value, "astype")}
@@ -158,32 +158,32 @@ def _kernels(compiled: Any, found: Sequence[Cell]) -> list[Kernel]:  # noqa: ANN
                 seen[number] = known
             elif number is not None and kind == FUSED and not tail.endswith("DequantizationMultiply"):
                 seen.setdefault(number, known)
-    readers = Counter(cell.source for cell in found)
+    readers = Counter(layer.source for layer in found)
     kernels = []
-    for number, cell in enumerate(found):
+    for number, layer in enumerate(found):
         precision, primitive = seen.get(number, ("?", "not found in the execution graph"))
-        narrow = bool(cell.quantizer) and cell.facts["weight bits"] <= 8 and (cell.facts["input bits"] or 99) <= 8
-        expected = narrow and readers[cell.source] == 1
-        kernels.append(Kernel(cell.name, f"{precision} {primitive}", precision in INTEGERS, expected))
+        narrow = bool(layer.quantizer) and layer.facts["weight bits"] <= 8 and (layer.facts["input bits"] or 99) <= 8
+        expected = narrow and readers[layer.source] == 1
+        kernels.append(Kernel(layer.name, f"{precision} {primitive}", precision in INTEGERS, expected))
     return kernels
 
 
-def _warnings(file: OnnxFile, found: Sequence[Cell]) -> list[str]:
-    """What OpenVINO does otherwise."""
+def _warnings(file: OnnxFile, found: Sequence[MatchedLayer]) -> list[str]:
+    """Differences of OpenVINO's results from the deployed model."""
     warnings = []
     claimed = [record.input_bits for record in file.records]
-    readers = Counter(cell.source for cell in found)
-    for cell, bits in zip(found, claimed, strict=True):
-        if bits is not None and not cell.quantizer:
+    readers = Counter(layer.source for layer in found)
+    for layer, bits in zip(found, claimed, strict=True):
+        if bits is not None and not layer.quantizer:
             warnings.append(
-                f"{cell.name}: its input is not quantized with a whole zero point; OpenVINO rounds a shift to one, and "
-                "the result differs"
+                f"{layer.name}: its input is not quantized with a whole zero point; OpenVINO rounds a shift to one, "
+                "and the result differs"
             )
         elif bits is not None and bits > 8:
-            warnings.append(f"{cell.name}: OpenVINO drops the quantizer of {bits}-bit inputs, and the result differs")
-        elif cell.quantizer and readers[cell.source] > 1:
-            warnings.append(f"{cell.name}: reads the same tensor as another layer and may run in floats")
-    wide = {cell.name: bits for cell in operands(file) if (bits := cell.facts.get("input bits") or 0) > 8}
+            warnings.append(f"{layer.name}: OpenVINO drops the quantizer of {bits}-bit inputs, and the result differs")
+        elif layer.quantizer and readers[layer.source] > 1:
+            warnings.append(f"{layer.name}: reads the same tensor as another layer and may run in floats")
+    wide = {layer.name: bits for layer in matched_operands(file) if (bits := layer.facts.get("input bits") or 0) > 8}
     return warnings + [
         f"{name}: OpenVINO drops the quantizer of {bits}-bit operands, and the result differs"
         for name, bits in wide.items()

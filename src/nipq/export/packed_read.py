@@ -1,9 +1,8 @@
-"""The outside of a packed file: that it is whole, of this format, unchanged, and no larger than the model warrants.
+"""Read a packed file into a model of the same architecture.
 
-A file may come from anywhere, so nothing is believed before it is checked, and nothing is read that a file of the given
+A file may come from anywhere, so everything in it is checked before it is used: first that it is whole, of this format,
+unchanged, and no larger than the model warrants, then every record and tensor. Nothing is read that a file of the given
 architecture could not need: a header or a payload that is too long is refused by its length alone.
-
-Read a packed file into a model of the same architecture; everything in it is checked before it is used.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ WITHOUT_CHECKSUM = 1
 
 @dataclass(frozen=True)
 class Container:
-    """What a packed file holds, whole and unchanged but not yet understood.
+    """Contents of a packed file, whole and unchanged; records are not validated yet.
 
     Attributes:
         version: of the format.
@@ -71,18 +70,18 @@ class Container:
 
 
 def read_container(path: Path, model: nn.Module) -> Container:
-    """Read a packed file as far as its form goes.
+    """Read a packed file and check its form: size, format, version and checksum.
 
     Args:
         path: the file.
-        model: the architecture, for how long a header and a payload it may have.
+        model: the architecture, which limits the length of header and payload.
 
     Returns:
-        What is in it.
+        Its contents.
 
     Raises:
         FileFormatError: if it is missing, no whole safetensors file, longer than one of this model can be, of another
-            format or version, or not what was written.
+            format or version, or changed since it was written.
     """
     if not path.is_file():
         raise FileFormatError(f"{path}: expected a packed model file, found none. Check the path.")
@@ -119,7 +118,7 @@ def read_container(path: Path, model: nn.Module) -> Container:
 
 
 def _metadata(path: Path, header: object) -> dict[str, Any]:
-    """What the file says of itself, of a version that can be read."""
+    """The metadata of the file, if it is of a version that can be read."""
     metadata = header.get("__metadata__") if isinstance(header, dict) else None
     text = metadata.get(KEY) if isinstance(metadata, dict) else None
     try:
@@ -152,6 +151,7 @@ def _check_sum(path: Path, data: bytes, header: int, stated: object) -> None:
         )
 
 
+#: A bit-width of a file.
 Bits = Annotated[int, Field(ge=FEWEST_BITS, le=MOST_BITS)]
 
 
@@ -160,18 +160,19 @@ class _Record(BaseModel):
 
 
 class InputRecord(_Record):
-    """What the file says of a layer's input."""
+    """Record of a layer's input."""
 
     bits: Bits
     grid: Literal["signed", "unsigned", "shifted"]
     zero_point: Annotated[int, Field(ge=0)]
 
 
+#: Any validated records.
 Records = TypeVar("Records")
 
 
 class LayerRecord(_Record):
-    """What the file says of a layer."""
+    """Record of a layer."""
 
     kind: str
     bits: Bits
@@ -183,7 +184,7 @@ class LayerRecord(_Record):
 
 
 class ProductRecord(_Record):
-    """What the file says of a product inside attention."""
+    """Record of a product inside attention."""
 
     x: InputRecord
     y: InputRecord
@@ -193,7 +194,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Rebuild a deployed model from a packed file.
 
     Args:
-        path: what ``nipq.save`` wrote.
+        path: a file that ``nipq.save`` wrote.
         model: a plain float instance of the same architecture, with any weights; it is not changed.
 
     Returns:
@@ -211,10 +212,10 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             "Build a new instance of the architecture, or call nipq.restore_ first."
         )
     reader = _Reader(Path(path), model)
-    twin = copy.deepcopy(model)
+    deployed = copy.deepcopy(model)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, record in reader.records.items():
-        layer = reader.find(twin, name)
+        layer = reader.find(deployed, name)
         kind, shape = type(layer).__name__, list(getattr(layer, "weight", torch.empty(0)).shape)
         if not is_supported(layer) or (kind, shape) != (record.kind, record.shape):
             raise reader.error(name, f"a {record.kind} with a weight of shape {record.shape}", f"a {kind} with {shape}")
@@ -222,19 +223,19 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             raise reader.error(name, "a table without input and batch norm", "a record with one of them")
         replacements[layer] = reader.layer(layer, name).to(next(layer.parameters()).device)
         if record.batchnorm is not None:
-            replacements[reader.batchnorm(twin, record.batchnorm)] = nn.Identity()
-    twin = replace_modules(twin, replacements)
+            replacements[reader.batchnorm(deployed, record.batchnorm)] = nn.Identity()
+    deployed = replace_modules(deployed, replacements)
     for name, products in reader.attentions():
-        module = reader.find(twin, name)
+        module = reader.find(deployed, name)
         if "forward" in vars(module):
             raise ConfigError(
                 f"{name}: expected a module with the forward of its class, found one that was replaced. "
-                "Take off what wraps it, load, and wrap it again."
+                "Remove its wrapper, load, and wrap it again."
             )
         install(module, products.to(next(model.parameters()).device))
-    twin.eval().requires_grad_(False)
-    reader.fill(twin)
-    return twin
+    deployed.eval().requires_grad_(False)
+    reader.fill(deployed)
+    return deployed
 
 
 class _Reader:
@@ -295,7 +296,7 @@ class _Reader:
             raise self.error(where, f"{'.'.join(field)}: {fault['msg']}", repr(fault["input"])) from error
 
     def attentions(self) -> Iterator[tuple[str, AttentionProducts]]:
-        """Modules whose attention is quantized, and what stands in it."""
+        """Modules whose attention is quantized, and the products that are installed there."""
         for name in self.products:
             where, part = _attention_of(name)
             if part == "scores":
@@ -370,7 +371,7 @@ class _Reader:
         return self.codes[name]
 
     def layer(self, layer: nn.Module, name: str) -> Deployed:
-        """The deployed twin of a plain layer."""
+        """The deployed form of a plain layer."""
         record, codes, channels = self.records[name], self.weight(name), output_channels(layer)
         shell = plain_shell(layer)
         # A batch norm may have made a scale negative, or zero.
@@ -414,6 +415,6 @@ class _Reader:
 
 
 def _attention_of(product: str) -> tuple[str, str]:
-    """Name of the module whose attention it is, and which product of it; no product where the name is none of one."""
+    """Split a product's name into its module's and ``"scores"`` or ``"mix"``; an empty part if it is no product."""
     *where, container, part = ("", *product.split("."))
     return ".".join(where[1:]), part if container == PRODUCTS else ""

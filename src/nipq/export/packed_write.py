@@ -1,15 +1,15 @@
-"""The packed file: safetensors with bit-planes, float32 scales, and everything else the model needs.
+"""Write a packed file: safetensors with bit-planes, float32 scales, and everything else the model needs.
 
 Every quantized weight is one uint8 tensor of bit-planes (:mod:`nipq.functional.packing`), beside float32 ``scale``,
-``offset`` and ``input_step``; what stays float is stored as it is. The metadata hold one entry, JSON that says what
-each layer and each product inside attention is, padded with spaces to the length that the header would have if every
+``offset`` and ``input_step``; what stays float is stored as it is. The metadata hold one entry, JSON with a record of
+each layer and each product inside attention, padded with spaces to the length that the header would have if every
 number in it were as long as it can be. So::
 
     bytes on disk = fixed_bytes + sum of bits * ceil(N / 8) over the weights
 
-holds for every assignment of bits: what a budget promises is what lies on disk, to the byte. Equal models make equal
-files. The JSON holds the SHA-256 of the whole file (with zeros in its own place), so that no changed byte goes
-unnoticed. Nothing in a file is executed when it is read.
+holds for every assignment of bits: a budget promises the bytes on disk exactly. Equal models make equal files. The
+JSON holds the SHA-256 of the whole file (with zeros in its own place), so that no changed byte goes unnoticed. Nothing
+in a file is executed when it is read.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ from nipq.export.convert import deploy_copy
 from nipq.export.modules import (
     Deployed,
     DeployedLayer,
+    DeployedProduct,
+    check_deployed,
     deploy_state,
     deployed_layers,
     deployed_products,
     full_name,
-    product_record,
 )
 from nipq.files import check_free, written_whole
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
 
-#: What the metadata call this format, and its version; version 1 had no checksum.
+#: Name of the format in the metadata, and its version; version 1 had no checksum.
 FORMAT, FORMAT_VERSION = "nipq-packed", 2
 #: The metadata's one key.
 KEY = "nipq"
 
-#: What stands in the checksum's place while it is computed.
+#: Placeholder of the checksum while it is computed.
 NO_CHECKSUM = "0" * 64
 #: Bytes that it takes with its name, escaped as JSON within JSON is; files of version 1 are so much shorter.
 CHECKSUM_BYTES = len(r"\"sha256\":\"\",") + len(NO_CHECKSUM)
@@ -73,7 +74,7 @@ def save(deployed: nn.Module, path: str | Path, *, overwrite: bool = False) -> P
     """Write a deployed model to one file, whole or not at all.
 
     Args:
-        deployed: what ``nipq.convert`` or ``nipq.load`` returned.
+        deployed: a model from ``nipq.convert`` or ``nipq.load``.
         path: the file, by custom ``*.nipq.safetensors``.
         overwrite: replace an existing file.
 
@@ -142,34 +143,19 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     for name, layer in _owners(deployed).items():
         tensors[full_name(name, "planes")] = torch.from_numpy(pack(layer.weight_codes.cpu().numpy(), layer.weight_bits))
     records = {name: _record(layer) for name, layer in deployed_layers(deployed).items()}
-    text = _text(records, {name: product_record(product) for name, product in deployed_products(deployed).items()})
+    text = _text(records, {name: _product_record(product) for name, product in deployed_products(deployed).items()})
     missing = _longest_header(deployed) - header_bytes(tensors, {KEY: text})
     return tensors, {KEY: text + " " * missing}
 
 
 def seal(data: bytes) -> bytes:
-    """Put the checksum in the place that :func:`contents` left for it.
-
-    Args:
-        data: a file whose checksum is :data:`NO_CHECKSUM`.
-
-    Returns:
-        The file with its checksum.
-    """
+    """Put the checksum in the place of :data:`NO_CHECKSUM`, which :func:`contents` left for it."""
     place = data.index(NO_CHECKSUM.encode())
     return data[:place] + checksum(data, place).encode() + data[place + len(NO_CHECKSUM) :]
 
 
 def checksum(data: bytes, place: int) -> str:
-    """SHA-256 of a file as if its own checksum were zeros.
-
-    Args:
-        data: the whole file.
-        place: where in it the checksum stands.
-
-    Returns:
-        64 hexadecimal digits.
-    """
+    """SHA-256, in hexadecimal, of a file as if the checksum that stands at this place were zeros."""
     view, digest = memoryview(data), hashlib.sha256()
     for part in (view[:place], NO_CHECKSUM.encode(), view[place + len(NO_CHECKSUM) :]):
         digest.update(part)
@@ -179,12 +165,7 @@ def checksum(data: bytes, place: int) -> str:
 def header_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """Length of the JSON header that safetensors writes, before it is padded to a multiple of 8.
 
-    Args:
-        tensors: tensors by name; only their types and shapes matter.
-        metadata: text by name.
-
-    Returns:
-        Bytes.
+    Of the tensors only names, types and shapes matter.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -208,7 +189,7 @@ def _text(layers: Mapping[str, Mapping[str, Any]], products: Mapping[str, Any]) 
 
 
 def _record(layer: Deployed) -> dict[str, Any]:
-    """What the metadata say of a layer."""
+    """Metadata of a layer."""
     record: dict[str, Any] = {"kind": layer.kind, "bits": layer.weight_bits, "shape": list(layer.weight_codes.shape)}
     if layer.tied_to is not None:
         record["tied_to"] = layer.tied_to
@@ -219,6 +200,14 @@ def _record(layer: Deployed) -> dict[str, Any]:
     return record | {"input": {"bits": layer.input_bits, "grid": layer.grid, "zero_point": layer.zero_point}}
 
 
+def _product_record(product: DeployedProduct) -> dict[str, dict[str, Any]]:
+    """Metadata of a product; its steps are among the tensors."""
+    return {
+        name: {"bits": operand.bits, "grid": operand.grid, "zero_point": operand.zero_point}
+        for name, operand in product.operands().items()
+    }
+
+
 def _owners(deployed: nn.Module) -> dict[str, Deployed]:
     """Layers whose planes the file holds: all but those with another one's weight."""
     return {name: layer for name, layer in deployed_layers(deployed).items() if layer.tied_to is None}
@@ -226,11 +215,7 @@ def _owners(deployed: nn.Module) -> dict[str, Deployed]:
 
 def _other_tensors(deployed: nn.Module) -> dict[str, Tensor]:
     """Everything in the file but the bit-planes."""
-    if not deployed_layers(deployed):
-        raise ConfigError(
-            f"{type(deployed).__name__}: expected a deployed model, found no deployed layer. "
-            "Call nipq.convert(model) first."
-        )
+    check_deployed(deployed, "save")
     state = deploy_state(deployed)
     for key, value in state.items():
         found = getattr(value, "dtype", type(value).__name__)  # a module's extra state may be anything

@@ -1,4 +1,4 @@
-"""A deployed layer in the numbers that other tools read: positive scales, one for weights and one for the input.
+"""Portable numbers of deployed layers: positive scales, one for the weight and one for the input, as other tools read.
 
 The deployed layer multiplies its whole sums by one ``scale``, which a batch norm may have made negative. Exchange
 formats give the input and the weight a scale of their own, both positive, and multiply before they sum::
@@ -9,14 +9,14 @@ formats give the input and the weight a scale of their own, both positive, and m
 
 A channel whose factor is 0, as its gamma is, gets codes 0 and scale 1: it computes the same, and nobody divides by 0.
 Every number is a function of the deployed layer, so a file can be compared with the model to the bit. The product of
-both scales is the trained one up to its last binary digit; nothing is recomputed from boundaries.
+both scales is the trained one up to its last binary digit; nothing is recomputed from clipping ranges.
 
-An operand of a product inside attention is what a layer's input is, and is written by the same code.
+An operand of a product inside attention is treated as a layer's input is, by the same code.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ from nipq.nn.kinds import along_channels, is_plain, kind_of
 
 @dataclass(frozen=True)
 class PortableInput:
-    """How a computed tensor becomes codes: a layer's input, or an operand of a product inside attention.
+    """Quantization of a computed tensor: a layer's input, or an operand of a product inside attention.
 
     Attributes:
         scale: the trained step, float32, no dimensions.
@@ -77,7 +77,7 @@ class PortableLayer:
         weight_scale: float32, above zero, no dimensions or one per output channel.
         bias: float32, one per output channel, or None.
         weight_bits: bit-width.
-        input: what becomes of the input; None when it stays float.
+        input: quantization of the input; None when it stays float.
     """
 
     weight: Tensor
@@ -88,14 +88,7 @@ class PortableLayer:
 
 
 def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
-    """The numbers of a deployed layer.
-
-    Args:
-        layer: a deployed layer.
-        name: its full name, for messages.
-
-    Returns:
-        The numbers; tensors are on the CPU.
+    """The portable numbers of a deployed layer, on the CPU; the name is for messages.
 
     Raises:
         NonFiniteError: if a weight scale leaves the range of float32.
@@ -118,37 +111,23 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
 
 
 def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
-    """The numbers of every deployed layer by full name; equal weights of tied layers are one tensor.
-
-    Args:
-        deployed: what ``nipq.convert`` or ``nipq.load`` returned.
-
-    Returns:
-        Name -> numbers, in the order of the model.
-    """
+    """The portable numbers of every deployed layer by full name; equal weights of tied layers are one tensor."""
     found: dict[str, PortableLayer] = {}
     weights: dict[int, list[Tensor]] = {}
     for name, layer in deployed_layers(deployed).items():
         numbers = portable(layer, name)
         known = weights.setdefault(layer.weight_codes.data_ptr(), [])
-        twin = next((weight for weight in known if torch.equal(weight, numbers.weight)), None)
-        if twin is None:
+        same = next((weight for weight in known if torch.equal(weight, numbers.weight)), None)
+        if same is None:
             known.append(numbers.weight)
         else:
-            numbers = PortableLayer(twin, numbers.weight_scale, numbers.bias, numbers.weight_bits, numbers.input)
+            numbers = replace(numbers, weight=same)
         found[name] = numbers
     return found
 
 
 def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
-    """The numbers of every product inside attention by full name.
-
-    Args:
-        deployed: what ``nipq.convert`` or ``nipq.load`` returned.
-
-    Returns:
-        Name -> operands, in the order of the model; empty unless ``attention_bits`` was set.
-    """
+    """The portable operands of every product inside attention by full name; empty unless ``attention_bits`` was set."""
     return {
         name: {part: portable_input(operand) for part, operand in product.operands().items()}
         for name, product in deployed_products(deployed).items()
@@ -156,14 +135,7 @@ def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
 
 
 def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
-    """How the input of a layer, or an operand, becomes codes.
-
-    Args:
-        given: the deployed layer or operand.
-
-    Returns:
-        The numbers; the scale is on the CPU.
-    """
+    """Quantization of the input of a layer, or of an operand; the scale is on the CPU."""
     step, bits = (given.input_step, given.input_bits) if isinstance(given, DeployedLayer) else (given.step, given.bits)
     narrow, z = bits <= 8, given.zero_point
     if given.grid == "signed":
@@ -175,14 +147,7 @@ def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
 
 
 def input_facts(given: PortableInput | None) -> dict[str, Any]:
-    """What files say in words of an input; codes count from the value 0.
-
-    Args:
-        given: the input, None when it stays float.
-
-    Returns:
-        Plain numbers and strings by name; all None of an input that stays float.
-    """
+    """Facts of an input as files name them, all None if it stays float; codes count from the value 0."""
     names = ("input_bits", "grid", "zero_point", "code_low", "code_high")
     if given is None:
         return dict.fromkeys(names)

@@ -1,7 +1,4 @@
-"""What every runtime gives: a module that is called like the model, and which kernel runs which layer.
-
-ONNX Runtime sessions that compute what the file says.
-"""
+"""Runtimes: the interface of compiled models and their kernels, and faithful sessions of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Kernel(NamedTuple):
-    """How a runtime computes one layer.
+    """Kernel by which a runtime computes one layer.
 
     Attributes:
         name: full name of the layer.
@@ -35,12 +32,12 @@ class Kernel(NamedTuple):
 
 
 class CompiledModel(nn.Module, ABC):
-    """A model in the hands of a runtime.
+    """Base of models that a runtime compiled; called like the model.
 
     Args:
         runtime: its name.
         kernels: how each layer is computed, in the order of execution.
-        warnings: what differs from the deployed model, or runs slower than it could.
+        warnings: differences from the deployed model, and layers that run slower than they could.
     """
 
     def __init__(self, runtime: str, kernels: Iterable[Kernel], warnings: Iterable[str]) -> None:
@@ -89,9 +86,9 @@ def faithful_session(
     of it. Speed is that of float32.
 
     Args:
-        source: what ``nipq.export`` wrote, or another ONNX file: its path, or its contents.
+        source: path or contents of a file that ``nipq.export`` wrote, or of another ONNX file.
         threads: threads of one operator; as many as the machine has cores if not given.
-        name: what to call the file in messages; its path if not given.
+        name: name of the file in messages; its path if not given.
         reuse_memory: whether tensors may share memory where the graph's sizes say that they are equally large.
 
     Returns:
@@ -103,7 +100,7 @@ def faithful_session(
     """
     runtime = require("onnxruntime", extra="onnx", purpose="running ONNX files")
     options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what is an error is raised
+    options.log_severity_level = 4  # errors are raised
     options.add_session_config_entry(FAITHFUL, "1")
     options.enable_mem_reuse = reuse_memory
     if threads is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits, stochastic_round_bits
-from nipq.functional.clipping import alpha_from_raw, max_boundary, noise_optimal_boundary, raw_from_alpha
+from nipq.functional.clipping import alpha_from_raw, max_range, noise_optimal_range, raw_from_alpha
 from nipq.functional.cost import CostForm, cost
 from nipq.functional.grid import (
     SIGNED,
@@ -31,8 +31,8 @@ __all__ = [
     "empirical_noise",
     "integer_codes",
     "levels",
-    "max_boundary",
-    "noise_optimal_boundary",
+    "max_range",
+    "noise_optimal_range",
     "noise_proxy",
     "quantize",
     "raw_from_alpha",

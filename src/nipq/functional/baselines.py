@@ -1,9 +1,9 @@
-r"""The gradients of rival methods, for the same quantizer: only what training does differs, never the levels.
+r"""Baselines (LSQ, LSQ+, PACT, DiffQ, STE) for the same quantizer: gradients differ in training, levels never do.
 
-All of them, the noise proxy too, truncate and then add an error inside the range. They differ in that error, and in
-what moves the boundary::
+All methods, the noise proxy too, truncate and then add an error inside the range. They differ in that error, and in
+what moves the clipping range::
 
-    method   value in range    d / d alpha in range         boundary
+    method   value in range    d / d alpha in range         clipping range
     nipq     x + noise step    noise / n                    learned
     lsq      Q(x)              (Q(x) - x) / alpha, scaled   learned by its step
     lsq+     Q(x)              the same                     learned, with an offset for inputs
@@ -24,13 +24,13 @@ from torch import Tensor
 from nipq.functional.grid import Grid, code_range, levels, step_size, value_range
 from nipq.functional.uniform import StraightThrough, quantize
 
-#: Least slope of the softplus for which LSQ's factor makes up: below it a boundary, near 0, would jump instead of move.
+#: Least slope of the softplus for which LSQ's factor makes up: below it a clipping range, near 0, would jump.
 LEAST_SLOPE = 0.01
 
 #: Momentum of the running largest magnitude of an input.
 RUNNING_MAX_MOMENTUM = 0.1
 
-#: Coefficients of ``sawb_boundary`` by bit-width: least squares of the best boundary of six distributions.
+#: Coefficients of ``sawb_range`` by bit-width: least squares of the best clipping range of six distributions.
 SAWB = {2: (2.542, 1.623), 3: (6.952, 6.316), 4: (11.798, 11.830), 5: (16.653, 17.481), 6: (21.147, 22.756)}
 
 
@@ -63,7 +63,7 @@ def lsq_quantize(
     count: int,
     quantizer: Callable[[Tensor, Tensor, Tensor, Grid], Tensor] = quantize,
 ) -> Tensor:
-    r"""The true quantizer whose boundary moves as LSQ's learned step does.
+    r"""The true quantizer whose clipping range moves as LSQ's learned step does.
 
     LSQ learns the step s = alpha / n and scales its gradient by g = 1 / sqrt(count n). Here the parameter is alpha_raw
     with alpha = softplus(alpha_raw). A gradient step of LSQ moves alpha = n s by -lr g n^2 dL/d alpha; one on
@@ -78,11 +78,11 @@ def lsq_quantize(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x, the softplus of a parameter.
+        alpha: clipping range, units of x, > 0, broadcastable to x, the softplus of a parameter.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
-        count: elements that share one boundary: of a weight, or of one sample of an input.
-        quantizer: ``quantize`` or a fused twin of it.
+        count: elements that share one clipping range: of a weight, or of one sample of an input.
+        quantizer: ``quantize``, or the fused kernel of it.
 
     Returns:
         Values on the grid, shape and type of x.
@@ -97,8 +97,8 @@ def lsq_quantize(
     return quantizer(x, scaled, bits, grid)
 
 
-def lsq_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
-    """LSQ's first boundary: n steps of 2 E|x| / sqrt(n).
+def lsq_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
+    """LSQ's first clipping range: n steps of 2 E|x| / sqrt(n).
 
     Paper: LSQ (arXiv 1902.08153), section 2.1.
 
@@ -106,14 +106,14 @@ def lsq_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: i
         x: data, any shape, not empty.
         bits: bit-width, >= 2.
         grid: which levels.
-        channel_axis: one boundary for each index along this axis; one for all if left out.
+        channel_axis: one clipping range for each index along this axis; one for all if left out.
 
     Returns:
         alpha, units of x, > 0, shape (1,) or (C,); 1 where the data are all zero.
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> lsq_boundary(torch.tensor([-1.0, 1.0]), 2, SIGNED)
+        >>> lsq_range(torch.tensor([-1.0, 1.0]), 2, SIGNED)
         tensor([2.])
     """
     rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
@@ -162,16 +162,16 @@ def quantize_with_offset(x: Tensor, alpha: Tensor, offset: Tensor, bits: Tensor,
 
 
 def pact_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> Tensor:
-    r"""PACT: the boundary learns from the values that it truncates, and from no other.
+    r"""PACT: the clipping range learns from the values that it truncates, and from no other.
 
     d/d alpha is 1 where x >= alpha, -1 where x <= -alpha (signed), 0 in range; d/dx is 1 in range, 0 outside. The
-    bit-width gets no gradient. PACT's decay of alpha is a weight decay on the boundaries.
+    bit-width gets no gradient. PACT's decay of alpha is a weight decay on the clipping ranges.
 
     Paper: PACT (arXiv 1805.06085), Eq. 3.
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha; gets no gradient.
         grid: which levels.
 
@@ -185,11 +185,11 @@ def pact_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> Tensor:
     return out
 
 
-def sawb_boundary(x: Tensor, bits: int, *, channel_axis: int | None = None) -> Tensor:
-    """Boundary of a weight from its two first moments, as PACT's authors choose it.
+def sawb_range(x: Tensor, bits: int, *, channel_axis: int | None = None) -> Tensor:
+    """Clipping range of a weight from its two first moments, as PACT's authors choose it.
 
     alpha = c1 sqrt(E w^2) - c2 E|w|, at most max |w|, with c1 and c2 by bit-width. The coefficients are fitted, as in
-    the paper, to the boundaries of least squared error of six distributions (normal, uniform, Laplace, logistic,
+    the paper, to the clipping ranges of least squared error of six distributions (normal, uniform, Laplace, logistic,
     triangular, von Mises), but for our grid, which has a level at zero and 2^b - 1 levels. Above 6 bits max |w|.
 
     Paper: SAWB (arXiv 1807.06964), section 3.
@@ -197,7 +197,7 @@ def sawb_boundary(x: Tensor, bits: int, *, channel_axis: int | None = None) -> T
     Args:
         x: a weight, any shape, not empty.
         bits: whole bit-width, >= 2.
-        channel_axis: one boundary for each index along this axis; one for all if left out.
+        channel_axis: one clipping range for each index along this axis; one for all if left out.
 
     Returns:
         alpha, units of x, > 0, shape (1,) or (C,); 1 where the weight is all zero.
@@ -239,7 +239,7 @@ def untruncated_proxy(x: Tensor, alpha: Tensor, bits: Tensor, noise: Tensor, gri
     return x + noise * step_size(alpha.detach(), bits, grid)
 
 
-def running_boundary(alpha: Tensor, x: Tensor, grid: Grid) -> Tensor:
+def running_range(alpha: Tensor, x: Tensor, grid: Grid) -> Tensor:
     """DiffQ for inputs: the running mean of the largest magnitudes, alpha + momentum (max - alpha).
 
     Args:
@@ -248,7 +248,7 @@ def running_boundary(alpha: Tensor, x: Tensor, grid: Grid) -> Tensor:
         grid: which levels; on a shifted grid the range also covers the shift.
 
     Returns:
-        The new boundary, > 0, shape (1,).
+        The new clipping range, > 0, shape (1,).
     """
     largest = x.abs().amax() if grid.kind == "signed" else x.amax() + grid.shift
     return (alpha + RUNNING_MAX_MOMENTUM * (largest - alpha)).clamp_min(math.ulp(1.0))

@@ -1,4 +1,4 @@
-"""Bit-widths: from the parameter to a number of bits, and from there to a whole one."""
+"""Bit-widths: continuous ones from their parameter, and whole ones by straight-through rounding."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from nipq.errors import ConfigError
 
-# How near to an end of the range a start may lie, as a share of the range: the sigmoid's parameter is infinite there.
+#: Least distance of a start from an end of the range, as a share of the range: the parameter is infinite there.
 _END_MARGIN = 1e-3
 
 
 def bits_from_raw(raw: Tensor, low: float, high: float) -> Tensor:
-    """Bit-width of a parameter.
+    """Bit-width from its parameter.
 
     bits = low + (high - low) * sigmoid(raw); d bits / d raw = (bits - low) (high - bits) / (high - low), which
     vanishes at both ends.

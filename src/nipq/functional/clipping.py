@@ -1,8 +1,6 @@
-"""Which elements of a large tensor stand for all of them.
+"""Clipping ranges: alpha from its parameter, and alpha from data.
 
-Boundaries: from the parameter to alpha, and alpha from data.
-
-The last two functions look at data and are for calibration, not for a training step.
+The functions that look at data are for calibration, not for a training step.
 """
 
 from __future__ import annotations
@@ -45,7 +43,7 @@ def even_stride(count: int, most: int) -> int:
 
 
 def alpha_from_raw(raw: Tensor) -> Tensor:
-    """Boundary of a parameter.
+    """Clipping range alpha from its parameter.
 
     alpha = softplus(raw) = log(1 + e^raw); d alpha / d raw = sigmoid(raw). Computed in float64 and rounded once, so
     that every backend has the same number.
@@ -67,20 +65,20 @@ def alpha_from_raw(raw: Tensor) -> Tensor:
 
 
 def raw_from_alpha(alpha: Tensor) -> Tensor:
-    """Parameter of a boundary, the inverse of ``alpha_from_raw``.
+    """Parameter of a clipping range alpha, the inverse of ``alpha_from_raw``.
 
     raw = log(e^alpha - 1), computed as alpha + log(1 - e^-alpha), which neither overflows nor cancels.
 
     Paper: Q5 in docs/paper_map.md.
 
     Args:
-        alpha: boundary, > 0, any shape.
+        alpha: clipping range, > 0, any shape.
 
     Returns:
         The parameter, shape of alpha.
 
     Raises:
-        ConfigError: if a boundary is not positive and finite.
+        ConfigError: if a clipping range is not positive and finite.
 
     Example:
         >>> raw_from_alpha(torch.tensor([6.0025]))
@@ -88,15 +86,33 @@ def raw_from_alpha(alpha: Tensor) -> Tensor:
     """
     if not bool(((alpha > 0) & alpha.isfinite()).all()):
         raise ConfigError(
-            f"expected positive, finite boundaries; found {float(alpha.min()):g} to {float(alpha.max()):g}. "
-            "Calibrate on data that are not all zero, or set the boundary by hand."
+            f"expected positive, finite clipping ranges; found {float(alpha.min()):g} to {float(alpha.max()):g}. "
+            "Calibrate on data that are not all zero, or set the clipping range by hand."
         )
     return alpha + torch.log(-torch.expm1(-alpha))
 
 
+def spread_along(per_channel: Tensor, axis: int, ndim: int) -> Tensor:
+    """Numbers of channels in a shape that broadcasts with a tensor.
+
+    Args:
+        per_channel: shape (1,) or (C,).
+        axis: axis of the tensor along which the channels run.
+        ndim: number of axes of the tensor.
+
+    Returns:
+        Shape (1,), or one with C along the axis and 1 elsewhere.
+    """
+    if per_channel.numel() == 1:
+        return per_channel
+    shape = [1] * ndim
+    shape[axis] = -1
+    return per_channel.reshape(shape)
+
+
 @torch.no_grad()
-def max_boundary(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
-    """Smallest boundary that truncates nothing.
+def max_range(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
+    """Smallest clipping range that truncates nothing.
 
     alpha = max |x| when signed, max x when unsigned, max x + shift when shifted.
 
@@ -105,10 +121,10 @@ def max_boundary(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> T
     Args:
         x: data, any shape, not empty.
         grid: which levels.
-        channel_axis: one boundary for each index along this axis; one for all if left out.
+        channel_axis: one clipping range for each index along this axis; one for all if left out.
 
     Returns:
-        alpha, units of x, > 0, shape (1,) or (C,). 1 where the data have no extent (all zero), as any boundary is
+        alpha, units of x, > 0, shape (1,) or (C,). 1 where the data have no extent (all zero), as any clipping range is
         right there and none can be told from the data.
 
     Raises:
@@ -117,15 +133,15 @@ def max_boundary(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> T
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> max_boundary(torch.tensor([-3.0, 1.0]), SIGNED)
+        >>> max_range(torch.tensor([-3.0, 1.0]), SIGNED)
         tensor([3.])
     """
     return _or_one(_extents(x, grid, channel_axis).amax(dim=1))
 
 
 @torch.no_grad()
-def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
-    """Boundary at which the proxy's squared error on x is least, for uniform noise.
+def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
+    """Clipping range at which the proxy's squared error on x is least, for uniform noise.
 
     The root of alpha P(in range) / (12 n^2) = E[(|x| - alpha)+], |x| standing for x when unsigned and for x + shift
     when shifted: widening the range gains as much at its ends as it loses by the coarser step. The left side
@@ -138,7 +154,7 @@ def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, chann
         x: data, any shape, not empty.
         bits: bit-width, >= 2, one number, or one for each channel.
         grid: which levels.
-        channel_axis: one boundary for each index along this axis; one for all if left out.
+        channel_axis: one clipping range for each index along this axis; one for all if left out.
 
     Returns:
         alpha, units of x, > 0, shape (1,) or (C,); 1 where the data have no extent.
@@ -149,7 +165,7 @@ def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, chann
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> noise_optimal_boundary(torch.linspace(-1, 1, 101), torch.tensor([4.0]), SIGNED)
+        >>> noise_optimal_range(torch.linspace(-1, 1, 101), torch.tensor([4.0]), SIGNED)
         tensor([0.9543])
     """
     points = _extents(x, grid, channel_axis).sort(dim=1).values
@@ -170,12 +186,12 @@ def noise_optimal_boundary(x: Tensor, bits: Tensor | float, grid: Grid, *, chann
 
 
 def _extents(x: Tensor, grid: Grid, channel_axis: int | None) -> Tensor:
-    """Distance of every element from the low end of the range (from zero when signed), one row for each boundary."""
+    """Distance of every element from the low end of the range (from zero when signed), one row for each range."""
     if x.numel() == 0:
-        raise ConfigError("expected data to take a boundary from; found an empty tensor. Calibrate on real inputs.")
+        raise ConfigError("expected data to find a range from, found an empty tensor. Calibrate on real inputs.")
     if not bool(x.isfinite().all()):
         raise NonFiniteError(
-            f"expected finite data to take a boundary from; found {int((~x.isfinite()).sum())} of {x.numel()} elements "
+            f"expected finite data to find a range from, found {int((~x.isfinite()).sum())} of {x.numel()} elements "
             "NaN or infinite. Look for the layer or the input that produced them."
         )
     rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)

@@ -1,8 +1,8 @@
-"""What a choice of bits costs, in one normal form.
+"""Cost of a choice of bit-widths in one normal form: average bits, model size and bit-operations.
 
 Average bits, model size and bit-operations all are a constant, plus a share for every weight tensor's bits, plus a
-share for every activation's bits, plus a share for products of the two. Loss, report, feasible range and the integer
-programme all read the same form, so they cannot disagree.
+share for every activation's bits, plus a share for products of the two. Loss, report, feasible range and the ILP
+solver all read the same form, so they cannot disagree.
 """
 
 from __future__ import annotations

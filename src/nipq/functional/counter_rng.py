@@ -1,4 +1,4 @@
-"""Random numbers out of a key and a place, so that backward can draw them again instead of keeping them.
+"""Counter-based random numbers: a function of key and position, so that backward draws them again instead of saving.
 
 A key is drawn from torch's own generator, once a call. So seeds, saved states and activation checkpointing govern the
 noise as they govern dropout, processes with different seeds have different noise, and no number leaves the device. From
@@ -15,17 +15,37 @@ counted: two that differ in one high bit give noise that is alike.
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Generator, Tensor
 
+#: Constants of the hash.
 GOLDEN, FIRST, SECOND = 0x9E3779B9, 0x7FEB352D, 0x846CA68B
 
 #: The pair from which :func:`unit_draw` comes; a tensor of fewer than 2^33 - 2 elements does not reach it.
 LAST_PAIR = 0xFFFFFFFF
 
 
+def seed_of(*parts: int | str) -> int:
+    """Seed of a random generator from what it is for; it depends on every part and its place.
+
+    Args:
+        parts: such as ``(seed, "search", epoch, step)``.
+
+    Returns:
+        A number in [0, 2^63).
+
+    Example:
+        >>> seed_of(0, "search", 1) == seed_of(0, "search", 1), seed_of(0, "search", 1) == seed_of(0, "float", 1)
+        (True, False)
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
 def draw_key(device: torch.device | str, generator: Generator | None = None) -> Tensor:
-    """A fresh key.
+    """Draw a fresh key from torch's generator.
 
     Args:
         device: of the tensor that gets the noise; its generator is asked.
@@ -38,7 +58,7 @@ def draw_key(device: torch.device | str, generator: Generator | None = None) -> 
 
 
 def counter_bits(key: Tensor, count: int) -> Tensor:
-    """The first numbers of a key.
+    """Random bits of a key, for positions 0 to count - 1.
 
     Args:
         key: int64, shape (1,).
@@ -52,7 +72,7 @@ def counter_bits(key: Tensor, count: int) -> Tensor:
 
 
 def counter_noise(x: Tensor, key: Tensor) -> Tensor:
-    """Uniform noise, the same for the same key.
+    """Uniform noise on (-1/2, 1/2), the same for the same key.
 
     noise = (k + 1/2) / 65536 with k a number of ``counter_bits``, by the order of memory: mean exactly 0, variance
     1/12 within 2e-11, never on an end.
@@ -77,7 +97,7 @@ def counter_noise(x: Tensor, key: Tensor) -> Tensor:
 
 
 def unit_draw(key: Tensor) -> Tensor:
-    """One number for the whole tensor, independent of its noise.
+    """Uniform number on [0, 1) for a whole tensor, independent of its noise.
 
     Args:
         key: see ``draw_key``.

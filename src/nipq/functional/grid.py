@@ -1,4 +1,4 @@
-"""The grid of levels: how many, how far apart, and where zero lies.
+"""Quantization grids: number of levels, step size, zero point, and range of codes and values.
 
 The only place that raises 2 to a bit-width. Training, evaluation, calibration and export all take the step from here,
 so they cannot disagree about it.
@@ -17,12 +17,13 @@ from nipq.errors import ConfigError
 
 GridKind = Literal["signed", "unsigned", "shifted"]
 
+#: Fewest bits of a grid: a signed one with a single bit has no level but zero.
 MIN_BITS = 2
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Which levels a quantizer has.
+    """Levels of a quantizer: signed, unsigned, or shifted.
 
     ``signed``: -n..n times the step, symmetric, zero included, for weights and signed activations.
     ``unsigned``: 0..n times the step, for what follows a ReLU.
@@ -63,6 +64,7 @@ class Grid:
             )
 
 
+#: The two grids without settings.
 SIGNED = Grid("signed")
 UNSIGNED = Grid("unsigned")
 
@@ -70,8 +72,9 @@ UNSIGNED = Grid("unsigned")
 def levels(bits: Tensor | float, grid: Grid) -> Tensor:
     """Number n of steps between zero and the far end of the range.
 
-    n = 2^(b-1) - 1 when signed, 2^b - 1 when unsigned or shifted. The boundary alpha lies n steps from the low end of
-    the range (from zero when signed), so a signed grid has 2n + 1 = 2^b - 1 levels, the others n + 1 = 2^b.
+    n = 2^(b-1) - 1 when signed, 2^b - 1 when unsigned or shifted. alpha is n steps, from zero to the high end when
+    signed, from the low end to the high one otherwise, so a signed grid has 2n + 1 = 2^b - 1 levels, the others
+    n + 1 = 2^b.
 
     Paper: the quantizer of section 3; see docs/paper_map.md.
 
@@ -108,7 +111,7 @@ def step_size(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
     Paper: the quantizer of section 3; see docs/paper_map.md.
 
     Args:
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, whole or fractional, broadcastable to alpha.
         grid: which levels.
 
@@ -165,7 +168,7 @@ def code_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor,
     Paper: the quantizer of section 3.
 
     Args:
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 
@@ -197,7 +200,7 @@ def value_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor
     Paper: the quantizer of section 3; z counts as a constant for the gradient.
 
     Args:
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 

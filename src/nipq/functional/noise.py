@@ -1,12 +1,9 @@
-"""Noise drawn from the errors that rounding the very tensor would make: what section 5.2 of the paper asks for.
+"""Pseudo-quantization noise, in units of the step, from -1/2 to 1/2.
 
-Where uniform noise is far from the truth (two bits, zero-heavy tensors, weights that have settled on the grid) this is
-the noise that keeps the gradient of the boundary right: T3 in ``docs/paper_map.md``.
-
-Pseudo-quantization noise, in units of the step, from -1/2 to 1/2.
-
-``uniform_noise`` is the practical choice of the paper's section 6.3; what its theory asks for is in
-``nipq.functional.noise``. Beyond the paper: ``gaussian_noise`` (DiffQ's), ``stochastic_noise`` (LOTION's) and
+``uniform_noise`` is the practical choice of the paper's section 6.3. ``empirical_noise``, drawn from the errors that
+rounding the very tensor would make, is what the theory of its section 5.2 asks for: where uniform noise is far from the
+truth (two bits, zero-heavy tensors, weights that have settled on the grid) it keeps the gradient of the clipping range
+right (T3 in ``docs/paper_map.md``). Beyond the paper: ``gaussian_noise`` (DiffQ's), ``stochastic_noise`` (LOTION's) and
 ``tempered`` noise.
 """
 
@@ -26,8 +23,11 @@ from nipq.functional.uniform import inside_range, integer_codes, widened
 
 EmpiricalMethod = Literal["table", "histogram"]
 
-HISTOGRAM_BINS = 256  # of the published sampler
-TABLE_PLACES = 65536  # what 16 random bits address
+#: Bins of the published sampler.
+HISTOGRAM_BINS = 256
+
+#: Entries that 16 random bits address.
+TABLE_PLACES = 65536
 
 #: Errors that empirical noise is drawn from: 16 KiB, which stay in the first cache.
 ERROR_TABLE = 4096
@@ -55,7 +55,7 @@ def error_table(
     *,
     cap: float = math.inf,
 ) -> ErrorTable:
-    """The rounding errors of 4,096 elements picked at random, or of all where there are no more.
+    """Rounding errors of 4,096 elements picked at random, or of all where there are no more.
 
     By the inequality of Dvoretzky, Kiefer and Wolfowitz the distribution of m picked errors is nowhere farther than d
     from that of all of them, but for a chance of 2 exp(-2 m d^2): 0.03 in all but one of 800 tables of 4,096.
@@ -64,7 +64,7 @@ def error_table(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         generator: source of randomness; torch's own if left out.
@@ -97,7 +97,7 @@ def error_table(
 
 @torch.no_grad()
 def table_noise(x: Tensor, table: ErrorTable, key: Tensor) -> Tensor:
-    """One entry of a table for every element, with replacement; uniform noise from an empty table.
+    """Noise drawn from a table of errors, with replacement; uniform noise from an empty table.
 
     noise = errors[k inside / 65536], rounded down, with k of ``counter_bits`` from 0 to 65535.
 
@@ -136,7 +136,7 @@ def empirical_noise(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         method: ``"table"`` or ``"histogram"``.
@@ -189,7 +189,7 @@ def _from_histogram(error: Tensor, inside: Tensor, generator: Generator | None) 
 
 
 def uniform_noise(x: Tensor, generator: Generator | None = None) -> Tensor:
-    """Noise drawn evenly from the step, independently for every element, by a fresh key.
+    """Noise drawn uniformly from the step, independently for every element, by a fresh key.
 
     noise ~ U(-1/2, 1/2): mean 0, variance 1/12.
 
@@ -239,7 +239,7 @@ def stochastic_noise(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         generator: source of randomness; torch's own if left out.
@@ -259,7 +259,7 @@ def true_error(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Te
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 
@@ -296,7 +296,7 @@ def draw_noise(kind: NoiseKind, x: Tensor, alpha: Tensor, bits: Tensor | float, 
         kind: ``"uniform"``, ``"empirical"`` (from a table of its errors), ``"histogram"`` (the published sampler of
             them), ``"gaussian"`` or ``"stochastic"``.
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
         key: of uniform and empirical noise, see ``nipq.functional.counter_rng.draw_key``.

@@ -1,4 +1,4 @@
-"""The noise proxy: what training sees in place of rounding."""
+"""The noise proxy: pseudo-quantization noise in training, in place of rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor
 from nipq.functional.grid import Grid, code_range, step_size, value_range
 from nipq.functional.uniform import inside_range, integer_codes, truncate, truncation_gradients
 
-UNIFORM_NOISE_VARIANCE = 1 / 12
+#: Variance of noise drawn uniformly from one step, in units of the step squared.
+UNIFORM_VARIANCE = 1 / 12
 
 
 class _NoiseInside(torch.autograd.Function):
@@ -48,13 +49,14 @@ def noise_proxy(
     grid: Grid,
     *,
     clip_after_noise: bool = False,
-    correct_boundary: bool = False,
+    correct_range: bool = False,
 ) -> Tensor:
     r"""The proxy of the quantizer: noise of one step inside the range, the nearer end of the range outside.
 
     Qhat = x + noise * step strictly inside the range, alpha where x >= alpha, and at the other end -alpha (signed) or
     exactly 0 (unsigned). It shares alpha and bits with ``quantize``, so the two can be swapped at any moment. The
-    result may pass the boundary by half a step, as in the published code, unless ``clip_after_noise``. Gradients::
+    result may pass an end of the range by half a step, as in the published code, unless ``clip_after_noise``.
+    Gradients::
 
         region                     d/dx    d/d alpha    d/d bits
         in range                   1       noise / n    noise * d step / d bits
@@ -64,8 +66,8 @@ def noise_proxy(
 
     which is ``quantize`` with the noise in place of the error e: the content of the paper's section 5.2.
 
-    **The boundary correction.** LSQ's gradient, and with it the proxy's, is not the derivative of the actual error.
-    The level that x is rounded to is code * alpha / n, so it moves with alpha as Q / alpha, and for the loss
+    **The range correction.** LSQ's gradient, and with it the proxy's, is not the derivative of the actual error. The
+    level that x is rounded to is code * alpha / n, so it moves with alpha as Q / alpha, and for the loss
     (Q - x)^2 an in-range element contributes 2 (Q - x) Q / alpha; LSQ has 2 (Q - x) (Q - x) / alpha. What is missing
     is 2 (Q - x) x / alpha. A term of value zero, coefficient * (alpha - alpha.detach()), can carry it into any loss.
     Its coefficient multiplies the incoming gradient g; to turn that into the curvature h, which is 2 above, let g
@@ -81,12 +83,12 @@ def noise_proxy(
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, whole or fractional, broadcastable to alpha.
         noise: units of the step, in [-1/2, 1/2], shape of x; gets no gradient.
         grid: which levels.
         clip_after_noise: keep the result inside the range. It biases the mean near the ends.
-        correct_boundary: add the boundary correction to the gradient of alpha; the value stays the same.
+        correct_range: add the range correction to the gradient of alpha; the value stays the same.
 
     Returns:
         The proxy, shape and type of x.
@@ -105,16 +107,16 @@ def noise_proxy(
     out: Tensor = _NoiseInside.apply(x, step, lower, upper, noise)
     if clip_after_noise:  # truncate once more: what noise carried over an end now belongs to that end
         out = _NoiseInside.apply(out, step, lower, upper, torch.zeros_like(noise))
-    if correct_boundary:
+    if correct_range:
         out = out + _correction(x, alpha, bits, noise, grid) * (alpha - alpha.detach())
     return out.to(x.dtype)
 
 
 @torch.no_grad()
 def _correction(x: Tensor, alpha: Tensor, bits: Tensor | float, noise: Tensor, grid: Grid) -> Tensor:
-    """Coefficient of the boundary correction; (Q - x) / step is the error in units of the step."""
+    """Coefficient of the range correction; (Q - x) / step is the error in units of the step."""
     step = step_size(alpha, bits, grid)
     lower, upper = value_range(alpha, bits, grid)
     error = integer_codes(x, step, *code_range(alpha, bits, grid)) - x / step
-    coefficient = noise * error * x / (alpha * UNIFORM_NOISE_VARIANCE)
+    coefficient = noise * error * x / (alpha * UNIFORM_VARIANCE)
     return inside_range(x, lower, upper) * coefficient

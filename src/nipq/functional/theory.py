@@ -1,15 +1,9 @@
-"""How much of a distribution lies in range, and how far the rest lies beyond.
-
-The proxy's noise has mean 0 and is independent of x, so its expected error needs nothing else about x
-(``nipq.theory``). The numbers come from a sample or, for the normal and Laplace distributions, from a formula.
-
-What the paper proves about the proxy, as closed forms.
+"""Closed forms of what the paper proves about the noise proxy, for tests and documentation; training needs none.
 
 Setting of the paper's section 5.2: the reconstruction loss R(alpha, bits) = E[(Qhat(x) - x)^2]. Noise has mean 0 and
 is independent of x, so R and its gradients need nothing about x but three numbers for each alpha: how much of it lies
-in range, and the first two moments of what lies beyond. ``Tails`` holds them. Everything is float64. Tests and
-documentation compute with these; training does not need them. The shifted grid has no place in the paper and none
-here.
+in range, and the first two moments of what lies beyond. ``Tails`` holds them, from a sample or, for the normal and
+Laplace distributions, from a formula. Everything is float64. The shifted grid has no place in the paper and none here.
 """
 
 from __future__ import annotations
@@ -23,11 +17,12 @@ from torch import Tensor
 
 from nipq.errors import ConfigError
 from nipq.functional.grid import Grid, code_range, levels, step_size, value_range
+from nipq.functional.proxy import UNIFORM_VARIANCE
 from nipq.functional.uniform import inside_range, integer_codes, truncate
 
 
 class Tails(NamedTuple):
-    """All that the proxy's expected error needs to know about the distribution of x at one alpha.
+    """Share of a distribution in range at one alpha, and moments of what lies beyond.
 
     ``inside`` is P(in range); ``excess`` is E[(|x| - alpha)+] (x for |x| when unsigned), units of x; ``squares`` is
     E[(nearer end - x)^2; truncated], units of x squared.
@@ -43,7 +38,7 @@ def sample_tails(x: Tensor, alpha: Tensor | float, grid: Grid) -> Tails:
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         grid: signed or unsigned.
 
     Returns:
@@ -72,7 +67,7 @@ def normal_tails(alpha: Tensor | float, grid: Grid) -> Tails:
     (1 + alpha^2) Phi(-alpha) - alpha phi(alpha).
 
     Args:
-        alpha: boundary, > 0, any shape.
+        alpha: clipping range, > 0, any shape.
         grid: signed or unsigned.
 
     Returns:
@@ -99,7 +94,7 @@ def laplace_tails(alpha: Tensor | float, grid: Grid) -> Tails:
     Each side: inside (1 - e^-alpha)/2, excess e^-alpha / 2, squares e^-alpha.
 
     Args:
-        alpha: boundary, > 0, any shape.
+        alpha: clipping range, > 0, any shape.
         grid: signed or unsigned.
 
     Returns:
@@ -145,20 +140,18 @@ __all__ = [
     "UNIFORM_VARIANCE",
     "Gradient",
     "Tails",
-    "boundary_correction",
     "error_power",
     "laplace_tails",
-    "least_error_boundary",
+    "least_error_range",
     "normal_tails",
     "proxy_error",
     "proxy_gradient",
+    "range_correction",
     "sample_tails",
     "step_slope",
     "stochastic_step_moment",
     "true_error",
 ]
-
-UNIFORM_VARIANCE = 1 / 12  # of noise evenly drawn from one step, in units of the step squared
 
 
 class Gradient(NamedTuple):
@@ -176,7 +169,7 @@ def step_slope(alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tenso
     Paper: the release; see docs/paper_map.md.
 
     Args:
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 
@@ -207,7 +200,7 @@ def proxy_error(
 
     Args:
         tails: of x at this alpha.
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: signed or unsigned.
         noise_variance: E[noise^2], units of the step squared; that of uniform noise if left out.
@@ -233,15 +226,15 @@ def proxy_gradient(
 ) -> Gradient:
     """Expected gradients of the proxy's squared error.
 
-    d/d alpha = 2 var step / n P(in) - 2 excess, whose root is the least-error boundary (T6; OCTAV's equation with n
-    for 2^(b-1)); d/d bits = 2 var step (d step / d bits) P(in), which is never positive: reconstruction alone pushes
+    d/d alpha = 2 var step / n P(in) - 2 excess, whose root is the least-error clipping range (T6; OCTAV's equation with
+    n for 2^(b-1)); d/d bits = 2 var step (d step / d bits) P(in), which is never positive: reconstruction alone pushes
     bits up, only a cost pushes them down (T8).
 
     Paper: section 5.2; T3, T6 and T8 in docs/paper_map.md.
 
     Args:
         tails: of x at this alpha.
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: signed or unsigned.
         noise_variance: E[noise^2], units of the step squared; that of uniform noise if left out.
@@ -269,7 +262,7 @@ def error_power(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gr
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         bits: bit-width, >= 2, one number.
         grid: signed or unsigned.
 
@@ -292,7 +285,7 @@ def true_error(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gri
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         bits: bit-width, >= 2, one number.
         grid: signed or unsigned.
 
@@ -308,8 +301,8 @@ def true_error(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gri
     return ((error * step) ** 2).mean()
 
 
-def boundary_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tensor:
-    """What LSQ's gradient lacks to be the derivative of the true error in alpha.
+def range_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tensor:
+    """Term that LSQ's gradient lacks to be the derivative of the true error in alpha.
 
     2 E[(Q(x) - x) x; in range] / alpha. A level moves with alpha as Q / alpha, where straight-through gradients have
     (Q - x) / alpha; where the nearest level changes the two errors are equal, so the jump contributes nothing.
@@ -318,7 +311,7 @@ def boundary_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, 
 
     Args:
         x: the sample, any shape.
-        alpha: boundary, units of x, > 0, one number.
+        alpha: clipping range, units of x, > 0, one number.
         bits: bit-width, >= 2, one number.
         grid: signed or unsigned.
 
@@ -327,20 +320,20 @@ def boundary_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, 
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> boundary_correction(torch.tensor([1.25, 9.0]), 3.0, 3, SIGNED)
+        >>> range_correction(torch.tensor([1.25, 9.0]), 3.0, 3, SIGNED)
         tensor(-0.1042, dtype=torch.float64)
     """
     inside, error, step, wide = _errors(x, alpha, bits, grid)
     return 2 * (inside * error * step * wide).mean() / float64(alpha)
 
 
-def least_error_boundary(
+def least_error_range(
     tails_at: Callable[[Tensor, Grid], Tails],
     bits: Tensor | float,
     grid: Grid,
     noise_variance: Tensor | float = UNIFORM_VARIANCE,
 ) -> Tensor:
-    """Boundary at which the proxy's expected error is least, for a distribution known by formula.
+    """Clipping range at which the proxy's expected error is least, for a distribution known by formula.
 
     The root of ``proxy_gradient`` in alpha, by bisection: the derivative rises with alpha.
 
@@ -357,7 +350,7 @@ def least_error_boundary(
 
     Example:
         >>> from nipq.functional.grid import SIGNED
-        >>> least_error_boundary(normal_tails, 4, SIGNED)
+        >>> least_error_range(normal_tails, 4, SIGNED)
         tensor(2.4868, dtype=torch.float64)
     """
     bits = float64(bits)
@@ -380,7 +373,7 @@ def stochastic_step_moment(
     Paper: Eq. 15; see docs/paper_map.md.
 
     Args:
-        alpha: boundary, units of x, > 0, any shape.
+        alpha: clipping range, units of x, > 0, any shape.
         bits: bit-width, from the first to the last choice, one number.
         grid: which levels.
         power: 1 for the step, 2 for the noise power.

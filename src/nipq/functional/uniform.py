@@ -1,12 +1,11 @@
-"""Truncation to the range, and the gradient that rounding and the noise proxy have in common.
-
-Both are in the training path, so the masks are numbers 0 and 1 and are multiplied. ``torch.where`` and boolean masks
-say the same, but on a CPU they cost ten times as much: one mispredicted branch an element.
-
-The true quantizer Q: round, truncate, and hand gradients straight through.
+"""The true quantizer (uniform quantization): truncation, integer codes, and straight-through gradients.
 
 ``integer_codes`` is the one evaluation rule. Every other part of the package that needs a code calls it: the formulas
 ``x * (1 / step)`` and ``round(clamp(x / alpha) * n)`` look alike and are different quantizers.
+
+Truncation and its gradients are those of the noise proxy as well. They are in the training path, so the masks are
+numbers 0 and 1 and are multiplied. ``torch.where`` and boolean masks say the same, but on a CPU they cost ten times as
+much: one mispredicted branch an element.
 """
 
 from __future__ import annotations
@@ -143,7 +142,7 @@ def widened(x: Tensor) -> Tensor:
 
 
 class StraightThrough(torch.autograd.Function):
-    """codes * step, with the gradient of a truncation; see ``quantize``.
+    """Straight-through estimator: codes * step, with the gradient of a truncation; see ``quantize``.
 
     Written out because no sum of plain operations has both this gradient and *exactly* the value code * step. Keeps x
     only, and computes the error again in backward.
@@ -165,7 +164,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
-        """The shared gradient, with the error for slope."""
+        """The gradients of a truncation, with the rounding error for slope."""
         x, step, lower, upper, low, high = ctx.saved_tensors
         error = integer_codes(x, step, low, high) - x / step
         return *truncation_gradients(grad, x, error, (lower, upper), step, ctx.needs_input_grad), None, None
@@ -189,7 +188,7 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tens
 
     Args:
         x: any shape, floating point.
-        alpha: boundary, units of x, > 0, broadcastable to x.
+        alpha: clipping range, units of x, > 0, broadcastable to x.
         bits: bit-width, >= 2, broadcastable to alpha.
         grid: which levels.
 

@@ -1,5 +1,4 @@
-"""Fused twins of the maths in ``nipq.functional``: the same numbers in one pass over memory.
+"""Fused kernels of the noise proxy and the true quantizer: the numbers of ``nipq.functional`` in one pass over memory.
 
-``proxy`` is the noise proxy and ``rounding`` the true quantizer; both choose between the compiled kernels (``cpu``) and
-the plain operations by themselves. ``docs/speed.md`` says what they cost.
+:mod:`nipq.kernels.dispatch` chooses between the compiled kernels and plain operations. ``docs/speed.md`` has the times.
 """

@@ -1,6 +1,6 @@
-"""The compiled kernels for CPUs: compiled on first use, kept for the next process, done without where impossible.
+"""C++ kernels for CPUs, called through ctypes: compiled on first use, and cached for the next process.
 
-Calls of the compiled CPU kernels: addresses in, nothing out.
+Where there is no compiler, plain operations do. The functions take and return tensors; the library gets addresses.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nipq.functional.counter_rng import is_dense
 from nipq.functional.grid import Grid
-from nipq.kernels.arguments import ProxySettings, ProxyTensors, laid_out_like
+from nipq.kernels.arguments import GRID_NUMBERS, ProxySettings, ProxyTensors, laid_out_like
 
+#: Folder of the C++ source.
 SOURCE = Path(__file__).with_name("source")
 
 #: Set to 0 to do without compiled kernels.
@@ -32,6 +33,7 @@ SWITCH = "NIPQ_KERNELS"
 #: Set to a folder for what was compiled; else it goes where the platform keeps caches.
 CACHE = "NIPQ_CACHE"
 
+#: Flags of the compiler; results are equal to those of torch, bit for bit.
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp",
     "-ffp-contract=off",  # a multiply and an add round twice, as in torch
@@ -118,7 +120,7 @@ def _output(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache folder may be shared by several machines."""
+    """Features of the processor, which ``-march=native`` depends on: machines may share a cache folder."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -131,7 +133,7 @@ def _undefined_allowed() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where what was compiled or measured on this machine is kept."""
+    """Folder of the files that were compiled or measured on this machine."""
     if CACHE in os.environ:
         return Path(os.environ[CACHE])
     base = os.environ.get("XDG_CACHE_HOME")
@@ -141,15 +143,15 @@ def cache_folder() -> Path:
 #: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.
 SHARE = 1 << 15
 
-#: Fewest neighbours in memory that share a boundary; below it the kernel would not be the faster way.
+#: Fewest neighbours in memory that share a clipping range; below it the kernel would not be the faster way.
 LEAST_RUN = 16
 
-_GRIDS = {"signed": 0, "unsigned": 1, "shifted": 2}
+#: Numbers of the element types in compiled code.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class Call(ctypes.Structure):
-    """What one call is about: ``struct Call`` of source/call.hpp, field by field."""
+    """Arguments of one call, ``struct Call`` of source/call.hpp field by field."""
 
     _fields_ = (
         ("elements", ctypes.c_int64),
@@ -180,8 +182,8 @@ def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:
 
     Args:
         x: what is to be quantized.
-        alpha: its boundary, or the parameter of it.
-        channel_axis: axis of the boundaries.
+        alpha: its clipping range, or the parameter of it.
+        channel_axis: axis of the clipping ranges.
     """
     return (
         x.device.type == "cpu"
@@ -197,7 +199,7 @@ def proxy_forward(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> 
 
     Args:
         x: dense, float32 or bfloat16.
-        tensors: boundary, bits and key.
+        tensors: clipping range, bits and key.
         settings: grid and range of bits.
 
     Returns:
@@ -238,10 +240,10 @@ def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_ax
 
     Args:
         x: dense, float32 or bfloat16.
-        alpha: boundaries, float32, C numbers.
+        alpha: clipping ranges, float32, C numbers.
         bits: whole bit-width, float32, shape (1,).
         grid: which levels.
-        channel_axis: axis of the boundaries.
+        channel_axis: axis of the clipping ranges.
         cap: what x is cut to before, infinity for nothing.
 
     Returns:
@@ -304,7 +306,7 @@ def _proxy_call(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Ca
         _address(tensors.bits), _address(tensors.table), _address(tensors.table_count)
     )  # fmt: skip
     call.low, call.high, call.cap = settings.low, settings.high, settings.cap
-    call.grid, call.shift, call.stochastic = _GRIDS[settings.grid.kind], settings.grid.shift, settings.stochastic
+    call.grid, call.shift, call.stochastic = GRID_NUMBERS[settings.grid.kind], settings.grid.shift, settings.stochastic
     call.choices = sum(1 << bits for bits in settings.choices)
     return call
 
@@ -312,5 +314,5 @@ def _proxy_call(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> Ca
 def _round_call(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_axis: int, cap: float) -> Call:
     call = _call(x, alpha.numel(), channel_axis)
     call.alpha, call.bits = alpha.data_ptr(), bits.data_ptr()
-    call.grid, call.shift, call.cap = _GRIDS[grid.kind], grid.shift, cap
+    call.grid, call.shift, call.cap = GRID_NUMBERS[grid.kind], grid.shift, cap
     return call

@@ -1,21 +1,12 @@
-"""What the Triton kernels have in common over the elements: places, noise, and the sums of a gradient.
+"""Triton kernels for GPUs: the noise proxy and the true quantizer, one launch forward and two backward.
+
+The functions and the formulas are those of ``nipq.kernels.cpu``. Everything that changes from step to step (bit-width,
+clipping ranges, key) is read from the device's memory and computed in every program, so nothing has to run before, no
+launch waits for the device, and all of them can be recorded in a CUDA graph. The noise proxy saves its result alone.
 
 Importable without Triton; the kernels are then functions that nobody calls. What stands under ``@jit`` runs on the
-device, or on the CPU in Triton's interpreter, where the tests hold it to the plain maths.
-
-Two rules keep it equal to torch bit for bit: no multiply and add fused into one (``Tiling.options``), and true
-divisions only.
-
-What the Triton kernels have in common but for the elements: bit-width, boundaries, and the parameters' gradients.
-
-All of it is computed in every program from the parameters' memory, so that nothing has to run before.
-
-The noise proxy on a GPU: one launch forward, two backward, nothing kept but the result.
-
-The functions are those of ``nipq.kernels.cpu``, and so are the formulas. Everything that changes from step to step is
-read from the device's memory, so no launch waits for the device and all of them can be recorded in a CUDA graph.
-
-The true quantizer on a GPU; the functions and the formulas are those of ``nipq.kernels.cpu``.
+device, or on the CPU in Triton's interpreter, where the tests hold it to the plain maths. Two rules keep it equal to
+torch bit for bit: no multiply and add fused into one (``Tiling.options``), and true divisions only.
 """
 
 from __future__ import annotations
@@ -31,7 +22,7 @@ from torch import Tensor
 
 from nipq.functional.counter_rng import is_dense
 from nipq.functional.grid import Grid
-from nipq.kernels.arguments import ProxySettings, ProxyTensors, laid_out_like
+from nipq.kernels.arguments import GRID_NUMBERS, ProxySettings, ProxyTensors, laid_out_like
 from nipq.kernels.triton_tiles import tiling
 
 try:
@@ -43,6 +34,7 @@ except ImportError:
 #: Oldest generation of NVIDIA's that Triton compiles for, and the first with bfloat16.
 GENERATION, BFLOAT16_GENERATION = (7, 0), (8, 0)
 
+#: Types of elements that the kernels take.
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -56,8 +48,8 @@ def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:  # noqa: ARG
 
     Args:
         x: what is to be quantized.
-        alpha: its boundary, or the parameter of it.
-        channel_axis: axis of the boundaries.
+        alpha: its clipping range, or the parameter of it.
+        channel_axis: axis of the clipping ranges.
     """
     return (
         triton is not None
@@ -81,7 +73,7 @@ def _suits(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[None]:
-    """Where kernels are launched from; nothing changes for a tensor of the CPU.
+    """Context in which kernels are launched on a tensor's GPU; nothing changes for a tensor of the CPU.
 
     Args:
         x: what a kernel works on.
@@ -96,7 +88,7 @@ def on_device_of(x: Tensor) -> AbstractContextManager[None]:
 def share_of(
     tiles: tl.tensor, share: tl.tensor, chunks: tl.tensor, tile_channels: tl.constexpr
 ) -> tl.tensor:  # fmt: skip
-    """What this program works on: its channels, its number among their programs, its first tile and the one after."""
+    """Share of this program: its channels, its number among their programs, its first tile and the one after."""
     chunk, group = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     channel = group * tile_channels + tl.arange(0, tile_channels)
     return channel, chunk, chunk * share, tl.minimum((chunk + 1) * share, tiles)
@@ -108,7 +100,7 @@ def places_of(
     tile_rows: tl.constexpr, tile_inner: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
     """Places in memory of a tile's elements, and which of them exist; shaped (rows, channels, inner) like the tile."""
-    if channel.shape[0] == 1:  # one boundary: one stretch of memory
+    if channel.shape[0] == 1:  # one clipping range: one stretch of memory
         place = (tl.cast(tile, tl.int64) * tile_inner + tl.arange(0, tile_inner))[None, None, :]
         real = place < inner
     else:
@@ -185,7 +177,7 @@ def put_sums(
     to: tl.tensor, slope: tl.tensor, lower: tl.tensor, upper: tl.tensor,
     chunk: tl.tensor, chunks: tl.tensor, channel: tl.tensor, channels: tl.tensor,
 ) -> None:  # fmt: skip
-    """What one program found, into planes of (chunks, channels): each has its own place, so none waits for another."""
+    """Store one program's sums in planes of (chunks, channels): each has its own place, so none waits for another."""
     plane = tl.cast(chunks, tl.int64) * channels
     to += tl.cast(chunk, tl.int64) * channels + channel
     tl.store(to, tl.sum(tl.sum(slope, 2), 0), mask=channel < channels)
@@ -207,10 +199,6 @@ def sum_of(
         part = tl.load(start + chunk.to(tl.int64) * channels + channel[None, :], mask=found, other=0)
         total += part.to(tl.float64)
     return tl.sum(total, 0)
-
-
-#: Numbers of the grids.
-KINDS = {"signed": 0, "unsigned": 1, "shifted": 2}
 
 
 @jit
@@ -269,7 +257,7 @@ def range_of(
     channel: tl.tensor, channels: tl.tensor, alpha: tl.tensor, alpha_raw: tl.tensor, bits: tl.tensor, shift: tl.tensor,
     kind: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """Step, lower and upper end, zero point, n and boundary of channels, float32; alpha is given, or its parameter."""
+    """Step, lower and upper end, zero point, n and alpha of channels, float32; alpha is given, or its parameter."""
     if alpha is not None:
         end = tl.load(alpha + channel, mask=channel < channels, other=1)
     else:
@@ -296,7 +284,7 @@ def finish_kernel(
     least: tl.constexpr, most: tl.constexpr, choices: tl.constexpr, stochastic: tl.constexpr, kind: tl.constexpr,
     tile_channels: tl.constexpr, tile_chunks: tl.constexpr,
 ) -> None:  # fmt: skip
-    """From the sums to the gradients of boundaries and bits, or of the parameters behind them; one program.
+    """From the sums to the gradients of clipping ranges and bits, or of the parameters behind them; one program.
 
     The step is alpha / n; the ends are -alpha and alpha, 0 and alpha, or -zero step and alpha - zero step, where zero
     counts as constant.
@@ -332,7 +320,7 @@ def proxy_forward(x: Tensor, tensors: ProxyTensors, settings: ProxySettings) -> 
 
     Args:
         x: dense, float32, float16 or bfloat16.
-        tensors: boundary, bits and key.
+        tensors: clipping range, bits and key.
         settings: grid and range of bits.
 
     Returns:
@@ -377,7 +365,7 @@ def proxy_backward(
 
 
 def _noise(tensors: ProxyTensors, settings: ProxySettings) -> dict[str, Any]:
-    """What a kernel takes for the elements besides."""
+    """Arguments of a kernel of the noise proxy that concern the elements."""
     return {
         "table": tensors.table, "table_count": tensors.table_count,
         "cap": float(settings.cap), "capped": settings.cap < math.inf,
@@ -385,18 +373,19 @@ def _noise(tensors: ProxyTensors, settings: ProxySettings) -> dict[str, Any]:
 
 
 def _scalars(tensors: ProxyTensors, settings: ProxySettings) -> dict[str, Any]:
-    """What a kernel takes that does not depend on the elements."""
+    """Arguments of a kernel that do not depend on the elements."""
     return {
         "alpha": None, "alpha_raw": tensors.alpha_raw, "key": tensors.key,
         "bit_raw": tensors.bit_raw, "bits_frozen": tensors.bits_frozen, "bits": tensors.bits,
         "least": float(settings.low), "most": float(settings.high), "choices": settings.choices,
-        "stochastic": settings.stochastic, "kind": KINDS[settings.grid.kind], "shift": float(settings.grid.shift),
+        "stochastic": settings.stochastic,
+        "kind": GRID_NUMBERS[settings.grid.kind], "shift": float(settings.grid.shift),
     }  # fmt: skip
 
 
 @jit
 def count_of(table: tl.tensor, table_count: tl.tensor) -> tl.tensor:
-    """How many errors there are to draw from."""
+    """Number of errors to draw from."""
     count = tl.full([], 0, tl.uint32)
     if table is not None:
         count = tl.load(table_count).to(tl.uint32)
@@ -515,10 +504,10 @@ def round_forward(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, channel_ax
 
     Args:
         x: dense, float32, float16 or bfloat16.
-        alpha: boundaries, float32, C numbers.
+        alpha: clipping ranges, float32, C numbers.
         bits: whole bit-width, float32, shape (1,).
         grid: which levels.
-        channel_axis: axis of the boundaries.
+        channel_axis: axis of the clipping ranges.
         cap: what x is cut to before, infinity for nothing.
 
     Returns:
@@ -568,7 +557,7 @@ _NO_PARAMETERS = {
 
 
 def _rounding_scalars(alpha: Tensor, bits: Tensor, grid: Grid) -> dict[str, Any]:
-    return {"alpha": alpha, "bits": bits, "shift": float(grid.shift), "kind": KINDS[grid.kind]}
+    return {"alpha": alpha, "bits": bits, "shift": float(grid.shift), "kind": GRID_NUMBERS[grid.kind]}
 
 
 @jit

@@ -1,4 +1,4 @@
-"""How a tensor is cut for the Triton kernels: by its size and layout, and by sizes that suit the GPU.
+"""Tiling of a tensor for the Triton kernels, by its size and layout and by sizes that suit the GPU.
 
 The sizes change no value of a result, and of the sums in a gradient only the order. So they are not looked for while
 training: ``nipq doctor --tune`` measures once (``nipq.kernels.triton_tuning``), what it found is kept in the cache
@@ -26,13 +26,13 @@ from nipq.kernels.cpu import cache_folder
 
 @dataclass(frozen=True)
 class Sizes:
-    """What may be chosen for a GPU.
+    """Sizes that may be chosen for a GPU.
 
     Attributes:
         tile: elements of a tile, a power of two; 1,024 are 8 a thread, one load of 16 bytes in half precision.
-        programs: of a launch with one boundary, about. Each takes several tiles in a row, so that its scalars in
+        programs: of a launch with one clipping range, about. Each takes several tiles in a row, so that its scalars in
             float64 and its sums cost little.
-        programs_per_channel: the same with several boundaries.
+        programs_per_channel: the same with several clipping ranges.
         warps: threads / 32 of a program.
     """
 
@@ -56,7 +56,7 @@ class Tiling:
     """A dense tensor in the order of memory, seen as (rows, channels, inner), and how it is cut.
 
     Attributes:
-        size: the three lengths; element (r, c, i) lies at place (r channels + c) inner + i and has boundary c.
+        size: the three lengths; element (r, c, i) lies at place (r channels + c) inner + i and has clipping range c.
         shape: of a tile, powers of two.
         tiles: of one group of channels, a group being as many as a tile has.
         tiles_inner: tiles side by side in a row.
@@ -104,11 +104,11 @@ class Tiling:
 
 
 def tiling(x: Tensor, channels: int, channel_axis: int) -> Tiling:
-    """How a tensor is cut.
+    """Tiling of a tensor.
 
     Args:
         x: dense.
-        channels: number of boundaries.
+        channels: number of clipping ranges.
         channel_axis: their axis.
 
     Raises:
@@ -182,7 +182,7 @@ def kept_sizes(device: int) -> Sizes:
 
 
 def sizes_file(gpu: str) -> Path:
-    """Where the sizes for a kind of GPU are kept.
+    """File of the sizes for a kind of GPU.
 
     Args:
         gpu: its name, as torch gives it.

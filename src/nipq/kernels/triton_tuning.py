@@ -1,4 +1,4 @@
-"""The search for sizes of the Triton kernels that suit a GPU: ``nipq doctor --tune``."""
+"""Tuning of the Triton kernels: the search for sizes that suit a GPU, ``nipq doctor --tune``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.triton import proxy_backward, proxy_forward
 from nipq.kernels.triton_tiles import ALLOWED, Sizes, keep_sizes, on_trial
 
-#: What is timed: activations of half a batch in half precision with one boundary, and weights with one per channel.
+#: Shapes that are timed: activations of half a batch in half precision with one clipping range, weights with many.
 ACTIVATIONS, WEIGHTS = (64, 256, 56, 56), (1024, 512, 3, 3)
 
 try:
@@ -29,7 +29,7 @@ Stopwatch = Callable[[Callable[[], object]], float]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a search found.
+    """Result of a search.
 
     Attributes:
         gpu: name of the GPU.
@@ -76,7 +76,7 @@ def search(
     """One size after the other, each at its best value so far: 12 timings instead of 375.
 
     Args:
-        steps: work with one boundary, and with several.
+        steps: work with one clipping range, and with several.
         milliseconds: how long one of them takes.
 
     Returns:
@@ -117,7 +117,7 @@ def proxy_step(
     Args:
         shape: of what is quantized.
         dtype: its type.
-        channels: number of boundaries, along the first axis.
+        channels: number of clipping ranges, along the first axis.
         device: where.
 
     Returns:

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from nipq.config import Phase
 from nipq.errors import OrderError
-from nipq.nn.integer import whole_product
+from nipq.nn.integer import refuse_dropout, whole_product
 from nipq.nn.layers import LayerQuantization, quantization
 
 #: Name of the function that is replaced, and of the submodule that holds its quantizers.
@@ -64,25 +64,8 @@ class Product(nn.Module):
         return whole_product(first(x), second(y), first.step() * second.step(), *map(float, ranges))
 
 
-def refuse_dropout(name: str, drop: float) -> None:
-    """Products of whole codes are for evaluation.
-
-    Args:
-        name: full name of the product, for the message.
-        drop: what the model asked for.
-
-    Raises:
-        OrderError: if the model asks for dropout.
-    """
-    if drop:
-        raise OrderError(
-            f"{name}: expected no dropout where attention is computed in whole codes, found a share of {drop:g}. "
-            "Call model.eval(), and let the model ask for dropout in training only."
-        )
-
-
 class AttentionProducts(nn.Module):
-    """What stands for torch's function in one module: the same arguments, the same result but for quantization.
+    """Quantized ``scaled_dot_product_attention`` of one module: the same arguments and result but for quantization.
 
     Args:
         scores: computes query times key.

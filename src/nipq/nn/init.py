@@ -1,4 +1,4 @@
-"""Where boundaries and grids start, from a weight or from a sample of an input."""
+"""First clipping ranges and grids, from a weight or from a sample of an input."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nipq.errors import NonFiniteError
-from nipq.functional.baselines import lsq_boundary
-from nipq.functional.clipping import max_boundary, noise_optimal_boundary
+from nipq.functional.baselines import lsq_range
+from nipq.functional.clipping import max_range, noise_optimal_range
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import quantize
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
@@ -16,10 +16,10 @@ from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 SHIFTS = {"hardswish": 0.375, "silu": 0.2785, "gelu": 0.1701}
 
 
-def start_weight_boundary_(quantizer: WeightQuantizer, weight: Tensor) -> None:
-    """Set a weight's first boundary, in the way that ``quantizer.init`` says.
+def start_weight_range_(quantizer: WeightQuantizer, weight: Tensor) -> None:
+    """Set a weight's first clipping range, in the way that ``quantizer.init`` says.
 
-    ``"max"``: the largest absolute weight. ``"mse"``: the boundary that minimises the proxy's error at the present
+    ``"max"``: the largest absolute weight. ``"mse"``: the range that minimises the proxy's error at the present
     bit-width (T6 in ``docs/paper_map.md``). ``"lsq"``: 2 E|w| sqrt(n). ``"release"``: ``alpha_raw = max w`` as
     published, softplus not inverted (Q5 there).
 
@@ -31,16 +31,15 @@ def start_weight_boundary_(quantizer: WeightQuantizer, weight: Tensor) -> None:
     if quantizer.init == "release":
         _set_raw_(quantizer, float(weight.max()))
         return
-    axis = quantizer.channel_axis if quantizer.alpha_raw.numel() > 1 else None
-    quantizer.set_alpha_(_boundary(quantizer, weight, SIGNED, axis))
+    quantizer.set_alpha_(_range(quantizer, weight, SIGNED, quantizer.range_axis))
 
 
-def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
-    """Choose an input's grid, unless a rule did, and set its first boundary from a sample.
+def start_input_range_(quantizer: InputQuantizer, sample: Tensor) -> None:
+    """Choose an input's grid, unless a rule did, and set its first clipping range from a sample.
 
     The grid is unsigned when the sample has no negative value. Otherwise it is the better, by squared error at the
     present bit-width, of the signed grid and the shifted grid whose shift is the smallest known one that covers the
-    sample's minimum (h-swish, SiLU, GELU). A learned offset starts at the sample's minimum. The boundary minimises the
+    sample's minimum (h-swish, SiLU, GELU). A learned offset starts at the sample's minimum. The range minimises the
     squared error (``init="mse"``), covers the sample (``"max"``), is LSQ's start (``"lsq"``), or is the published
     constant (``"release"``: raw 6, and raw 3 when signed).
 
@@ -58,7 +57,7 @@ def start_input_boundary_(quantizer: InputQuantizer, sample: Tensor) -> None:
         )
     sample = sample.flatten().float()
     bits = float(quantizer.bits_rounded)
-    starts = [(grid, _boundary(quantizer, sample, grid)) for grid in _candidate_grids(quantizer, sample)]
+    starts = [(grid, _range(quantizer, sample, grid)) for grid in _candidate_grids(quantizer, sample)]
     errors = [float((quantize(sample, alpha, bits, grid) - sample).square().mean()) for grid, alpha in starts]
     quantizer.grid, alpha = starts[errors.index(min(errors))]
     if quantizer.init == "release":
@@ -73,12 +72,12 @@ def _set_raw_(quantizer: TensorQuantizer, raw: float) -> None:
     quantizer.calibrated = True
 
 
-def _boundary(quantizer: TensorQuantizer, x: Tensor, grid: Grid, channel_axis: int | None = None) -> Tensor:
+def _range(quantizer: TensorQuantizer, x: Tensor, grid: Grid, channel_axis: int | None = None) -> Tensor:
     if quantizer.init == "max":
-        return max_boundary(x, grid, channel_axis=channel_axis)
+        return max_range(x, grid, channel_axis=channel_axis)
     if quantizer.init == "lsq":
-        return lsq_boundary(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
-    return noise_optimal_boundary(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
+        return lsq_range(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
+    return noise_optimal_range(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
 
 
 def _candidate_grids(quantizer: InputQuantizer, sample: Tensor) -> list[Grid]:

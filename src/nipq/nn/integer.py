@@ -1,4 +1,4 @@
-"""Integer-domain arithmetic: the one form in which torch and an integer runtime agree to the bit.
+"""Integer-domain arithmetic, in the one form in which torch and an integer runtime agree to the bit.
 
 Codes are whole numbers held in floats. A convolution over them is exact while its sums stay below 2^24 in float32 (2^53
 in float64); rounding the sums removes what a fast algorithm such as Winograd adds below one half. After that come one
@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from nipq.errors import OrderError
 
 #: Largest whole number up to which float32 holds every whole number.
 EXACT_FLOAT32 = 2**24
@@ -140,6 +142,23 @@ def whole_product(
     wide = torch.float32 if exact else torch.float64
     with _full_precision(codes_x.device.type):
         return torch.round(torch.matmul(codes_x.to(wide), codes_y.to(wide))).float() * step
+
+
+def refuse_dropout(name: str, drop: float) -> None:
+    """Products of whole codes are for evaluation.
+
+    Args:
+        name: full name of the product, for the message.
+        drop: what the model asked for.
+
+    Raises:
+        OrderError: if the model asks for dropout.
+    """
+    if drop:
+        raise OrderError(
+            f"{name}: expected no dropout where attention is computed in whole codes, found a share of {drop:g}. "
+            "Call model.eval(), and let the model ask for dropout in training only."
+        )
 
 
 def _full_precision(device: str) -> AbstractContextManager[None]:

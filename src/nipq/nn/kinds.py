@@ -1,4 +1,4 @@
-"""Which layers have a quantized form, where their channels lie, and what they look like without a weight of their own.
+"""Kinds of layers that have a quantized form: their channels, how often a weight is used, and shells for any weight.
 
 Convolutions and linear layers multiply; an embedding is looked up, so its weight alone is quantized. The linear layer
 of GPT-2, ``Conv1D`` of the transformers library with its weight of shape (in, out), is known by name and settings, so
@@ -22,6 +22,7 @@ MULTIPLYING = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+#: Those whose weight has its input channels first.
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -128,7 +129,7 @@ def output_channel_axis(layer: nn.Module) -> int | None:
 
 
 def weight_uses(layer: nn.Module, x: Tensor, y: Tensor) -> int:
-    """How often the whole weight is multiplied with in one call, over the whole batch.
+    """Number of multiplications with the whole weight in one call, over the whole batch.
 
     Args:
         layer: a supported layer.

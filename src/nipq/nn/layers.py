@@ -1,6 +1,4 @@
-"""The input quantizer of LSQ+: the low end of its range is a parameter, too.
-
-How quantizers attach to a layer that somebody else wrote, and how they come off again.
+"""Attaching quantizers to an existing layer, detaching them, and running the layer on whole codes.
 
 The weight goes through ``torch.nn.utils.parametrize``; the input goes through a forward pre-hook that calls
 ``layer.quantization.input``. The layer keeps its class, its forward and its place in the model.
@@ -16,54 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nipq.config import BitRange
 from nipq.errors import OrderError
-from nipq.functional.grid import UNSIGNED, Grid
 from nipq.nn.integer import fold, integer_forward, needs_float64
 from nipq.nn.kinds import channel_dim, output_channels, shell_class, weight_channel_axis
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 from nipq.nn.relu import fold_relu, unfold_relu
 
 
-class OffsetInputQuantizer(InputQuantizer):
-    """An :class:`~nipq.nn.quantizer.InputQuantizer` with a learned offset: the range is offset to offset + alpha.
-
-    The grid is at any moment the shifted one whose shift is minus the offset, so evaluation, files and checks treat it
-    like every other shifted grid.
-
-    Args:
-        name: full name of the tensor.
-        bit_range: allowed bit-widths.
-        **settings: as for ``InputQuantizer``.
-    """
-
-    def __init__(self, name: str, bit_range: BitRange, **settings: Any) -> None:  # noqa: ANN401
-        super().__init__(name, bit_range, **settings)
-        self.grid = Grid("shifted")
-
-    @property
-    def grid(self) -> Grid:
-        """The grid with the present offset (reads a value: not for a training step)."""
-        offset = self._parameters.get("offset")
-        return UNSIGNED if offset is None else Grid("shifted", max(0.0, -float(offset.detach())))
-
-    @grid.setter
-    def grid(self, grid: Grid) -> None:
-        if "offset" not in self._parameters:
-            self.offset = nn.Parameter(torch.zeros(1))
-        with torch.no_grad():
-            self.offset.fill_(-grid.shift)
-
-    def _round(self, x: Tensor, offset: Tensor | None = None) -> Tensor:
-        return super()._round(x, self.offset if offset is None else offset)
-
-    def _learn(self, x: Tensor, key: Tensor, offset: Tensor | None = None) -> Tensor:
-        return super()._learn(x, key, self.offset if offset is None else offset)
-
-
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What a layer costs, measured by one traced forward; all counts for one sample.
+    """Facts about a layer that its costs follow from, measured by one traced forward; all counts for one sample.
 
     Attributes:
         name: full name in the model.
@@ -102,7 +62,7 @@ class LayerSpec:
 
 
 class LayerQuantization(nn.Module):
-    """What ``prepare_`` adds to a layer under the name ``quantization``: its facts and its input quantizer.
+    """Submodule ``quantization`` that ``prepare_`` adds to a layer: its facts and its input quantizer.
 
     Args:
         spec: facts about the layer.
@@ -168,7 +128,7 @@ def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization,
     if relu is not None and record.input is not None:
         fold_relu(relu, record.input)
         record.relu = (relu,)
-    # unsafe: the safe form runs a forward, which needs a calibrated boundary and draws random numbers.
+    # unsafe: the safe form runs a forward, which needs a calibrated clipping range and draws random numbers.
     parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
     layer.quantization = record
     layer.train(layer.training)  # new modules start in training mode, whatever the layer is in

@@ -1,4 +1,4 @@
-"""A ReLU in front of an unsigned quantizer does nothing that truncation at 0 does not: training leaves it out.
+"""Folding a ReLU into the unsigned quantizer behind it: truncation at 0 does the same, so training leaves it out.
 
 min(max(x, 0), cap) before the noise proxy or the true quantizer on an unsigned grid gives the same value and the same
 gradients as the quantizer alone, told the cap of a ReLU6: below 0 both give 0 and pass no gradient. What is saved is a
@@ -28,7 +28,7 @@ def cap_of(module: nn.Module) -> float | None:
 
 
 def reads_in_sequence(model: nn.Module, first: str, second: str) -> bool:
-    """Whether the result of one module goes to another because they stand in a row, whatever the model does besides.
+    """Whether the result of one module goes to another because they follow each other in ``nn.Sequential`` containers.
 
     True where only ``nn.Sequential`` containers decide what comes after the first. Then no other branch can read the
     result in training that did not in evaluation, such as an auxiliary head.

@@ -1,8 +1,6 @@
-"""The typed rows that loss, snap, report and file size all read: one row per prepared layer.
+"""Table of a prepared model's layers with their quantizers, and settings of these: phase, bit-widths, noise.
 
-Set every quantizer's phase, or some quantizers' bit-widths, by hand.
-
-Where codes are looked at: the input of each layer, and both operands of each product inside attention.
+Losses, budgets, freezing, reports and file sizes all read the rows of this table.
 """
 
 from __future__ import annotations
@@ -25,6 +23,11 @@ from nipq.nn.layers import (
     weight_quantizer,
 )
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
+
+#: Bit-widths of a layer: one number for weight and input, or each by its name.
+LayerBits = int | Mapping[str, int]
+#: Names of a product's operands in deployed models.
+OPERANDS = ("x", "y")
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,13 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
 
 
 def weight_table(model: nn.Module) -> list[tuple[LayerRow, WeightQuantizer]]:
-    """Rows whose weight is stored, with its quantizer: all but the products inside attention.
-
-    Args:
-        model: as for :func:`layer_table`.
-    """
+    """Rows of :func:`layer_table` whose weight is stored, with its quantizer: all but products inside attention."""
     rows = layer_table(model)
     return [(row, row.weight) for row in rows if isinstance(row.weight, WeightQuantizer)]
 
 
 def input_quantizers(rows: Sequence[LayerRow]) -> list[InputQuantizer]:
-    """Quantizers of computed tensors: of each layer's input, and of keys and values.
-
-    Args:
-        rows: of :func:`layer_table`.
-    """
+    """Quantizers of computed tensors, of layers' inputs and of keys and values, from rows of :func:`layer_table`."""
     operands = [quantizer for row in rows for quantizer in (row.input, row.weight)]
     return [quantizer for quantizer in operands if isinstance(quantizer, InputQuantizer)]
 
@@ -108,13 +103,7 @@ def _present_name(spec: LayerSpec, name: str) -> str:
 
 
 def quantizers(model: nn.Module) -> list[TensorQuantizer]:
-    """Every quantizer of a prepared model once: of each layer the weight's, then the input's.
-
-    Args:
-        model: a prepared model.
-
-    Returns:
-        Quantizers without repetition (tied weights share one).
+    """Every quantizer of a prepared model once (tied weights share one): of each layer the weight's, then the input's.
 
     Raises:
         OrderError: if the model holds no prepared layer.
@@ -127,12 +116,8 @@ def quantizers(model: nn.Module) -> list[TensorQuantizer]:
     return list(found)
 
 
-#: Bit-widths of a layer: one number for weight and input, or each by its name.
-LayerBits = int | Mapping[str, int]
-
-
 def set_phase_(model: nn.Module, phase: Phase | str) -> None:
-    """Choose what every quantizer does; see the table in :mod:`nipq.nn.quantizer`.
+    """Set the phase of every quantizer: float, noise, rounding or integers; see :mod:`nipq.nn.quantizer`.
 
     In phase ``"int"`` every layer convolves whole codes and then applies one multiply and one add, with the batch norm
     after it folded in: the arithmetic of the deployed model, to the bit. Layers whose input stays float evaluate as in
@@ -148,7 +133,7 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
 
     Example:
         >>> import torch
-        >>> from nipq.prepare import prepare_
+        >>> from nipq.prepare.prepare import prepare_
         >>> model = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
         >>> set_phase_(model, "float")
         >>> phase_of(model)
@@ -178,12 +163,6 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
 def phase_of(model: nn.Module) -> Phase:
     """The phase that :func:`set_phase_` chose last.
 
-    Args:
-        model: a prepared model.
-
-    Returns:
-        The phase of the quantizers.
-
     Raises:
         OrderError: if the model is not prepared.
     """
@@ -192,7 +171,7 @@ def phase_of(model: nn.Module) -> Phase:
     return next((row.input.phase for row in rows if row.input is not None), rows[0].weight.phase)
 
 
-def temper_(model: nn.Module, share: float) -> None:
+def set_noise_mix_(model: nn.Module, share: float) -> None:
     """Set the share of the true rounding error in the noise: 0 is the noise proxy, 1 the true quantizer.
 
     eps_t = (1 - share) eps + share e in every quantizer, for methods with noise. Raised from 0 to 1 in the session of
@@ -209,7 +188,9 @@ def temper_(model: nn.Module, share: float) -> None:
         OrderError: if the model is not prepared.
     """
     if not 0 <= share <= 1:
-        raise ConfigError(f"temper_: expected a share from 0 to 1, found {share}. Give the share of the true error.")
+        raise ConfigError(
+            f"set_noise_mix_: expected a share from 0 to 1, found {share}. Give the share of the true error."
+        )
     for quantizer in quantizers(model):
         if share == 0:  # the kernels know the noise proxy alone
             quantizer.error_share = None
@@ -223,7 +204,7 @@ def temper_(model: nn.Module, share: float) -> None:
 
 
 def set_bits_(model: nn.Module, bits: int | Mapping[str, LayerBits]) -> None:
-    """Fix bit-widths by hand; fixed ones are no longer learned and the snap leaves them alone.
+    """Fix bit-widths by hand; fixed ones are no longer learned, and freezing leaves them alone.
 
     Args:
         model: a prepared model.
@@ -271,50 +252,35 @@ def _set_row(row: LayerRow, choice: LayerBits) -> None:
 
 
 def _by_name(row: LayerRow, bits: int) -> dict[str, int]:
-    """What a bare number sets."""
+    """Bit-widths that a bare number sets, by name."""
     weights = {} if row.spec.is_table else {"weights": bits}
     return weights if row.input is None or row.spec.is_input else weights | {"activations": bits}
 
 
-#: Operands of a product, as a deployed one calls them.
-OPERANDS = ("x", "y")
-
-
-def place_of(product: str, operand: str) -> str:
-    """What an operand is called in evidence and in messages.
-
-    Args:
-        product: full name of the product.
-        operand: one of :data:`OPERANDS`.
+def operand_point(product: str, operand: str) -> str:
+    """Name of a product's operand, one of :data:`OPERANDS`, as a quantization point in comparisons and messages.
 
     Example:
-        >>> place_of("layer.attention_products.mix", "y")
+        >>> operand_point("layer.attention_products.mix", "y")
         'layer.attention_products.mix: y'
     """
     return f"{product}: {operand}"
 
 
 def quantizers_at(name: str, row: LayerRow) -> dict[str, InputQuantizer]:
-    """Quantizers of what a trained layer or product reads.
-
-    Args:
-        name: its full name.
-        row: its row.
-
-    Returns:
-        Place -> quantizer; empty when the input stays float.
-    """
+    """Quantizers of the inputs of a trained layer or product, by quantization point; empty when the input is float."""
     if row.input is None:
         return {}
     if not isinstance(row.weight, InputQuantizer):
         return {name: row.input}
-    return {place_of(name, operand): found for operand, found in zip(OPERANDS, (row.input, row.weight), strict=True)}
+    return {
+        operand_point(name, operand): found for operand, found in zip(OPERANDS, (row.input, row.weight), strict=True)
+    }
 
 
-def places(rows: Mapping[str, LayerRow]) -> list[str]:
-    """All that evidence is kept of, in the order of execution; a product follows its operands.
+def quantization_points(rows: Mapping[str, LayerRow]) -> list[str]:
+    """Names of all inputs, layers and products that are compared, in the order of execution.
 
-    Args:
-        rows: layers and products of the trained model by name.
+    The input of a layer has the layer's name; a product follows its operands.
     """
-    return list(dict.fromkeys(place for name, row in rows.items() for place in (*quantizers_at(name, row), name)))
+    return list(dict.fromkeys(point for name, row in rows.items() for point in (*quantizers_at(name, row), name)))

@@ -1,11 +1,7 @@
-"""From a config's rules to the settings of each layer.
+"""Settings of each layer from a config's rules, groups of layers that share bit-widths, and limits of a target runtime.
 
-What a runtime computes in integers and as trained: which layers of a model it will not, said before training.
-
-Bit-widths are checked by :class:`nipq.config.Config` itself. Grids need no check: every runtime takes signed and
-unsigned ones, and shifted ones with whole zero points, and there are no others.
-
-Layers with one bit-width between them: those of given names that read the same tensor, as query, key, value do.
+Bit-widths are checked by :class:`nipq.config.Config` itself. Grids need no check for a target: every runtime takes
+signed and unsigned ones, and shifted ones with whole zero points, and there are no others.
 """
 
 from __future__ import annotations
@@ -21,6 +17,12 @@ from nipq.config import BitRange, Config, Granularity, GridChoice, Target
 from nipq.errors import ConfigError
 from nipq.nn.layers import LayerSpec
 
+#: Layers that the compiler's int8 passes know.
+INDUCTOR_KINDS = (nn.Conv2d, nn.Linear)
+#: Names of the runtimes in messages.
+_NAMES = {"openvino": "OpenVINO", "inductor": "Inductor"}
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
 
 @dataclass(frozen=True)
 class LayerPlan:
@@ -29,7 +31,7 @@ class LayerPlan:
     Attributes:
         weight_bits: bit-widths of the weight.
         activation_bits: bit-widths of the input, None when it stays float.
-        granularity: one boundary for the weight, or one for each output channel.
+        granularity: one clipping range for the weight, or one for each output channel.
         grid: levels of the input.
     """
 
@@ -82,7 +84,7 @@ def _check_whole(layers: Sequence[LayerSpec], planned: set[str]) -> None:
 
 
 def _settings(spec: LayerSpec, config: Config) -> dict[str, Any]:
-    """What the rules say of a layer."""
+    """Settings that rules give a layer, by name."""
     settings: dict[str, Any] = {}
     for rule in config.rules:
         if fnmatchcase(spec.name, rule.pattern):
@@ -125,14 +127,10 @@ def _table_plan(spec: LayerSpec, tied: LayerPlan | None, config: Config) -> Laye
     return LayerPlan(weight_bits, None, settings.get("granularity", granularity), "auto")
 
 
-#: Layers that the compiler's int8 passes know.
-INDUCTOR_KINDS = (nn.Conv2d, nn.Linear)
-
-
 def target_notes(
     model: nn.Module, plans: dict[str, tuple[LayerSpec, LayerPlan]], shared: dict[str, tuple[str, ...]], target: Target
 ) -> Iterator[tuple[str, str]]:
-    """Layers that a runtime computes otherwise than in integers.
+    """Notes on layers that a runtime will not compute in integers, before anything is trained.
 
     Args:
         model: the float model.
@@ -141,7 +139,7 @@ def target_notes(
         target: the runtime.
 
     Yields:
-        Name of the layer (empty for the model) and what the runtime does.
+        Name of the layer (empty for the model) and the reason.
     """
     if target == "onnxruntime":
         yield "", "ONNX Runtime computes what was trained in its faithful session only, on exact levels in floats"
@@ -166,13 +164,13 @@ def target_notes(
 
 
 def inductor_reason(layer: nn.Module) -> str | None:
-    """What keeps Inductor's int8 passes from a layer of at most 8 bits.
+    """Reason why Inductor's int8 passes do not take a layer of at most 8 bits.
 
     Args:
         layer: the layer, or its shell.
 
     Returns:
-        What it is, or None if nothing does.
+        The kind of layer in words, or None if they take it.
 
     Example:
         >>> inductor_reason(nn.Conv1d(1, 1, 1)), inductor_reason(nn.Linear(1, 1))
@@ -184,14 +182,10 @@ def inductor_reason(layer: nn.Module) -> str | None:
     return None if mode == "zeros" else f"a {type(layer).__name__} with padding mode {mode!r}"
 
 
-_NAMES = {"openvino": "OpenVINO", "inductor": "Inductor"}
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
 def shared_groups(
     plans: Iterable[tuple[LayerSpec, LayerPlan]], shared: Mapping[str, tuple[str, ...]], config: Config
 ) -> list[tuple[str, ...]]:
-    """Names of the layers of each group.
+    """Groups of layers that share their bit-widths: those of ``config.shared_bits`` that read the same tensor.
 
     Args:
         plans: layers that are to be quantized, and their settings.
@@ -199,7 +193,7 @@ def shared_groups(
         config: settings.
 
     Returns:
-        Groups of two layers at least, in the order of execution.
+        Names of the layers of each group, two at least, in the order of execution.
 
     Raises:
         ConfigError: if a pattern leads to no group, or a group's layers have different bit-widths to choose from.

@@ -1,4 +1,4 @@
-"""Attach quantizers to a model that somebody else wrote, and take them off again."""
+"""Attach quantizers to the layers of a model in place (``prepare_``), and take them off again (``restore_``)."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from nipq.config import BitRange, Config, GridChoice, Phase
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
-from nipq.nn.estimator import Estimator
-from nipq.nn.init import SHIFTS, start_weight_boundary_
+from nipq.nn.estimators import Estimator, estimator_of
+from nipq.nn.init import SHIFTS, start_weight_range_
 from nipq.nn.kinds import close_shortcuts_, output_channel_axis
 from nipq.nn.layers import (
     LayerQuantization,
     LayerSpec,
-    OffsetInputQuantizer,
     attach,
     detach,
     is_prepared,
     quantization,
     weight_quantizer,
 )
-from nipq.nn.quantizer import InputQuantizer, WeightQuantizer
+from nipq.nn.quantizer import InputQuantizer, OffsetInputQuantizer, WeightQuantizer
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
-from nipq.prepare.trace import PRODUCT_OPERANDS, ExampleInputs
+from nipq.prepare.trace import PRODUCT_OPERANDS
 from nipq.prepare.validate import checked_trace
 
 #: Grids before calibration, which replaces all but the ones that a rule asks for.
@@ -37,13 +37,14 @@ _FIRST_GRIDS: dict[GridChoice, Grid] = {
     "shifted": Grid("shifted", SHIFTS["hardswish"]),
 }
 
-#: From so many fixed bits on, the boundary of the model's own input stays as calibration set it.
+#: From so many fixed bits on, the clipping range of the model's own input stays as calibration set it.
 FIXED_BOUNDARY_BITS = 8
 
 
 def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> nn.Module:
-    """Give every convolution and linear layer bit-widths and boundaries to learn, every embedding those of its table.
+    """Attach fake quantizers with learned bit-widths and clipping ranges to a model's layers, for QAT.
 
+    Every convolution and linear layer gets one for its weight and one for its input, every embedding one for its table.
     The model is changed in place and keeps its classes and its forward; float checkpoints still load strictly. Every
     parameter exists when this returns, so build the optimizer afterwards, from ``nipq.param_groups``. If anything is
     refused, the model is left as it was.
@@ -54,7 +55,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
         config: settings; the default learns 2 to 8 bits everywhere and keeps the model's input at 8 bits.
 
     Returns:
-        The same model, in phase ``"noise"``; boundaries of inputs still need ``calibrate_``.
+        The same model, in phase ``"noise"``; clipping ranges of inputs still need ``calibrate_``.
 
     Raises:
         OrderError: if the model is prepared already.
@@ -133,7 +134,7 @@ def _share_bits(model: nn.Module, groups: list[tuple[str, ...]]) -> None:
 
 
 def _estimator(config: Config) -> Estimator:
-    return Estimator(**{field.name: getattr(config, field.name) for field in fields(Estimator)})
+    return estimator_of(config.method, **{field.name: getattr(config, field.name) for field in fields(Estimator)})
 
 
 def _weight_quantizers(
@@ -169,7 +170,7 @@ def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config
         estimator=_estimator(config),
         init=config.init,
     ).to(weight.device)
-    start_weight_boundary_(quantizer, weight)
+    start_weight_range_(quantizer, weight)
     return quantizer
 
 
@@ -180,7 +181,7 @@ def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config:
     bits, learns = plan.activation_bits, True
     if spec.is_input:
         few = bits.fixed is None or bits.fixed < FIXED_BOUNDARY_BITS
-        learns = few if config.learn_input_boundary is None else config.learn_input_boundary
+        learns = few if config.learn_input_range is None else config.learn_input_range
     return _operand(f"{spec.name}.input", bits, plan.grid, config, learns=learns).to(layer.weight.device)
 
 
@@ -200,5 +201,5 @@ def _operand(name: str, bits: BitRange, grid: GridChoice, config: Config, *, lea
     kind = OffsetInputQuantizer if estimator.learns_offset else InputQuantizer
     return kind(
         name, bits, grid=_FIRST_GRIDS[grid], grid_choice=grid, estimator=estimator, init=config.init,
-        learns_boundary=learns,
+        learns_range=learns,
     )  # fmt: skip

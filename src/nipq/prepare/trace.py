@@ -1,18 +1,15 @@
-"""What computes outside the quantized layers, by the name of its torch function, and why it stays float.
-
-The products inside attention, counted like layers: the weight of one is the key, that of the other the value.
-
-One watched forward of a float model: what its layers run on, and what computes outside them.
+"""Trace one forward of a float model: its layers, its attention, and the ops outside of them that stay float.
 
 No graph is captured. Module hooks see the layers; a ``TorchFunctionMode`` sees every functional call, so that a
-residual add inside somebody's ``forward`` is found as surely as a pooling module.
+residual add inside somebody's ``forward`` is found as surely as a pooling module. The products inside attention are
+counted like layers: the weight of one is the key, that of the other the value.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,13 +23,16 @@ from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, weight_uses
 from nipq.nn.layers import LayerSpec
 from nipq.nn.relu import cap_of, reads_in_sequence
+from nipq.prepare.batches import ExampleInputs, call_model, evaluating, tensors_in
 
+#: Names of torch's operators -> the plain ones.
 _ALIASES = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "sub", "imul": "mul", "rmul": "mul"}
 _ALIASES |= {"truediv": "div", "itruediv": "div", "rtruediv": "div", "rmatmul": "matmul"}
 
-# Why a functional piece stays float, by the last part of its torch name. ReLU-like clamps, reshapes and concatenations
-# are left out: they do no arithmetic that the next quantizer would not see.
+#: Operations that are reported where they take two activations.
 BETWEEN_ACTIVATIONS = ("add", "sub", "mul", "div")
+# Why a functional op stays float, by the last part of its torch name. ReLU-like clamps, reshapes and concatenations are
+# left out: they do no arithmetic that the next quantizer would not see.
 _OPERATIONS = {
     "sums of activations stay float; the next layer quantizes what it reads": "add sub",
     "products of activations stay float; the next layer quantizes what it reads": "mul div",
@@ -52,34 +52,27 @@ _OPERATIONS = {
     "it is called as a function, not as a module, so there is nothing to attach quantizers to": """
         conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear""",
 }
+#: Operation -> why it stays float.
 REASONS = {name: reason for reason, names in _OPERATIONS.items() for name in names.split()}
+#: Names of both operands, by the kind of product.
+PRODUCT_OPERANDS = {"QueryKey": ("query", "key"), "ProbabilityValue": ("probability", "value")}
 
 
 @dataclass(frozen=True)
-class FloatPiece:
-    """A computation that stays float, and why.
+class UnquantizedOp:
+    """An operation that stays float, and why.
 
     Attributes:
-        name: full name of the innermost module in which it happens; empty for the model itself.
-        operation: what is computed, such as ``"add"``.
+        name: full name of the innermost module that calls it; empty for the model itself.
+        operation: its name, such as ``"add"``.
         reason: why it stays float.
-        count: how often one forward does it there.
+        count: how often one forward calls it there.
     """
 
     name: str
     operation: str
     reason: str
     count: int = 1
-
-
-def operation_of(func: Callable[..., Any]) -> str:
-    """Plain name of a torch function: ``add`` for ``Tensor.__iadd__`` and ``Tensor.add_`` alike."""
-    name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1].strip("_")
-    return _ALIASES.get(name, name)
-
-
-#: Names of both operands, by the kind of product.
-PRODUCT_OPERANDS = {"QueryKey": ("query", "key"), "ProbabilityValue": ("probability", "value")}
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,135 @@ class Attention:
     within: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Trace:
+    """Layers, attention and unquantized ops of one forward.
+
+    Attributes:
+        layers: facts of every supported layer that ran, in order of first execution.
+        unquantized_ops: operations outside of them.
+        unused: full names of supported layers that did not run.
+        shared: names of the layers that read the same tensor, by the name of each of them.
+        attention: modules that call torch's function for attention.
+    """
+
+    layers: tuple[LayerSpec, ...]
+    unquantized_ops: tuple[UnquantizedOp, ...]
+    unused: tuple[str, ...]
+    shared: dict[str, tuple[str, ...]]
+    attention: tuple[Attention, ...] = ()
+
+    def ordered(self, *, products: bool) -> list[LayerSpec]:
+        """Facts of the layers that can be quantized, in order of first execution.
+
+        Args:
+            products: whether the products inside attention are among them.
+        """
+        found = list(self.layers)
+        for attention in reversed(self.attention if products else ()):
+            found[attention.place : attention.place] = [attention.scores, attention.mix]
+        return found
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
+    """Run the model once in evaluation mode, without gradients, and record its layers and ops.
+
+    Counts are per sample: the batch size is the first axis of the first example tensor.
+
+    Args:
+        model: a float model; nothing about it is changed.
+        example_inputs: the model's inputs; a batch of one is enough.
+
+    Returns:
+        The layers in order of execution, the unquantized ops, and the layers that did not run.
+
+    Raises:
+        NotQuantizableError: if the forward fails on the example inputs, or they hold no tensor.
+    """
+    tensors = list(tensors_in(example_inputs))
+    if not tensors or tensors[0].ndim == 0:
+        raise NotQuantizableError(
+            "trace: expected example inputs with a batch axis, found none. "
+            "Pass a batch such as torch.zeros(1, 3, 224, 224)."
+        )
+    watcher = _Watcher(model, example_inputs)
+    handles = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(watcher.enter, with_kwargs=True))
+        handles.append(module.register_forward_hook(watcher.leave, with_kwargs=True))
+    try:
+        with evaluating(model), torch.no_grad(), watcher:
+            output = call_model(model, example_inputs)
+    except Exception as error:
+        where = watcher.names[watcher.stack[-1]] if watcher.stack else ""
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        raise NotQuantizableError(
+            f"{where or type(model).__name__}: expected a forward that accepts the example inputs, found that it fails "
+            f"on shapes {shapes}: {error}. Pass inputs that the float model accepts."
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    for tensor in tensors_in(output):
+        watcher.readers.setdefault(id(tensor), set()).add("")  # the caller of the model
+    multiplying = {id(layer.weight): name for layer, name in watcher.multiplying()}
+    layers = tuple(_spec(model, layer, watcher, tensors[0].shape[0], multiplying) for layer in watcher.layers)
+    folded = {spec.batchnorm for spec in layers}
+    ops = tuple(
+        UnquantizedOp(name, operation, REASONS[operation], count)
+        for (name, operation), count in watcher.ops.items()
+        if name not in folded
+    )
+    unused = tuple(
+        name for module, name in watcher.names.items() if is_supported(module) and module not in watcher.layers
+    )
+    shared = {name: tuple(names) for names in watcher.layers_on.values() for name in names if len(names) > 1}
+    attention = tuple(calls.found(name, tensors[0].shape[0]) for name, calls in watcher.attention.items())
+    return Trace(layers, ops, unused, shared, attention)
+
+
+def _spec(
+    model: nn.Module, layer: nn.Module, watcher: _Watcher, batch: int, multiplying: Mapping[int, str]
+) -> LayerSpec:
+    calls = watcher.layers[layer]
+    assert isinstance(layer.weight, Tensor)
+    return LayerSpec(
+        name=watcher.names[layer],
+        kind=type(layer).__name__,
+        macs=layer.weight.numel() * calls.positions // batch,
+        weight_count=layer.weight.numel(),
+        activation_count=calls.inputs // batch,
+        output_count=calls.outputs // batch,
+        calls=calls.calls,
+        batchnorm=watcher.foldable_batchnorm(layer),
+        is_input=calls.is_input,
+        relu=watcher.foldable_relu(model, layer),
+        tied_to=multiplying.get(id(layer.weight)) if is_table(layer) else None,
+        is_table=is_table(layer),
+    )
+
+
+def _operation_of(func: Callable[..., Any]) -> str:
+    """Plain name of a torch function: ``add`` for ``Tensor.__iadd__`` and ``Tensor.add_`` alike."""
+    name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1].strip("_")
+    return _ALIASES.get(name, name)
+
+
 @dataclass
-class AttentionCalls:
+class _LayerCalls:
+    """Running sums over the calls of one layer."""
+
+    calls: int = 0
+    inputs: int = 0
+    outputs: int = 0
+    positions: int = 0
+    is_input: bool = True
+    input: Tensor | None = None
+    output: Tensor | None = None
+
+
+@dataclass
+class _AttentionCalls:
     """Running sums over the calls from one module, over the whole batch.
 
     Attributes:
@@ -122,13 +242,7 @@ class AttentionCalls:
     outputs: int = 0
 
     def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], within: Iterable[str]) -> None:
-        """Count one call.
-
-        Args:
-            args: positional arguments of the function.
-            kwargs: named ones.
-            within: names of the modules whose forward runs around it.
-        """
+        """Count one call of the function, inside the forwards of the named modules."""
         given = dict(zip(("query", "key", "value"), args, strict=False)) | dict(kwargs)
         query, key, value = (given[name] for name in ("query", "key", "value"))
         assert isinstance(query, Tensor)
@@ -144,12 +258,7 @@ class AttentionCalls:
         self.outputs += math.prod(query.shape[:-1]) * value.shape[-1]
 
     def found(self, name: str, batch: int) -> Attention:
-        """The facts of both products.
-
-        Args:
-            name: full name of the module.
-            batch: samples in the batch.
-        """
+        """The facts of both products for the module of that name, per sample of a batch."""
         inside = ".".join(filter(None, (name, PRODUCTS)))
         common: dict[str, Any] = {"weight_count": 0, "calls": self.calls, "batchnorm": None, "is_input": False}
         counts = ("macs", "activation_count", "other_count", "output_count")
@@ -163,74 +272,6 @@ class AttentionCalls:
         return Attention(name, self.place, scores, mix, frozenset(self.within))
 
 
-#: What a model is called with: one tensor, several positional ones, or keywords.
-ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What one forward did.
-
-    Attributes:
-        layers: facts of every supported layer that ran, in order of first execution.
-        float_pieces: what computes outside them.
-        unused: full names of supported layers that did not run.
-        shared: names of the layers that read the same tensor, by the name of each of them.
-        attention: modules that call torch's function for attention.
-    """
-
-    layers: tuple[LayerSpec, ...]
-    float_pieces: tuple[FloatPiece, ...]
-    unused: tuple[str, ...]
-    shared: dict[str, tuple[str, ...]]
-    attention: tuple[Attention, ...] = ()
-
-    def ordered(self, *, products: bool) -> list[LayerSpec]:
-        """Facts of what can be quantized, in order of first execution.
-
-        Args:
-            products: whether the products inside attention are among it.
-        """
-        found = list(self.layers)
-        for attention in reversed(self.attention if products else ()):
-            found[attention.place : attention.place] = [attention.scores, attention.mix]
-        return found
-
-
-def call_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:  # noqa: ANN401  (whatever the model returns)
-    """Call a model with example inputs in any of the accepted forms."""
-    if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    if isinstance(example_inputs, Mapping):
-        return model(**example_inputs)
-    return model(*example_inputs)
-
-
-def tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in mappings, tuples and lists, however deep."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-
-
-@dataclass
-class _LayerCalls:
-    """Running sums over the calls of one layer."""
-
-    calls: int = 0
-    inputs: int = 0
-    outputs: int = 0
-    positions: int = 0
-    is_input: bool = True
-    input: Tensor | None = None
-    output: Tensor | None = None
-
-
 class _Watcher(TorchFunctionMode):
     """Hooks and function mode of one traced forward."""
 
@@ -239,8 +280,8 @@ class _Watcher(TorchFunctionMode):
         self.names = {module: name for name, module in model.named_modules()}
         self.stack: list[nn.Module] = []
         self.layers: dict[nn.Module, _LayerCalls] = {}
-        self.pieces: Counter[tuple[str, str]] = Counter()
-        #: Who reads a tensor, by the tensor's id: names of innermost modules.
+        self.ops: Counter[tuple[str, str]] = Counter()
+        #: Readers of a tensor, by its id: names of innermost modules.
         self.readers: dict[int, set[str]] = {}
         self.batchnorm_inputs: dict[int, str] = {}
         self.batchnorm_calls: Counter[str] = Counter()
@@ -253,7 +294,7 @@ class _Watcher(TorchFunctionMode):
         self.origin |= {id(tensor): "input" for tensor in tensors_in(example_inputs)}
         #: Names of the layers that read a tensor in one state of it, by its id and version.
         self.layers_on: dict[tuple[int, int], dict[str, None]] = {}
-        self.attention: dict[str, AttentionCalls] = {}
+        self.attention: dict[str, _AttentionCalls] = {}
         self.keep: list[object] = []  # ids stay unique only while the tensors live
 
     def __torch_function__(
@@ -273,15 +314,15 @@ class _Watcher(TorchFunctionMode):
         self.keep.append((operands, results))
         for tensor in operands:
             self.readers.setdefault(id(tensor), set()).add(where)
-        operation = operation_of(func)
-        # What a layer computes inside is its own affair, except attention, which its quantizers would not see.
+        operation = _operation_of(func)
+        # Ops inside a layer are part of it, except attention, which its quantizers would not see.
         if inner is not None and is_supported(inner) and operation != FUNCTION:
             return self._made(results, None, result)
         if operation == FUNCTION:
             within = [self.names[module] for module in self.stack[:-1]]
-            self.attention.setdefault(where, AttentionCalls(len(self.layers))).add(args, kwargs or {}, within)
+            self.attention.setdefault(where, _AttentionCalls(len(self.layers))).add(args, kwargs or {}, within)
         if operation in REASONS and (len(operands) > 1 or operation not in BETWEEN_ACTIVATIONS):
-            self.pieces[where, operation] += 1
+            self.ops[where, operation] += 1
         origins = {self.origin.get(id(tensor)) for tensor in operands}
         if None in origins or operation.startswith("embedding"):
             return self._made(results, None, result)
@@ -290,7 +331,7 @@ class _Watcher(TorchFunctionMode):
     def _made(self, results: list[Tensor], origin: Literal["input", "constant"] | None, result: object) -> Any:  # noqa: ANN401
         for tensor in results:
             if origin is None:
-                self.origin.pop(id(tensor), None)  # an operation in place may have changed what it was
+                self.origin.pop(id(tensor), None)  # an operation in place may have changed it
             else:
                 self.origin[id(tensor)] = origin
         return result
@@ -330,7 +371,7 @@ class _Watcher(TorchFunctionMode):
             calls.output = y
 
     def foldable_batchnorm(self, layer: nn.Module) -> str | None:
-        """Name of the batch norm that alone reads what the layer makes, and reads nothing else."""
+        """Name of the batch norm that is the only reader of the layer's output, and reads nothing else."""
         calls = self.layers[layer]
         y = calls.output
         if y is None or calls.calls != 1 or (not hasattr(layer, "kernel_size") and y.ndim != 2):
@@ -344,92 +385,10 @@ class _Watcher(TorchFunctionMode):
         return ((layer, self.names[layer]) for layer in self.layers if not is_table(layer))
 
     def foldable_relu(self, model: nn.Module, layer: nn.Module) -> str | None:
-        """Name of the ReLU whose result the layer alone reads, and reads nothing else."""
+        """Name of the ReLU whose only reader is the layer, where the layer reads nothing else."""
         calls, name = self.layers[layer], self.names[layer]
         relu = self.relu_outputs.get(id(calls.input))
         if relu is None or calls.calls != 1 or self.relu_calls[relu] != 1:
             return None
         readers = self.readers[id(calls.input)] - {relu}  # in place, it reads what it makes
         return relu if readers == {name} and reads_in_sequence(model, relu, name) else None
-
-
-def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
-    """Run the model once in evaluation mode, without gradients, and note what it does.
-
-    Counts are per sample: the batch size is the first axis of the first example tensor.
-
-    Args:
-        model: a float model; nothing about it is changed.
-        example_inputs: what the model is called with; a batch of one is enough.
-
-    Returns:
-        The layers in order of execution, the float pieces, and the layers that did not run.
-
-    Raises:
-        NotQuantizableError: if the forward fails on the example inputs, or they hold no tensor.
-    """
-    tensors = list(tensors_in(example_inputs))
-    if not tensors or tensors[0].ndim == 0:
-        raise NotQuantizableError(
-            "trace: expected example inputs with a batch axis, found none. "
-            "Pass a batch such as torch.zeros(1, 3, 224, 224)."
-        )
-    watcher = _Watcher(model, example_inputs)
-    modes = {module: module.training for module in model.modules()}
-    handles = []
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(watcher.enter, with_kwargs=True))
-        handles.append(module.register_forward_hook(watcher.leave, with_kwargs=True))
-    try:
-        model.eval()
-        with torch.no_grad(), watcher:
-            output = call_model(model, example_inputs)
-    except Exception as error:
-        where = watcher.names[watcher.stack[-1]] if watcher.stack else ""
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        raise NotQuantizableError(
-            f"{where or type(model).__name__}: expected a forward that accepts the example inputs, found that it fails "
-            f"on shapes {shapes}: {error}. Pass inputs that the float model accepts."
-        ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes.items():
-            module.training = training
-    for tensor in tensors_in(output):
-        watcher.readers.setdefault(id(tensor), set()).add("")  # whoever called the model
-    multiplying = {id(layer.weight): name for layer, name in watcher.multiplying()}
-    layers = tuple(_spec(model, layer, watcher, tensors[0].shape[0], multiplying) for layer in watcher.layers)
-    folded = {spec.batchnorm for spec in layers}
-    pieces = tuple(
-        FloatPiece(name, operation, REASONS[operation], count)
-        for (name, operation), count in watcher.pieces.items()
-        if name not in folded
-    )
-    unused = tuple(
-        name for module, name in watcher.names.items() if is_supported(module) and module not in watcher.layers
-    )
-    shared = {name: tuple(names) for names in watcher.layers_on.values() for name in names if len(names) > 1}
-    attention = tuple(calls.found(name, tensors[0].shape[0]) for name, calls in watcher.attention.items())
-    return Trace(layers, pieces, unused, shared, attention)
-
-
-def _spec(
-    model: nn.Module, layer: nn.Module, watcher: _Watcher, batch: int, multiplying: Mapping[int, str]
-) -> LayerSpec:
-    calls = watcher.layers[layer]
-    assert isinstance(layer.weight, Tensor)
-    return LayerSpec(
-        name=watcher.names[layer],
-        kind=type(layer).__name__,
-        macs=layer.weight.numel() * calls.positions // batch,
-        weight_count=layer.weight.numel(),
-        activation_count=calls.inputs // batch,
-        output_count=calls.outputs // batch,
-        calls=calls.calls,
-        batchnorm=watcher.foldable_batchnorm(layer),
-        is_input=calls.is_input,
-        relu=watcher.foldable_relu(model, layer),
-        tied_to=multiplying.get(id(layer.weight)) if is_table(layer) else None,
-        is_table=is_table(layer),
-    )

@@ -1,7 +1,4 @@
-"""Attention that is to be quantized and cannot be, by the module's name, with what to choose instead.
-
-What ``prepare_`` would refuse, leave float, or do in a way worth knowing, said beforehand and by name.
-"""
+"""Check a float model before it is prepared: refusals, parts that stay float, and notes, each by the module's name."""
 
 from __future__ import annotations
 
@@ -13,69 +10,34 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from nipq.config import Config
-from nipq.errors import Finding, NotQuantizableError
+from nipq.errors import Diagnostic, NotQuantizableError
 from nipq.nn.attention import FUNCTION
 from nipq.nn.kinds import is_plain, is_supported, is_table, output_channel_axis
 from nipq.nn.layers import is_prepared
+from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups, target_notes
-from nipq.prepare.trace import ExampleInputs, Trace, trace
+from nipq.prepare.trace import Trace, trace
 
+#: Remedy where attention has a form that cannot be quantized.
 _REMEDY = (
     'Choose an implementation that calls it (transformers: attn_implementation="sdpa"; timm: '
     "timm.layers.set_fused_attn before the model is built), or leave attention_bits out."
 )
+#: Products of two activations.
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
+#: Wrappers that change how parameters are found; by name, so that none has to be imported.
+_WRAPPERS = {
+    "DataParallel",
+    "DistributedDataParallel",
+    "FullyShardedDataParallel",
+    "FSDPModule",
+    "OptimizedModule",
+    "ScriptModule",
+}
 
 
-def attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Finding]:
-    """Refusals where ``attention_bits`` asks for what no product of this library stands for.
-
-    Attention is known by what it does: a call of torch's function, of its fused form with projections, or a softmax
-    between two products of activations.
-
-    Args:
-        model: the float model.
-        traced: one forward of it.
-        planned: names of the modules whose attention is to be quantized.
-    """
-    pieces: dict[str, dict[str, int]] = {}
-    for piece in traced.float_pieces:
-        pieces.setdefault(piece.name, {})[piece.operation] = piece.count
-    found = bool(traced.attention)
-    softmaxes = [name for name, counts in pieces.items() if "softmax" in counts]
-    for name, counts in pieces.items():
-        fused = "multi_head_attention_forward" in counts
-        between = any(other == name or other.startswith(f"{name}.") for other in softmaxes)  # it may be a module
-        if fused or (between and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
-            found, how = (
-                True,
-                "torch's fused projections and attention" if fused else "products and a softmax of its own",
-            )
-            yield Finding(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
-    for attention in traced.attention:
-        if "forward" in vars(model.get_submodule(attention.name)):
-            remedy = "Take off what wraps it before preparing."
-            yield Finding(attention.name, "error", "the forward of this very module was replaced", remedy)
-        if attention.name in planned and is_supported(model.get_submodule(attention.name)):
-            remedy = f"Call {FUNCTION} from a module around it, or leave attention_bits out."
-            yield Finding(attention.name, "error", "a layer with a weight computes attention by itself", remedy)
-        for outer in sorted(attention.within & planned if attention.name not in planned else ()):
-            where = outer or f"the model ({type(model).__name__})"
-            remedy = (
-                "Let the rules quantize both or neither: the products of the outer one would stand in its place too."
-            )
-            yield Finding(attention.name, "error", f"it stays float and runs inside the attention of {where}", remedy)
-    if not found:
-        yield Finding("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)
-
-
-# Wrappers that change how parameters are found; by name, so that none has to be imported.
-_WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "OptimizedModule"}
-_WRAPPERS |= {"ScriptModule"}
-
-
-def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Finding]:
-    """Everything that ``prepare_`` would refuse, leave float, or do in a way worth knowing; changes nothing.
+def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Diagnostic]:
+    """List everything that ``prepare_`` would refuse, leave float, or do in a way worth knowing; changes nothing.
 
     Args:
         model: a float model.
@@ -100,14 +62,6 @@ def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
 def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Config) -> Trace:
     """Trace a model that can be prepared.
 
-    Args:
-        model: a float model.
-        example_inputs: what it is called with.
-        config: settings, for the layers that rules exclude.
-
-    Returns:
-        The trace.
-
     Raises:
         NotQuantizableError: with every refusal, each by its module's name.
         ConfigError: if a rule matches no layer.
@@ -121,24 +75,24 @@ def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Confi
     raise NotQuantizableError("expected a model that can be prepared, found\n" + "\n".join(map(str, refusals)))
 
 
-def _before_running(model: nn.Module) -> Iterator[Finding]:
+def _before_running(model: nn.Module) -> Iterator[Diagnostic]:
     """Refusals of models that a watched forward would change, or that cannot run one."""
     for name, module in model.named_modules():
         wrapper = _WRAPPERS & {kind.__name__ for kind in type(module).__mro__}
         if wrapper:
             remedy = "Prepare the bare model first, then wrap, distribute or compile it."
-            yield Finding(name, "error", f"it is wrapped in {wrapper.pop()}", remedy)
+            yield Diagnostic(name, "error", f"it is wrapped in {wrapper.pop()}", remedy)
         if is_prepared(module):
-            yield Finding(name, "error", "it is prepared already", "Call nipq.restore_(model) first.")
+            yield Diagnostic(name, "error", "it is prepared already", "Call nipq.restore_(model) first.")
         for key, parameter in module.named_parameters(recurse=False):
             where = f"{name}.{key}".lstrip(".")
             if is_lazy(parameter):
-                yield Finding(where, "error", "it has no shape yet", "Run one float forward before preparing.")
+                yield Diagnostic(where, "error", "it has no shape yet", "Run one float forward before preparing.")
             elif parameter.is_meta:
-                yield Finding(where, "error", "it has no values yet", "Load the weights before preparing.")
+                yield Diagnostic(where, "error", "it has no values yet", "Load the weights before preparing.")
 
 
-def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Finding]:
+def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Diagnostic]:
     specs = traced.ordered(products=config.attention_bits is not None)
     plans = {spec.name: (spec, plan) for spec, plan in plan_layers(specs, config)}
     for name, module in model.named_modules():
@@ -148,74 +102,74 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Findi
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 1:
                     where = f"{name}.{key}".lstrip(".")
-                    yield Finding(where, "float", f"{type(module).__name__} has no quantized form here")
+                    yield Diagnostic(where, "float", f"{type(module).__name__} has no quantized form here")
     for name in traced.unused:
-        yield Finding(name, "float", "the example forward does not call it")
+        yield Diagnostic(name, "float", "the example forward does not call it")
     for spec in specs:
         if spec.name not in plans:
             asked = spec.is_table and config.embedding_bits is None
             reason = "the settings leave embeddings float" if asked else "a rule excludes it"
-            yield Finding(spec.name, "float", reason)
+            yield Diagnostic(spec.name, "float", reason)
         elif plans[spec.name][1].activation_bits is None and not spec.is_table:
-            yield Finding(f"{spec.name}.input", "float", "the settings leave this input float")
+            yield Diagnostic(f"{spec.name}.input", "float", "the settings leave this input float")
     replaced = {attention.name for attention in traced.attention if attention.scores.name in plans}
-    for piece in traced.float_pieces:
-        if piece.operation == FUNCTION and piece.name in replaced:
-            yield Finding(piece.name, "float", "softmax: it stays float between the two products of attention")
+    for op in traced.unquantized_ops:
+        if op.operation == FUNCTION and op.name in replaced:
+            yield Diagnostic(op.name, "float", "softmax: it stays float between the two products of attention")
             continue
-        times = f" ({piece.count} times)" if piece.count > 1 else ""
-        yield Finding(piece.name, "float", f"{piece.operation}{times}: {piece.reason}")
+        times = f" ({op.count} times)" if op.count > 1 else ""
+        yield Diagnostic(op.name, "float", f"{op.operation}{times}: {op.reason}")
     if config.attention_bits is not None:
-        yield from attention_findings(model, traced, replaced)
+        yield from _attention_findings(model, traced, replaced)
     for spec, _ in plans.values():
         if spec.calls > 1 and not spec.is_product:
             once = f"one forward calls it {spec.calls} times; one weight and one input quantizer serve every call"
-            yield Finding(spec.name, "note", once)
+            yield Diagnostic(spec.name, "note", once)
     for first, *others in shared_groups(plans.values(), traced.shared, config):
-        yield Finding(first, "note", f"it shares its bit-widths with {', '.join(others)}")
+        yield Diagnostic(first, "note", f"it shares its bit-widths with {', '.join(others)}")
     yield from _tied(model, set(plans))
     if config.target is not None:
         for name, reason in target_notes(model, plans, traced.shared, config.target):
-            yield Finding(name, "note", reason)
+            yield Diagnostic(name, "note", reason)
 
 
-def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Finding]:
+def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan) -> Iterator[Diagnostic]:
     weight = layer.weight
     assert isinstance(weight, Tensor)
     if parametrize.is_parametrized(layer, "weight") or "weight" not in layer._parameters:
-        yield Finding(
+        yield Diagnostic(
             name,
             "error",
             "its weight is not a plain parameter (weight norm, spectral norm, pruning or another parametrization)",
             "Remove that first, for example with torch.nn.utils.parametrize.remove_parametrizations.",
         )
     elif not weight.is_floating_point():
-        yield Finding(name, "error", f"its weight is of type {weight.dtype}", "Convert the layer to float32.")
+        yield Diagnostic(name, "error", f"its weight is of type {weight.dtype}", "Convert the layer to float32.")
     elif not bool(torch.isfinite(weight).all()):
-        yield Finding(name, "error", "its weight holds NaN or infinity", "Load a sound checkpoint.")
+        yield Diagnostic(name, "error", "its weight holds NaN or infinity", "Load a sound checkpoint.")
     if plan.granularity == "channel" and output_channel_axis(layer) is None:
-        yield Finding(
+        yield Diagnostic(
             name,
             "error",
-            "boundaries per channel of a grouped transposed convolution do not lie along one axis",
+            "clipping ranges per channel of a grouped transposed convolution do not lie along one axis",
             f"Use Rule({name!r}, granularity='tensor').",
         )
     if is_table(layer):
         yield from _table_findings(name, layer)
     if not is_plain(layer):
         own = f"{type(layer).__name__} has a forward of its own; it sees the quantized weight and first input"
-        yield Finding(name, "note", own)
+        yield Diagnostic(name, "note", own)
 
 
-def _table_findings(name: str, table: nn.Module) -> Iterator[Finding]:
+def _table_findings(name: str, table: nn.Module) -> Iterator[Diagnostic]:
     remedy = f"Use Rule({name!r}, quantize=False), or build the embedding without it."
     if getattr(table, "max_norm", None) is not None:
-        yield Finding(name, "error", "its max_norm writes into the table in the forward, past the quantizer", remedy)
+        yield Diagnostic(name, "error", "its max_norm writes into the table in the forward, past the quantizer", remedy)
     if getattr(table, "sparse", False):
-        yield Finding(name, "error", "its sparse gradients cannot pass the quantizer, which reads the table", remedy)
+        yield Diagnostic(name, "error", "its sparse gradients cannot pass the quantizer, which reads the table", remedy)
 
 
-def _tied(model: nn.Module, planned: set[str]) -> Iterator[Finding]:
+def _tied(model: nn.Module, planned: set[str]) -> Iterator[Diagnostic]:
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
@@ -226,8 +180,52 @@ def _tied(model: nn.Module, planned: set[str]) -> Iterator[Finding]:
         others = [name for name in names if name not in planned]
         if len(quantized) > 1:
             shared = f"it shares its weight, and so its weight quantizer, with {', '.join(quantized[1:])}"
-            yield Finding(quantized[0], "note", shared)
+            yield Diagnostic(quantized[0], "note", shared)
         if quantized and others:
-            yield Finding(
+            yield Diagnostic(
                 quantized[0], "note", f"it shares its weight with {', '.join(others)}, which reads it as float"
             )
+
+
+def _attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Diagnostic]:
+    """Refusals of attention that ``attention_bits`` asks for and that has a form which cannot be quantized.
+
+    Attention is known by what it does: a call of torch's function, of its fused form with projections, or a softmax
+    between two products of activations.
+
+    Args:
+        model: the float model.
+        traced: one forward of it.
+        planned: names of the modules whose attention is to be quantized.
+    """
+    ops: dict[str, dict[str, int]] = {}
+    for op in traced.unquantized_ops:
+        ops.setdefault(op.name, {})[op.operation] = op.count
+    found = bool(traced.attention)
+    softmaxes = [name for name, counts in ops.items() if "softmax" in counts]
+    for name, counts in ops.items():
+        fused = "multi_head_attention_forward" in counts
+        between = any(other == name or other.startswith(f"{name}.") for other in softmaxes)  # it may be a module
+        if fused or (between and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
+            found, how = (
+                True,
+                "torch's fused projections and attention" if fused else "products and a softmax of its own",
+            )
+            yield Diagnostic(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
+    for attention in traced.attention:
+        if "forward" in vars(model.get_submodule(attention.name)):
+            remedy = "Remove its wrapper before preparing."
+            yield Diagnostic(attention.name, "error", "the forward of this very module was replaced", remedy)
+        if attention.name in planned and is_supported(model.get_submodule(attention.name)):
+            remedy = f"Call {FUNCTION} from a module around it, or leave attention_bits out."
+            yield Diagnostic(attention.name, "error", "a layer with a weight computes attention by itself", remedy)
+        for outer in sorted(attention.within & planned if attention.name not in planned else ()):
+            where = outer or f"the model ({type(model).__name__})"
+            remedy = (
+                "Let the rules quantize both or neither: the products of the outer one would stand in its place too."
+            )
+            yield Diagnostic(
+                attention.name, "error", f"it stays float and runs inside the attention of {where}", remedy
+            )
+    if not found:
+        yield Diagnostic("", "error", f"attention_bits is set, and no module calls {FUNCTION}", _REMEDY)

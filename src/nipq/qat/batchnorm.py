@@ -17,9 +17,8 @@ from nipq.config import Phase
 from nipq.distributed import check_same_, inner, reduce_mean_, reduce_sum_
 from nipq.distributed.sync_batchnorm import synced
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.batches import in_step, inputs_of, to_device
+from nipq.prepare.batches import ExampleInputs, call_model, in_step, inputs_of, to_device
 from nipq.prepare.layer_table import quantizers, set_phase_
-from nipq.prepare.trace import ExampleInputs, call_model
 
 #: Statistics of the batches themselves, or the present ones moved by what quantization changes on the batches.
 Statistics = Literal["absolute", "relative"]

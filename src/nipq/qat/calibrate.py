@@ -24,12 +24,11 @@ from nipq.distributed import (
 )
 from nipq.errors import ConfigError, OrderError
 from nipq.functional.clipping import SAMPLE_SIZE, even_stride
-from nipq.nn.init import start_input_boundary_, start_weight_boundary_
+from nipq.nn.init import start_input_range_, start_weight_range_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import in_step, inputs_of, to_device
+from nipq.prepare.batches import call_model, in_step, inputs_of, to_device
 from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
-from nipq.prepare.trace import call_model
 
 
 @torch.no_grad()
@@ -91,7 +90,7 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
         for module, training in modes.items():
             module.training = training
     for row, weight in weight_table(model):
-        start_weight_boundary_(weight, whole(float_weight(row.layer)))
+        start_weight_range_(weight, whole(float_weight(row.layer)))
     for quantizer, kept in samples.items():
         sample = gather_samples(torch.cat(kept) if kept else torch.empty(0, device=device), 2 * SAMPLE_SIZE)
         if not sample.numel():
@@ -99,7 +98,7 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
                 f"{quantizer.name}: expected the calibration batches to reach it, found that none did. "
                 "Give batches that use the whole model, or exclude the layer with Rule(name, quantize=False)."
             )
-        start_input_boundary_(quantizer, sample)
+        start_input_range_(quantizer, sample)
     # Every rank computed them from the same numbers; other hardware may still have rounded them differently.
     broadcast_(quantizer.alpha_raw for row in rows for quantizer in (row.weight, row.input) if quantizer is not None)
     for quantizer, grid in zip(samples, from_rank_zero(lambda: [found.grid for found in samples]), strict=True):

@@ -23,8 +23,7 @@ from nipq.config import Phase
 from nipq.distributed import check_same_, is_sharded
 from nipq.distributed.fsdp import check_wrapper, unwrapped, waits_for_all
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.layer_table import layer_table, quantizers, set_phase_
-from nipq.prepare.layer_table import temper_ as set_noise_mix_
+from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
 from nipq.qat.batchnorm import reestimate_bn_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.ema import WeightAverage

@@ -1,1 +1,1 @@
-"""Package."""
+"""Reports on models: ``inspect`` before preparation, ``summary`` at any time after it."""

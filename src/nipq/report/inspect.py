@@ -1,7 +1,4 @@
-"""How large an ONNX file will be, said before training.
-
-A model before anything is done to it: its layers, what stays float and why, and which budgets are within reach.
-"""
+"""``nipq.inspect``: layers of a float model, parts that stay float, and budgets within reach, before preparation."""
 
 from __future__ import annotations
 
@@ -10,93 +7,31 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.table import Table
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from rich.console import Group, RenderableType
+from rich.text import Text
+from torch import nn
 
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import AverageBits, BitOps, ModelSize, exact_range, stored_rows
 from nipq.config import BitRange, Config
-from nipq.errors import Finding, OrderError
-from nipq.export.convert import deploy_copy
-from nipq.export.modules import deployed_layers
-from nipq.export.onnx_write import onnx_bytes, qonnx_bytes
+from nipq.errors import Diagnostic
+from nipq.export.onnx_write import promised_bytes
 from nipq.nn.layers import LayerSpec
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
+from nipq.prepare.batches import ExampleInputs
+from nipq.prepare.layer_table import LayerRow, layer_table
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import ExampleInputs
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
-from nipq.report.summary import plain_text
-
-
-@torch.no_grad()
-def promised_bytes(
-    model: nn.Module,
-    example_inputs: ExampleInputs,
-    *,
-    pack: bool = False,
-    format: Literal["onnx", "qonnx"] = "onnx",
-) -> int:
-    """Bytes of the ONNX file that ``nipq.export`` will write of this model at its present bit-widths.
-
-    They follow from the graph, the bit-widths and the kinds of grid, and not from a number that training moves, so the
-    promise of an untrained model holds for the trained one. To try bit-widths: ``nipq.set_bits_`` on a copy. The one
-    exception: float tensors outside of the quantized layers that turn out equal, number by number, are stored once, and
-    the file is smaller by the other.
-
-    Args:
-        model: a prepared and calibrated model (bits still learned count as evaluation rounds them), or a deployed one.
-        example_inputs: as for ``nipq.export``.
-        pack: as for ``nipq.export``.
-        format: ``"onnx"`` or ``"qonnx"``.
-
-    Returns:
-        Bytes on disk.
-
-    Raises:
-        OrderError: if the model is neither prepared nor deployed, or not calibrated.
-        ConfigError: if the model cannot be traced.
-        MissingDependencyError: if the packages that write ONNX are not installed.
-    """
-    twin = copy.deepcopy(model) if deployed_layers(model) else _deployed(model)
-    _unlike(twin)
-    if format == "qonnx":
-        return len(qonnx_bytes(twin, example_inputs)[0])
-    return len(onnx_bytes(twin, example_inputs, pack=pack)[0])
-
-
-def _deployed(model: nn.Module) -> nn.Module:
-    for quantizer in quantizers(model):
-        if not quantizer.calibrated:
-            raise OrderError(
-                f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_(model, loader): "
-                "it chooses the grids, on which the size of an ONNX file depends."
-            )
-    return deploy_copy(model)
-
-
-def _unlike(model: nn.Module) -> None:
-    """Float pieces as training leaves them: no two parameters or running statistics equal, as fresh ones are."""
-    layers = set(deployed_layers(model).values())
-    draws = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if module in layers:
-            continue
-        found: list[Tensor | None] = list(module._parameters.values())
-        if isinstance(module, _NormBase):
-            found += [module.running_mean, module.running_var]
-        for tensor in found:
-            if tensor is not None and tensor.is_floating_point():
-                tensor.copy_(torch.rand(tensor.shape, generator=draws) + 0.5)
-
+from nipq.report.tables import Column, FittedTable, plain_text
 
 #: Uniform bit-widths that each budget is shown for.
 UNIFORM = (8, 6, 4, 3, 2)
+#: Share of the parameters below which the text names the largest ones that no budget covers.
+MOST = 0.9
 
 
 @dataclass(frozen=True)
@@ -107,7 +42,7 @@ class LayerFacts:
         spec: name, class and counts per sample.
         weight_bits: allowed bit-widths of the weight.
         input_bits: allowed bit-widths of the input, empty when it stays float.
-        boundaries: how many boundaries the weight has.
+        boundaries: how many clipping ranges the weight has.
         shares_weight_with: the layer whose weight it shares and that comes first, or None.
     """
 
@@ -120,10 +55,10 @@ class LayerFacts:
 
 @dataclass(frozen=True)
 class BudgetRange:
-    """What one kind of budget costs within reach of the allowed bit-widths.
+    """Costs under one kind of budget that the allowed bit-widths can reach.
 
     Attributes:
-        name: what is limited.
+        name: name of the cost.
         unit: of all numbers here.
         low: with the fewest bits everywhere.
         high: with the most bits everywhere.
@@ -141,7 +76,7 @@ class BudgetRange:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What :func:`inspect` found; prints itself.
+    """Result of :func:`inspect`; prints as tables.
 
     Attributes:
         layers: the layers that would be quantized, in order of execution; empty if ``prepare_`` would refuse.
@@ -152,35 +87,57 @@ class Inspection:
         macs: multiply-accumulates of quantized layers per sample.
         parameters: elements of all parameters.
         float_bytes: bytes of all parameters and buffers as they are.
+        coverage: share of the parameters whose bit-widths budgets cover, ``weights / parameters``.
+        largest_float: the largest parameters that no budget covers, name -> elements, three at most.
     """
 
     layers: tuple[LayerFacts, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
     ranges: tuple[BudgetRange, ...]
     policy: str
     weights: int
     macs: int
     parameters: int
     float_bytes: int
+    coverage: float
+    largest_float: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
         return asdict(self)
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[FittedTable]:
         """The tables that ``print`` shows, for a rich console; empty ones are left out."""
-        return [table for table in (self._layers(), self._findings(), self._ranges()) if table.row_count]
+        return [table for table in (self._layers(), self._findings(), self._ranges()) if table.rows]
+
+    def __rich__(self) -> RenderableType:
+        """Totals, tables and the policy, for a rich console of any width."""
+        totals = (
+            f"{len(self.layers)} layers to quantize: {self.weights:,} weights, {self.macs / 1e6:,.1f} MMAC per sample. "
+            f"Budgets cover these weights: {self.coverage:.1%} of the float model's {self.parameters:,} parameters "
+            f"({self.float_bytes:,} bytes with buffers)."
+        )
+        if self.coverage < MOST and self.largest_float:
+            named = ", ".join(f"{name} ({count:,})" for name, count in self.largest_float.items())
+            totals += f" The largest that stay float: {named}."
+        return Group(Text(totals), *self.tables(), Text(self.policy))
 
     def __str__(self) -> str:
-        """Totals, tables and the policy as plain text."""
-        totals = (
-            f"{len(self.layers)} layers to quantize: {self.weights:,} weights, {self.macs / 1e6:,.1f} MMAC per sample; "
-            f"the float model has {self.parameters:,} parameters and {self.float_bytes:,} bytes"
-        )
-        return plain_text(totals, *self.tables(), self.policy)
+        """Totals, tables and the policy as plain text, 80 columns at most."""
+        return plain_text(self)
 
-    def _layers(self) -> Table:
-        table = _table("Layers", "layer", "kind", "W bits", "A bits", "weights", "inputs", "MMAC", "folds", text=2)
+    def _layers(self) -> FittedTable:
+        table = FittedTable(
+            Column("layer", least=40),
+            Column("kind", rank=2, least=12),
+            Column("W bits"),
+            Column("A bits"),
+            Column("weights", rank=1),
+            Column("inputs", rank=4),
+            Column("MMAC", rank=3),
+            Column("folds", rank=5, least=24),
+            title="Layers",
+        )
         for layer in self.layers:
             spec = layer.spec
             table.add_row(
@@ -195,9 +152,10 @@ class Inspection:
             )
         return table
 
-    def _findings(self) -> Table:
+    def _findings(self) -> FittedTable:
         """Findings with one reason share a row: a network has dozens of residual adds."""
-        table = _table("Refused, float, or worth knowing", "what", "why", "where", text=3)
+        columns = Column("what", least=5), Column("why", least=30), Column("where", least=20)
+        table = FittedTable(*columns, title="Refused, float, or worth knowing")
         groups: dict[tuple[str, str], list[str]] = {}
         for found in self.findings:
             why = f"{found.reason}. {found.remedy}".rstrip(" .")
@@ -206,20 +164,30 @@ class Inspection:
             table.add_row(severity, why, ", ".join(names))
         return table
 
-    def _ranges(self) -> Table:
-        table = _table("Budgets within reach", "budget", "lowest", "highest", *(f"all {b}" for b in UNIFORM), text=1)
-        for found in self.ranges:
-            numbers = (found.low, found.high, *(found.uniform[bits] for bits in UNIFORM))
-            giga = found.unit == "BOP"
-            shown = [f"{number / 1e9:,.4g}" if giga else f"{number:,.10g}" for number in numbers]
-            table.add_row(f"{found.name} [{'G' if giga else ''}{found.unit}]", *shown)
+    def _ranges(self) -> FittedTable:
+        """A column for each budget: its name is long, and its numbers are."""
+        headings = [
+            f"{found.name} [{'GBOP' if found.unit == 'BOP' else found.unit}]".replace(" ", "\n").replace("-", "-\n")
+            for found in self.ranges
+        ]
+        table = FittedTable(Column("bits", least=7), *map(Column, headings), title="Budgets within reach")
+        for label in ("lowest", "highest", *UNIFORM):
+            numbers = (
+                found.uniform[label] if isinstance(label, int) else {"lowest": found.low, "highest": found.high}[label]
+                for found in self.ranges
+            )
+            cells = (
+                f"{number / 1e9:,.4g}" if found.unit == "BOP" else f"{number:,.10g}"
+                for number, found in zip(numbers, self.ranges, strict=True)
+            )
+            table.add_row(f"all {label}" if isinstance(label, int) else label, *cells)
         return table
 
 
 def inspect(
     model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None, *, onnx: bool = False
 ) -> Inspection:
-    """Look at a model before anything is done to it; the model is not changed.
+    """Report a float model's layers, what would stay float, and the budgets within reach; the model is not changed.
 
     Args:
         model: a float model.
@@ -254,15 +222,21 @@ def inspect(
     for row in rows:
         first.setdefault(row.weight, row.name)
     parameters = list(model.parameters())
+    weights = sum(row.spec.weight_count for row in stored_rows(rows))
+    elements = sum(parameter.numel() for parameter in parameters)
+    covered = {model.get_submodule(row.name).weight for row in stored_rows(rows)}
+    rest = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter not in covered}
     return Inspection(
         layers=tuple(_facts(row, first[row.weight]) for row in rows),
         findings=findings,
         ranges=tuple(ranges),
         policy=_policy(rows),
-        weights=sum(row.spec.weight_count for row in stored_rows(rows)),
+        weights=weights,
         macs=sum(row.spec.macs for row in rows),
-        parameters=sum(p.numel() for p in parameters),
+        parameters=elements,
         float_bytes=sum(tensor.numel() * tensor.element_size() for tensor in (*parameters, *model.buffers())),
+        coverage=weights / elements if elements else 0.0,
+        largest_float=dict(sorted(rest.items(), key=lambda item: -item[1])[:3]),
     )
 
 
@@ -339,11 +313,3 @@ def _choices(choices: tuple[int, ...]) -> str:
         return "float"
     whole = BitRange(allowed=choices)
     return f"{whole.min}..{whole.max}" if whole.allowed is None and len(choices) > 1 else ",".join(map(str, choices))
-
-
-def _table(title: str, *headings: str, text: int) -> Table:
-    """A table whose first columns hold text, the others numbers."""
-    table = Table(title=title, title_justify="left")
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < text else "right", overflow="fold")
-    return table

@@ -1,21 +1,21 @@
-"""The per-layer table of a prepared model, at any moment."""
+"""``nipq.summary``: bit-widths, clipping ranges and costs of a prepared model, layer by layer, at any moment."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 from torch import nn
 
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import FLOAT_BITS, IMAGE_BITS, AverageBits, BitOps, Budget, activation_counts, stored_rows
 from nipq.functional.packing import payload_bytes
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.layer_table import LayerRow, layer_table
+from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
+from nipq.report.tables import Column, FittedTable, plain_text
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class LayerSummary:
         weight_bits_soft: the learned, continuous one; equal to ``weight_bits`` once frozen.
         activation_bits: bit-width of the input, None when it stays float.
         activation_bits_soft: the learned, continuous one.
-        weight_alpha: mean boundary of the weight, units of the weight.
-        activation_alpha: boundary of the input, units of the input.
+        weight_alpha: mean clipping range (alpha) of the weight, units of the weight.
+        activation_alpha: clipping range (alpha) of the input, units of the input.
         grid: grid of the input, ``"float"`` when it stays float.
         macs: multiply-accumulates per sample.
         weight_count: elements of the weight.
@@ -59,7 +59,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """Per-layer table with totals; prints itself.
+    """Per-layer table with totals; prints as a table.
 
     Attributes:
         layers: one entry per prepared layer.
@@ -68,6 +68,8 @@ class Summary:
         activation_bits_with_input: average over all inputs, the model's own included.
         weight_payload_bytes: bytes of the weights' bit-planes, without scales and header.
         bops: bit-operations per sample.
+        parameters: elements of the model's own parameters, without those of quantizers.
+        coverage: share of these whose bit-widths budgets cover, 0 to 1.
     """
 
     layers: tuple[LayerSummary, ...]
@@ -76,19 +78,28 @@ class Summary:
     activation_bits_with_input: float | None
     weight_payload_bytes: int
     bops: int
+    parameters: int
+    coverage: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
         return asdict(self)
 
-    def table(self) -> Table:
-        """The table that ``print`` shows, for a rich console."""
-        table = Table(title=self._title(), title_justify="left")
-        table.add_column("layer", overflow="fold")
-        for heading in ("kind", "grid"):
-            table.add_column(heading)
-        for heading in ("W bits", "A bits", "W alpha", "A alpha", "weights", "inputs", "MMAC", "MBOP"):
-            table.add_column(heading, justify="right")
+    def table(self) -> FittedTable:
+        """The table of the layers, for a rich console; it shows as many columns as fit."""
+        table = FittedTable(
+            Column("layer", least=40),
+            Column("kind", rank=5, least=12),
+            Column("grid", rank=6, least=8),
+            Column("W bits"),
+            Column("A bits"),
+            Column("W alpha", rank=9),
+            Column("A alpha", rank=8),
+            Column("weights", rank=2),
+            Column("inputs", rank=7),
+            Column("MMAC", rank=4),
+            Column("MBOP", rank=3),
+        )
         for layer in self.layers:
             table.add_row(
                 layer.name,
@@ -105,26 +116,24 @@ class Summary:
             )
         return table
 
-    def _title(self) -> str:
+    def _totals(self) -> str:
         inputs = "all inputs float"
         if self.activation_bits_with_input is not None:
             without = "none" if self.activation_bits is None else f"{self.activation_bits:.3f}"
             inputs = f"{without} over inputs ({self.activation_bits_with_input:.3f} with the model's own)"
         return (
             f"{len(self.layers)} layers, first and last included; average bits: {self.weight_bits:.3f} over weights, "
-            f"{inputs}; {self.weight_payload_bytes:,} bytes of weights; {self.bops / 1e9:.4f} GBOP"
+            f"{inputs}; {self.weight_payload_bytes:,} bytes of weights; {self.bops / 1e9:.4f} GBOP. "
+            f"Budgets cover {self.coverage:.1%} of {self.parameters:,} parameters."
         )
 
+    def __rich__(self) -> RenderableType:
+        """Totals and table, for a rich console of any width."""
+        return Group(Text(self._totals()), self.table())
+
     def __str__(self) -> str:
-        """The table as plain text, 160 columns at most."""
-        return plain_text(self.table())
-
-
-def plain_text(*parts: RenderableType) -> str:
-    """Rich tables and lines as plain text, 160 columns at most."""
-    text = io.StringIO()
-    Console(file=text, width=160, color_system=None, highlight=False, markup=False).print(*parts, sep="\n")
-    return text.getvalue().rstrip()
+        """Totals and table as plain text, 80 columns at most."""
+        return plain_text(self)
 
 
 def _input_bits(layer: LayerSummary) -> str:
@@ -138,7 +147,7 @@ def _bits(whole: int, soft: float | None) -> str:
 
 
 def summary(model: nn.Module) -> Summary:
-    """What every layer's bit-widths, boundaries and costs are now.
+    """Bit-widths, clipping ranges and costs of every layer as they are now.
 
     Args:
         model: a prepared model.
@@ -151,7 +160,7 @@ def summary(model: nn.Module) -> Summary:
 
     Example:
         >>> import torch
-        >>> from nipq.prepare import prepare_
+        >>> from nipq.prepare.prepare import prepare_
         >>> found = summary(prepare_(nn.Sequential(nn.Linear(4, 2)), torch.zeros(1, 4)))
         >>> found.weight_bits, found.bops
         (5.0, 320)
@@ -166,16 +175,19 @@ def summary(model: nn.Module) -> Summary:
         return float(limit.exact_cost(weights, inputs))
 
     counts = activation_counts(rows)
+    added = {parameter for quantizer in quantizers(model) for parameter in quantizer.parameters()}
+    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter not in added)
+    stored = stored_rows(rows)
     own = [(row.input, row.spec.activation_count) for row in rows if row.input is not None and row.spec.is_input]
     return Summary(
         layers=tuple(_layer(row) for row in rows),
         weight_bits=exact(AverageBits(weights=1)),
         activation_bits=exact(AverageBits(activations=1)) if any(count for _, count in counts) else None,
         activation_bits_with_input=_average([*counts, *own]) if counts else None,
-        weight_payload_bytes=sum(
-            payload_bytes(row.spec.weight_count, row.weight.bits_rounded) for row in stored_rows(rows)
-        ),
+        weight_payload_bytes=sum(payload_bytes(row.spec.weight_count, row.weight.bits_rounded) for row in stored),
         bops=int(exact(BitOps(1))),
+        parameters=parameters,
+        coverage=sum(row.spec.weight_count for row in stored) / parameters,
     )
 
 

@@ -16,9 +16,9 @@ from nipq.budget.budget import AverageBits, BitOps, Budget, FeasibleRange, Model
 from nipq.distributed import part, reduce_min_, reduce_sum_
 from nipq.errors import ConfigError, NonFiniteError, require
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.prepare.batches import call_model
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import call_model
 from nipq.train.batches import Nested
 
 if TYPE_CHECKING:

@@ -28,9 +28,9 @@ from nipq.export.packed_write import file_bytes, save
 from nipq.functional.clipping import even_stride
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.prepare.batches import call_model
 from nipq.prepare.layer_table import LayerRow, layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import call_model
 from nipq.report.summary import summary
 from nipq.train.batches import Batch, Few, Nested, moved, pick
 from nipq.train.checkpoint import Checkpoint

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nipq.errors import ConfigError
-from nipq.prepare.trace import call_model
+from nipq.prepare.batches import call_model
 from nipq.train.batches import Batch, Nested, Sources, moved
 
 

@@ -21,8 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nipq.distributed import all_or_none, check_same_, from_rank_zero, is_distributed, rank_seed
 from nipq.errors import ConfigError, DistributedError, NonFiniteError
+from nipq.prepare.batches import call_model
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.trace import call_model
 from nipq.qat.ema import WeightAverage
 from nipq.qat.schedule import resume_, schedulers
 from nipq.qat.session import QATSession, calibrate_and_allocate_

@@ -1,8 +1,8 @@
-"""Proof that the deployed model is the trained one, on the ladder E0 to E3."""
+"""Verification that a deployed model is the trained one, at the levels E0 (numbers) to E3 (bit-exact outputs)."""
 
 from __future__ import annotations
 
 from nipq.verify.api import Metric, verify
-from nipq.verify.result import Rung, VerifyResult
+from nipq.verify.result import Check, VerifyResult
 
-__all__ = ["Metric", "Rung", "VerifyResult", "verify"]
+__all__ = ["Check", "Metric", "VerifyResult", "verify"]

@@ -1,12 +1,9 @@
-"""What rungs E1 and E3 find layer by layer, and how much of it is too much.
-
-Rung E2: how far apart two models are, against how far one model is from itself.
-"""
+"""Limits and running sums of the checks: differences of layers (E1, E3) and of the model's outputs (E2)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,23 +11,40 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError
-from nipq.verify.result import Rung
+from nipq.prepare.batches import tensors_in
+from nipq.verify.result import Check
 
-#: Largest share of codes that may flip by one level between two layers: sums run in another order.
+#: E1: largest share of codes that may flip by one level between two layers, as sums run in another order.
 FLIPS = 1e-4
 #: The same for each level of the grid: a float32 sum that is off by so much of the range flips that share of codes.
 FLIPS_PER_LEVEL = 4e-7
-#: Largest difference of a layer's output, relative to its largest value: some float32 roundings of a long sum.
+#: E1: largest difference of a layer's output relative to its largest value: some float32 roundings of a long sum.
 OUTPUT_TOLERANCE = 1e-5
+#: E2: times the trained model's own noise that the deployed model's logits may be away from its logits.
+TIMES_OWN_NOISE = 3.0
+#: E2: change of one sample's logits that a single flipped code was seen to make, relative to the largest logit.
+ONE_FLIP = 0.03
+#: E2: how often chance may fail a correct model; counts are held against this quantile, not against their mean.
+FALSE_ALARMS = 0.02
+#: E2: flips that may happen to one model and not to the other: where one is expected, more come in 2 % of cases.
+CHANCE_FLIPS = 3
+#: E2: samples for each flip at least, however many E1 counted: more would hide a fault in what is said to be rounding.
+SAMPLES_A_FLIP = 20
+#: E2: float32 roundings of the logits themselves, relative to the largest one.
+ROUNDING = 1e-6
+#: E2: share of decisions that must be alike in the long run, unless the trained model's own are not.
+AGREEMENT = 0.995
+
+_CALLS_DIFFER = "called differently often, or on other shapes, than in the trained model"
 
 
 @dataclass
-class Evidence:
-    """What E1 and E3 found in one layer, summed over calls and batches.
+class LayerComparison:
+    """Differences of one layer, product or operand (E1, E3), summed over calls and batches.
 
     Attributes:
-        calls_differ: the layers were called differently often, or on different shapes.
-        codes: codes looked at.
+        calls_differ: whether the layer was called differently often, or on different shapes.
+        codes: codes compared.
         wrong: codes that differ on the same input.
         flips: codes that differ on what arrived when the layers before got the trained inputs.
         jump: largest such difference in levels.
@@ -62,7 +76,7 @@ class Evidence:
 
         Args:
             expected: whole codes of the trained layer.
-            same_input: codes of the other one on the trained input.
+            same_input: codes of the deployed layer on the trained input.
             arrived: its codes of what arrived when the layers before got the trained inputs.
         """
         distance = (arrived - expected).abs()
@@ -79,99 +93,63 @@ class Evidence:
         self.largest = _larger(self.largest, expected.abs())
 
     def layer_fault(self) -> str | None:
-        """Why E1 fails here, or None."""
+        """The reason for which E1 fails here, or None."""
         if self.calls_differ:
-            return "called differently often, or on other shapes, than in the trained model"
-        if self.wrong > (math.ceil(self.allowed * self.codes) if self.inexact else 0):
+            return _CALLS_DIFFER
+        most = math.ceil(self.allowed * self.codes)
+        if self.wrong > (most if self.inexact else 0):
             return f"{self.wrong:,} of {self.codes:,} codes differ on the same input"
         if not self.jump <= 1:
             return f"codes of what arrived differ by up to {self.jump:g} levels"
-        if self.flips > math.ceil(self.allowed * self.codes):
+        if self.flips > most:
             return f"{self.flips:,} of {self.codes:,} codes of what arrived flipped, more than {self.allowed:g} of them"
         if not self.error <= OUTPUT_TOLERANCE * self.largest:
             return f"the output differs by {self.error:.3g}, more than {OUTPUT_TOLERANCE:g} of its largest value"
         return None
 
     def exact_fault(self) -> str | None:
-        """Why E3 fails here, or None."""
+        """The reason for which E3 fails here, or None."""
         if self.calls_differ:
-            return "called differently often, or on other shapes, than in the trained model"
+            return _CALLS_DIFFER
         return f"{self.exact_codes:,} codes differ from phase int" if self.exact_codes else None
 
 
-def flips_in(evidence: Mapping[str, Evidence]) -> int:
-    """Codes on the other side of a tie, in all layers.
-
-    Args:
-        evidence: by layer.
-    """
-    return sum(seen.flips for seen in evidence.values())
+def flips_in(layers: Mapping[str, LayerComparison]) -> int:
+    """Number of codes that were rounded to the other of two levels, in all layers."""
+    return sum(layer.flips for layer in layers.values())
 
 
-def layer_rung(evidence: Mapping[str, Evidence]) -> Rung:
-    """Rung E1 from what was found.
-
-    Args:
-        evidence: by layer, in the order of execution.
-    """
-    faults = {name: fault for name, seen in evidence.items() if (fault := seen.layer_fault())}
+def layer_check(layers: Mapping[str, LayerComparison]) -> Check:
+    """Level E1: each layer on the trained inputs; layers in the order of execution."""
+    faults = {name: fault for name, layer in layers.items() if (fault := layer.layer_fault())}
     numbers = {
-        "codes": sum(seen.codes for seen in evidence.values()),
-        "wrong": sum(seen.wrong for seen in evidence.values()),
-        "flips": flips_in(evidence),
-        "worst_output": max((seen.error / seen.largest for seen in evidence.values() if seen.largest), default=0.0),
+        "codes": sum(layer.codes for layer in layers.values()),
+        "wrong": sum(layer.wrong for layer in layers.values()),
+        "flips": flips_in(layers),
+        "worst_output": max((layer.error / layer.largest for layer in layers.values() if layer.largest), default=0.0),
         "layers_at_fault": len(faults),
     }
-    return Rung("E1 layers", "each layer on the trained inputs", not faults, numbers, _first(faults))
+    return Check("E1 layers", "each layer on the trained inputs", not faults, numbers, _first(faults))
 
 
-def exact_rung(evidence: Mapping[str, Evidence], difference: float) -> Rung:
-    """Rung E3 from what was found.
-
-    Args:
-        evidence: by layer, in the order of execution.
-        difference: largest difference of an output.
-    """
-    faults = {name: fault for name, seen in evidence.items() if (fault := seen.exact_fault())}
-    numbers = {
-        "codes_apart": sum(seen.exact_codes for seen in evidence.values()),
-        "output_difference": difference,
-    }
+def exact_check(layers: Mapping[str, LayerComparison], difference: float) -> Check:
+    """Level E3: codes equal to the trained model's in phase ``"int"``, and outputs without a difference."""
+    faults = {name: fault for name, layer in layers.items() if (fault := layer.exact_fault())}
+    apart = sum(layer.exact_codes for layer in layers.values())
     first = _first(faults) or (None if difference == 0 else "the outputs differ though all codes agree")
-    return Rung("E3 exact", "bit for bit in whole numbers", first is None, numbers, first)
+    numbers = {"codes_apart": apart, "output_difference": difference}
+    return Check("E3 exact", "bit for bit in whole numbers", first is None, numbers, first)
 
 
 def _first(faults: Mapping[str, str]) -> str | None:
     return next((f"{name}: {fault}" for name, fault in faults.items()), None)
 
 
-def _larger(so_far: float, values: Tensor) -> float:
-    """The larger of a number and a tensor's maximum; NaN wins, so that no comparison with a limit passes."""
-    largest = float(values.max()) if values.numel() else 0.0
-    return largest if math.isnan(largest) or largest > so_far else so_far
-
-
-#: Times the trained model's own noise that the deployed model may be away from it.
-TIMES_OWN_NOISE = 3.0
-#: What a single flipped code was seen to move one sample's logits by, relative to the largest logit.
-ONE_FLIP = 0.03
-#: How often chance may fail a right model; counts are held against what it leaves, not against what is expected.
-FALSE_ALARMS = 0.02
-#: Flips that may happen to one model and not to the other: where one is expected, more come in 2 % of cases.
-CHANCE_FLIPS = 3
-#: Samples for each flip at least, however many rung E1 counted: more would hide a fault in what is said to be rounding.
-SAMPLES_A_FLIP = 20
-#: Float32 roundings of the logits themselves, relative to the largest one.
-ROUNDING = 1e-6
-#: Share of decisions that must be alike in the long run, unless the trained model's own are not.
-AGREEMENT = 0.995
-
-
-class Distance:
-    """Sums over batches of what lies between the logits of the trained and of the deployed model."""
+class OutputComparison:
+    """Differences between the logits of trained and deployed model (E2), summed over batches."""
 
     def __init__(self) -> None:
-        self.samples = self.decisions = self.disagreements = self.noise_samples = 0
+        self.samples = self.decisions = self.disagreements = 0
         self.largest = self.exact = 0.0
         self._apart: list[Tensor] = []
         self._batch_noise: list[Tensor] = []
@@ -190,8 +168,8 @@ class Distance:
         """
         deployed, exact = deployed.to(trained.device), exact.to(trained.device)
         self.samples += len(trained)
-        self.largest = _worse(self.largest, float(trained.abs().max()))
-        self.exact = _worse(self.exact, float((deployed - exact).abs().max()))
+        self.largest = _larger(self.largest, trained.abs())
+        self.exact = _larger(self.exact, (deployed - exact).abs())
         self._apart.append((deployed - trained).abs().flatten())
         a, b = _decisions(trained), _decisions(deployed)
         self.decisions += a.numel()
@@ -201,40 +179,29 @@ class Distance:
             self._hits.append((int((a == right).sum()), int((b == right).sum()), right.numel()))
 
     def add_kernel_noise(self, trained: Tensor, other: Tensor) -> None:
-        """Add what the trained model is away from itself on other kernels.
-
-        Args:
-            trained: logits of a batch.
-            other: logits of the same batch on other kernels.
-        """
+        """Add the difference of a batch's logits to those of the same trained model on other kernels."""
         self._own_decisions.append((_decisions(other) != _decisions(trained)).double().flatten())
         self._kernel_noise.append((other - trained).abs().flatten())
 
     def add_batch_noise(self, trained: Tensor, single: Tensor) -> None:
-        """Add what the trained model is away from itself in batches of one.
-
-        Args:
-            trained: logits of a batch.
-            single: logits of the same samples one by one.
-        """
-        self.noise_samples += len(trained)
+        """Add the difference of a batch's logits to those of the same samples one by one."""
         self._own_decisions.append((_decisions(single) != _decisions(trained)).double().flatten())
         self._batch_noise.append((single - trained).abs().flatten())
 
-    def scores(self) -> dict[str, float]:
-        """Top-1 accuracy of both in per cent; empty without labels."""
+    def accuracies(self) -> dict[str, float]:
+        """Top-1 accuracy of both models in per cent; empty without labels."""
         if not self._hits:
             return {}
         trained, deployed, count = (sum(column) for column in zip(*self._hits, strict=True))
         return {"accuracy_trained": 100 * trained / count, "accuracy_deployed": 100 * deployed / count}
 
-    def rung(self, scores: Mapping[str, float], flips: int = 0) -> Rung:
-        """Whether the two are as close as the trained model is to itself.
+    def check(self, scores: Mapping[str, float], flips: int = 0) -> Check:
+        """Level E2: whether the deployed model is as close to the trained one as that is to itself.
 
         Args:
-            scores: the task's score of both, to be shown with the rest.
-            flips: codes that rung E1 found on the other side of a tie, on the same samples. Each layer had the trained
-                inputs there, so no fault of a layer before is in them.
+            scores: score of both models on the task, to be shown with the rest.
+            flips: flipped codes that E1 counted on the same samples. Each layer had the trained inputs there, so no
+                fault of a layer before is in them.
         """
         largest = self.largest or 1.0
         apart = _mean(self._apart) / largest
@@ -259,18 +226,18 @@ class Distance:
             "agreement": 1 - self.disagreements / self.decisions,
         }
         claim = "logits, against the trained model's own noise"
-        return Rung("E2 noise", claim, not faults, numbers | dict(scores), "; ".join(faults) or None)
+        return Check("E2 noise", claim, not faults, numbers | dict(scores), "; ".join(faults) or None)
 
 
 def most_by_chance(expected: float) -> int:
-    """The count that a Poisson count exceeds with a probability of at most ``FALSE_ALARMS``; at least 1.
-
-    Args:
-        expected: the count's mean.
-    """
-    from scipy.special import pdtrik  # here, as scipy is slow to import
-
-    return max(1, math.ceil(float(pdtrik(1 - FALSE_ALARMS, expected))))
+    """The count that a Poisson count of this mean exceeds with a probability of ``FALSE_ALARMS``; at least 1."""
+    mean = torch.tensor(expected, dtype=torch.float64)
+    low, high = 0, int(expected + 10 * math.sqrt(expected)) + 10
+    while high - low > 1:
+        middle = (low + high) // 2
+        within = torch.special.gammaincc(torch.tensor(middle + 1, dtype=torch.float64), mean)  # P(count <= middle)
+        low, high = (low, middle) if within >= 1 - FALSE_ALARMS else (middle, high)
+    return high
 
 
 def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model returns)
@@ -282,42 +249,13 @@ def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model retur
     Raises:
         ConfigError: if there is none.
     """
-    for tensor in _tensors(output):
+    for tensor in tensors_in(output):
         if tensor.is_floating_point():
             return tensor.float() if tensor.itemsize < 4 else tensor
     raise ConfigError(
         f"verify: expected a model that returns floating tensors, found {type(output).__name__}. "
         "Wrap the model so that it returns its logits."
     )
-
-
-def labels_of(batch: Any) -> Tensor | None:  # noqa: ANN401  (whatever a loader yields)
-    """Whole-number labels of a batch: second item of a tuple, or under a usual name of a mapping; None if none."""
-    found = None
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
-    elif isinstance(batch, Mapping):
-        found = next((batch[key] for key in ("labels", "label", "target") if key in batch), None)
-    return found if isinstance(found, Tensor) and not found.is_floating_point() else None
-
-
-def samples_in(inputs: Any) -> int:  # noqa: ANN401  (a model's inputs in any form)
-    """Length of the first axis of the first tensor.
-
-    Args:
-        inputs: what a model is called with.
-    """
-    return len(next(tensor for tensor in _tensors(inputs) if tensor.ndim))
-
-
-def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, Iterable) and not isinstance(value, str):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _decisions(logits: Tensor) -> Tensor:
@@ -329,5 +267,7 @@ def _mean(parts: list[Tensor]) -> float:
     return float(torch.cat([part.double() for part in parts]).mean()) if parts else 0.0
 
 
-def _worse(a: float, b: float) -> float:
-    return b if not b <= a else a
+def _larger(so_far: float, values: Tensor) -> float:
+    """The larger of a number and a tensor's maximum; NaN wins, so that no comparison with a limit passes."""
+    largest = float(values.max()) if values.numel() else 0.0
+    return largest if math.isnan(largest) or largest > so_far else so_far

@@ -1,4 +1,4 @@
-"""What a comparison of trained and deployed model found."""
+"""Results of ``nipq.verify``: one check for each level (E0 to E3) of each artifact."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from rich.table import Table
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One claim about the deployed model, and whether it holds.
+class Check:
+    """One claim about a deployed model, and whether it holds.
 
     Attributes:
-        name: ``"E0 static"``, ``"E1 layers"``, ``"E2 noise"`` or ``"E3 exact"``.
+        name: level of the check: ``"E0 static"``, ``"E1 layers"``, ``"E2 noise"`` or ``"E3 exact"``.
         claim: what was compared.
         passed: whether the claim holds.
         numbers: what was measured, by name.
         first_difference: the first difference in the order of execution, with the layer's full name; None if none.
-        artifact: what it is about, when there are several artifacts or it is a file.
+        artifact: the file or model that was checked; empty for a deployed module that is the only artifact.
     """
 
     name: str
@@ -34,53 +34,53 @@ class Rung:
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """All rungs; true when every one holds, and prints itself.
+    """All checks of a comparison; true when every one passed. Prints as a table.
 
     Attributes:
-        rungs: from E0 to E3, artifact by artifact.
+        checks: from E0 to E3, artifact by artifact.
     """
 
-    rungs: tuple[Rung, ...]
+    checks: tuple[Check, ...]
 
     @property
     def first_difference(self) -> str | None:
-        """The first difference of the lowest rung that fails, with the layer's full name; None if all hold."""
-        failed = (rung for rung in self.rungs if not rung.passed)
-        return next((_about(rung.artifact, rung.first_difference) for rung in failed), None)
+        """The first difference of the first check that failed, with artifact and layer name; None if all passed."""
+        failed = next((check for check in self.checks if not check.passed), None)
+        if failed is None or failed.first_difference is None or not failed.artifact:
+            return None if failed is None else failed.first_difference
+        return f"{failed.artifact}: {failed.first_difference}"
 
     def __bool__(self) -> bool:
-        """Whether every rung holds."""
-        return all(rung.passed for rung in self.rungs)
+        """Whether every check passed."""
+        return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        return {"passed": bool(self), "rungs": [asdict(rung) for rung in self.rungs]}
+        """Plain numbers and strings, for JSON; the checks are under ``"rungs"``, the name in files written so far."""
+        return {"passed": bool(self), "rungs": [asdict(check) for check in self.checks]}
 
     def table(self) -> Table:
-        """The table that ``print`` shows, for a rich console."""
+        """The table that ``print`` shows, for a rich console of any width."""
         heading = "deployed model equals trained model" if self else "deployed model DIFFERS from trained model"
         table = Table(title=heading, title_justify="left")
-        for column in ("rung", "", "claim", "found"):
+        table.add_column("check", no_wrap=True)
+        table.add_column("", no_wrap=True)
+        for column in ("claim", "found"):
             table.add_column(column, overflow="fold")
-        for number, rung in enumerate(self.rungs):
-            if rung.artifact and (number == 0 or self.rungs[number - 1].artifact != rung.artifact):
+        for number, check in enumerate(self.checks):
+            if check.artifact and (number == 0 or self.checks[number - 1].artifact != check.artifact):
                 table.add_section()
-                table.add_row("", "", f"[bold]{escape(rung.artifact)}", "")
-            found = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in rung.numbers.items())
-            if rung.first_difference is not None:
-                found = f"{rung.first_difference}\n{found}"
-            table.add_row(rung.name, "ok" if rung.passed else "FAILS", rung.claim, escape(found))
+                table.add_row("", "", f"[bold]{escape(check.artifact)}", "")
+            found = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in check.numbers.items())
+            if check.first_difference is not None:
+                found = f"{check.first_difference}\n{found}"
+            table.add_row(check.name, "ok" if check.passed else "FAILS", check.claim, escape(found))
         return table
 
     def __str__(self) -> str:
-        """The table as plain text, 140 columns at most."""
+        """The table as plain text, 80 columns at most."""
         text = io.StringIO()
-        Console(file=text, width=140, color_system=None).print(self.table())
+        Console(file=text, width=80, color_system=None).print(self.table())
         return text.getvalue()
-
-
-def _about(artifact: str, difference: str | None) -> str | None:
-    return f"{artifact}: {difference}" if artifact and difference is not None else difference
 
 
 def _short(value: object) -> str:

@@ -1,38 +1,50 @@
-"""A deployed module, as ``nipq.convert`` makes and ``nipq.load`` reads it: every rung, to the last bit.
+"""Deployed modules, from ``nipq.convert`` or ``nipq.load``, and compiled models of runtimes as candidates.
 
-A model in the hands of a runtime: which kernels it runs on, and the task.
+A deployed module is checked at every level, down to the last bit. A compiled model is checked for its kernels (E0) and
+on the task (E2).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from nipq.errors import FileFormatError
-from nipq.export.modules import deployed_layers, deployed_products
+from nipq.errors import ConfigError, FileFormatError
+from nipq.export.modules import (
+    Deployed,
+    DeployedLayer,
+    DeployedProduct,
+    deploy_state,
+    deployed_layers,
+    deployed_products,
+    full_name,
+)
 from nipq.export.packed_read import WITHOUT_CHECKSUM, load, read_container
 from nipq.export.packed_write import CHECKSUM_BYTES, file_bytes
 from nipq.export.runtimes import CompiledModel
+from nipq.nn.integer import bias_of, fold
+from nipq.nn.kinds import output_channels
+from nipq.nn.layers import float_weight
+from nipq.prepare.layer_table import OPERANDS, LayerRow, layer_table, weight_table
 from nipq.prepare.prepare import restore_
-from nipq.verify.candidate import Subject
-from nipq.verify.metrics import exact_rung, flips_in, layer_rung, logits_of
-from nipq.verify.reference import Observation, compare_codes, recording_codes, run_forced, run_model
-from nipq.verify.result import Rung
-from nipq.verify.static import file_differences, trained_differences
+from nipq.verify.candidate import Candidate, differences
+from nipq.verify.metrics import exact_check, flips_in, layer_check, logits_of
+from nipq.verify.reference import ReferenceRun, compare_codes, recording_codes, run_model, run_teacher_forced
+from nipq.verify.result import Check
 
 
-class DeployedSubject(Subject):
+class DeployedCandidate(Candidate):
     """A deployed module, and its packed file if it has one.
 
     Args:
-        name: what it is called in the result.
+        name: name of the artifact in the result.
         module: the deployed module.
-        layers: full names of the trained layers.
+        layers: quantization points, layers and products of the trained model.
         model: the trained model.
         file: the packed file of the module.
         is_file: whether the module was read from that file.
@@ -51,8 +63,8 @@ class DeployedSubject(Subject):
         super().__init__(name, module, layers, is_file=is_file)
         self.deployed, self.model, self.file = module, model, file
 
-    def static(self) -> Rung:
-        """Rung E0: every number, and the file."""
+    def static_check(self) -> Check:
+        """Level E0: every number of the module, and the packed file."""
         found = list(trained_differences(self.model, self.deployed))
         numbers: dict[str, Any] = {"layers": len(deployed_layers(self.deployed))}
         if products := deployed_products(self.deployed):
@@ -74,56 +86,188 @@ class DeployedSubject(Subject):
                 found.append(str(error))
         numbers["differences"] = len(found)
         claim = "integers, scales, zero points, limits" + ("; the file" if self.file is not None else "")
-        return Rung("E0 static", claim, not found, numbers, found[0] if found else None)
+        return Check("E0 static", claim, not found, numbers, found[0] if found else None)
 
-    def run(self, seen: Observation) -> Tensor:
-        """Logits, with the evidence for E1 and E3 on the way.
-
-        Args:
-            seen: the trained model on the same data.
-        """
-        run_forced(self.deployed, seen.calls, self.evidence, partial(run_model, inputs=seen.inputs))
+    def logits(self, reference: ReferenceRun) -> Tensor:
+        """Logits, with the layers compared for E1 and E3 on the way."""
+        run_teacher_forced(self.deployed, reference.calls, self.layers, partial(run_model, inputs=reference.inputs))
         with recording_codes(self.deployed) as codes:
-            found = logits_of(run_model(self.deployed, seen.inputs))
-        compare_codes(seen.codes, codes, self.evidence)
+            found = logits_of(run_model(self.deployed, reference.inputs))
+        compare_codes(reference.codes, codes, self.layers)
         return found
 
-    def rungs(self, scores: Mapping[str, float]) -> list[Rung]:
-        """E1, E2 and E3.
-
-        Args:
-            scores: the task's score of both.
-        """
+    def checks(self, scores: Mapping[str, float]) -> list[Check]:
+        """E1, E2 and E3."""
         return [
-            layer_rung(self.evidence),
-            self.distance.rung(scores, flips_in(self.evidence)),
-            exact_rung(self.evidence, self.distance.exact),
+            layer_check(self.layers),
+            self.output.check(scores, flips_in(self.layers)),
+            exact_check(self.layers, self.output.exact),
         ]
 
 
-class CompiledSubject(Subject):
-    """What ``nipq.runtime`` compiled. Its numbers are the file's; its layers cannot be cut apart.
+class CompiledCandidate(Candidate):
+    """A model that a runtime compiled. Its numbers are the file's; its layers cannot be cut apart.
 
     Args:
         module: the compiled model.
-        layers: full names of the trained layers.
+        layers: quantization points, layers and products of the trained model.
     """
 
     def __init__(self, module: CompiledModel, layers: Iterable[str]) -> None:
         super().__init__(module.runtime, module, layers)
         self.compiled = module
 
-    def static(self) -> Rung:
-        """Rung E0: every layer that can be is computed in integers."""
+    def static_check(self) -> Check:
+        """Level E0: every layer that can be is computed in integers."""
         missing, kernels = self.compiled.float_layers(), self.compiled.kernels
         numbers = {"layers": len(kernels), "integer_kernels": sum(kernel.integer for kernel in kernels)}
         first = next((f"{kernel.name}: {kernel.what}" for kernel in kernels if kernel.name in missing), None)
-        return Rung("E0 static", "integer kernels", first is None, numbers, first)
+        return Check("E0 static", "integer kernels", first is None, numbers, first)
 
-    def rungs(self, scores: Mapping[str, float]) -> list[Rung]:
-        """E2.
+    def checks(self, scores: Mapping[str, float]) -> list[Check]:
+        """E2."""
+        return [self.output.check(scores)]
 
-        Args:
-            scores: the task's score of both.
-        """
-        return [self.distance.rung(scores)]
+
+def module_candidate(artifact: nn.Module, layers: Iterable[str], model: nn.Module, file: Path | None) -> Candidate:
+    """The candidate for a deployed or compiled model, and for the packed file that is to be checked with it.
+
+    Raises:
+        ConfigError: if the module holds no deployed layer.
+    """
+    if isinstance(artifact, CompiledModel):
+        return CompiledCandidate(artifact, layers)
+    if not deployed_layers(artifact):
+        raise ConfigError(
+            f"verify: expected a deployed {type(model).__name__}, found a {type(artifact).__name__} without deployed "
+            "layers. Give what nipq.convert or nipq.load returned."
+        )
+    return DeployedCandidate("deployed model", artifact, layers, model, file)
+
+
+def packed_candidate(path: Path, layers: Iterable[str], model: nn.Module) -> Candidate:
+    """The candidate for a packed file.
+
+    Raises:
+        FileFormatError: if the file cannot be loaded.
+    """
+    loaded = load(path, restore_(copy.deepcopy(model)))
+    return DeployedCandidate(path.name, loaded, layers, model, path, is_file=True)
+
+
+def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
+    """Compare every number of the deployed model with the trained one, bit for bit (E0).
+
+    Yields:
+        One sentence per difference, in the order of execution, with the layer's full name.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    layers = deployed_layers(deployed)
+    rows = {names[row.layer]: row for row, _ in weight_table(model)}
+    for name, row in rows.items():
+        if name not in layers:
+            yield f"{name}: the trained model quantizes this layer, the deployed one does not"
+        else:
+            yield from differences(name, _trained_facts(row), _deployed_facts(layers[name]))
+    for name in (name for name in layers if name not in rows):
+        yield f"{name}: the deployed model quantizes this layer, the trained one does not"
+    products = deployed_products(deployed)
+    trained = {names[row.layer]: row for row in layer_table(model) if row.spec.is_product}
+    for name in dict.fromkeys((*trained, *products)):
+        ours = {} if name not in trained else _trained_operands(trained[name])
+        theirs = {} if name not in products else _deployed_operands(products[name])
+        yield from differences(name, ours, theirs)
+    rows |= trained
+    gone = [*rows, *(names[row.batchnorm] for row in rows.values() if row.input and row.batchnorm)]
+    found = _outside([*rows, *layers, *products], deploy_state(deployed))
+    yield from differences("", _outside(gone, model.state_dict()), found)
+
+
+def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
+    """Compare every number of a model read from its file with the model that was saved, bit for bit (E0).
+
+    Yields:
+        One sentence per difference, with the layer's full name.
+    """
+    saved, back = deployed_layers(deployed), deployed_layers(loaded)
+    for name in sorted(saved.keys() ^ back.keys()):
+        yield f"{name}: only one of the deployed model and its file has this layer"
+    for name in (name for name in saved if name in back):
+        yield from differences(name, _deployed_facts(saved[name]), _deployed_facts(back[name]), "saved", "in the file")
+    products, again = deployed_products(deployed), deployed_products(loaded)
+    for name in dict.fromkeys((*products, *again)):
+        one, other = (_deployed_operands(part[name]) if name in part else {} for part in (products, again))
+        yield from differences(name, one, other, "saved", "in the file")
+    ours, theirs = (_outside([*saved, *back], deploy_state(part)) for part in (deployed, loaded))
+    yield from differences("", ours, theirs, "saved", "in the file")
+
+
+def _trained_operands(row: LayerRow) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for part, quantizer in zip(OPERANDS, (row.input, row.weight), strict=True):
+        assert quantizer is not None
+        low, high = quantizer.code_range()
+        whole = (quantizer.bits_rounded, int(quantizer.zero_point()), int(low), int(high))
+        facts |= _operand(part, quantizer.step(), quantizer.grid.kind, whole)
+    return facts
+
+
+def _deployed_operands(product: DeployedProduct) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for part, operand in product.operands().items():
+        whole = (operand.bits, operand.zero_point, operand.code_low, operand.code_high)
+        facts |= _operand(part, operand.step, operand.grid, whole)
+    return facts
+
+
+def _operand(part: str, step: Tensor, grid: str, whole: tuple[int, int, int, int]) -> dict[str, Any]:
+    names = ("bits", "zero point", "lowest code", "highest code")
+    return {f"{part}: step": step, f"{part}: grid": grid} | {
+        f"{part}: {name}": number for name, number in zip(names, whole, strict=True)
+    }
+
+
+def _trained_facts(row: LayerRow) -> dict[str, Any]:
+    """Facts that the deployed layer must hold, taken from the trained layer's quantizers."""
+    bias = bias_of(row.layer)
+    facts: dict[str, Any] = {
+        "weight bits": row.weight.bits_rounded,
+        "weight codes": row.weight.codes(float_weight(row.layer)),
+    }
+    if row.input is None:
+        return facts | {"step of the weight": row.weight.step(), "bias": bias}
+    step, (low, high) = row.input.step(), row.input.code_range()
+    scale, offset = fold(step, row.weight.step(), bias, row.batchnorm, output_channels(row.layer))
+    return facts | {
+        "input bits": row.input.bits_rounded,
+        "grid of the input": row.input.grid.kind,
+        "zero point": int(row.input.zero_point()),
+        "lowest code": int(low),
+        "highest code": int(high),
+        "step of the input": step,
+        "scale": scale,
+        "offset": offset,
+    }
+
+
+def _deployed_facts(layer: Deployed) -> dict[str, Any]:
+    """The same facts as in :func:`_trained_facts`, as the deployed layer holds them."""
+    facts: dict[str, Any] = {"weight bits": layer.weight_bits, "weight codes": layer.weight_codes}
+    if not isinstance(layer, DeployedLayer):
+        return facts | {"step of the weight": layer.scale, "bias": layer.offset}
+    return facts | {
+        "input bits": layer.input_bits,
+        "grid of the input": layer.grid,
+        "zero point": layer.zero_point,
+        "lowest code": layer.code_low,
+        "highest code": layer.code_high,
+        "step of the input": layer.input_step,
+        "scale": layer.scale,
+        "offset": layer.offset,
+    }
+
+
+def _outside(names: list[str], state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of the state outside of the named modules."""
+    prefixes = tuple(full_name(name, "") for name in names)
+    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(prefixes)}

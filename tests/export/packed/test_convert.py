@@ -141,7 +141,7 @@ def test_a_learned_bit_width_is_refused_by_name(get: Get) -> None:
 def test_a_boundary_that_was_never_set_is_refused_by_name() -> None:
     config = Config(weight_bits=4, activation_bits=4)
     model = prepare_(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3), config)
-    with pytest.raises(OrderError, match=r"0\.input: expected a calibrated boundary"):
+    with pytest.raises(OrderError, match=r"0\.input: expected a calibrated"):
         convert(model)
 
 

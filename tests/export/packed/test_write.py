@@ -151,7 +151,7 @@ def test_a_folder_that_does_not_exist_is_refused(mixed: Any, tmp_path: Path) -> 
 
 
 def test_a_model_without_deployed_layers_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Linear: expected a deployed model, found no deployed layer"):
+    with pytest.raises(ConfigError, match="save: expected a deployed model, found a Linear without"):
         save(nn.Linear(2, 2), tmp_path / "model")
 
 

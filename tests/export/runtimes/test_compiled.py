@@ -44,10 +44,10 @@ def test_verify_looks_at_kernels_and_the_task(trained: Any) -> None:
     model, data = trained
     result = verify(model, Wrapped(convert(model), INTEGER, EXCUSED), loader=data)
     assert result, str(result)
-    assert [rung.name for rung in result.rungs] == ["E0 static", "E2 noise"]
-    assert result.rungs[0].numbers == {"layers": 2, "integer_kernels": 1}
+    assert [check.name for check in result.checks] == ["E0 static", "E2 noise"]
+    assert result.checks[0].numbers == {"layers": 2, "integer_kernels": 1}
     result = verify(model, Wrapped(convert(model), INTEGER, FLOAT), loader=data)
-    assert [rung.passed for rung in result.rungs] == [False, True]
+    assert [check.passed for check in result.checks] == [False, True]
     assert result.first_difference == "head: f32 jit"
 
 
@@ -56,7 +56,7 @@ def test_verify_notices_a_runtime_that_computes_otherwise(trained: Any) -> None:
     wrong = convert(model)
     wrong.two.offset += 0.3
     result = verify(model, Wrapped(wrong, INTEGER), loader=data)
-    assert [rung.passed for rung in result.rungs] == [True, False]
+    assert [check.passed for check in result.checks] == [True, False]
 
 
 def test_openvino_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

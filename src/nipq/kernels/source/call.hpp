@@ -8,10 +8,10 @@ namespace nipq {
 
 struct Call {  // the same fields, in the same order, as nipq.kernels.cpu.Call
   Index elements;  // of the tensor, in the order of memory
-  Index length;    // consecutive elements that share a boundary, or that make one share of the work
-  Index channels;  // boundaries; segment s has boundary s % channels
+  Index length;    // consecutive elements that share a clipping range, or that make one share of the work
+  Index channels;  // clipping ranges; segment s has clipping range s % channels
 
-  const float *alpha;      // boundaries, or null:
+  const float *alpha;      // clipping ranges, or null:
   const float *alpha_raw;  // parameters of them
 
   const float *bits;                // a whole bit-width, or null:

@@ -1,4 +1,4 @@
-// What all elements of a tensor, or of a channel, share: nipq.functional.bitwidth, boundary, counter and grid.
+// What all elements of a tensor, or of a channel, share: nipq.functional.bitwidth, clipping, counter_rng and grid.
 
 #pragma once
 

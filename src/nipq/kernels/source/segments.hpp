@@ -26,7 +26,7 @@ template <class Work> void for_segments(const Call &call, Work work) {
 }
 
 // From the sums of the segments, added up in the order of memory (so alike for any number of threads), to the gradients
-// of boundaries and bits, or of the parameters behind them. The step is alpha / n; the ends are -alpha and alpha, 0 and
+// of clipping ranges and bits, or of the parameters behind them. The step is alpha / n; the ends are -alpha and alpha, 0 and
 // alpha, or -zero step and alpha - zero step, with the zero point held constant.
 inline void finish_gradients(const Call &call, const std::vector<Range> &ranges, const std::vector<Sums> &parts,
                              float *d_alpha, float *d_bits) {
