@@ -54,6 +54,17 @@ def colour_digits(seed: int = 0) -> dict[str, Images]:
     return parts
 
 
+def gray_digits() -> dict[str, Images]:
+    """Scikit-learn's digits as they are, 8x8 and gray, dealt to the same parts; standardised by the training digits."""
+    digits, owners = load_digits(), digit_parts()
+    pixels = torch.from_numpy(digits.images).float()[:, None]
+    own = pixels[torch.from_numpy(owners == "train")]
+    pixels = (pixels - own.mean()) / own.std()
+    places = {part: torch.from_numpy(np.flatnonzero(owners == part)) for part in SIZES}
+    targets = torch.from_numpy(digits.target).long()
+    return {part: Images(pixels[place], targets[place]) for part, place in places.items()}
+
+
 def digit_parts() -> NDArray[np.str_]:
     """The part of each of scikit-learn's digits, dealt in turns within a class."""
     targets = load_digits().target

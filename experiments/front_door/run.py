@@ -3,8 +3,8 @@
     python experiments/front_door/run.py GROUP [--seeds 0 1 2]   # GROUP: a name in settings.py
     python experiments/front_door/run.py --table                 # the tables of README.md, from results.jsonl
 
-One run is one JSON line in ``results.jsonl``; a run that is there already is skipped. Float networks, one for each seed,
-are trained when they are first needed and kept in ``runs/front_door``. Groups that choose between settings record
+One run is one JSON line in ``results.jsonl``; a run that is there already is skipped. Float networks, one for each
+seed, are trained when they are first needed and kept in ``runs/front_door``. Groups that choose between settings record
 validation accuracy alone; test images are read by the groups that measure what was chosen.
 """
 
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from colour_digits import Images, colour_digits, small_cnn
+from colour_digits import Images, colour_digits, gray_digits, small_cnn
 from settings import GROUPS, REPORTED, Setting
 from tables import tables
 from torch import Tensor, nn
@@ -34,6 +34,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import nipq
+from nipq.train.models import digits_net
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.jsonl"
@@ -42,6 +43,11 @@ BATCH, FLOAT_EPOCHS, FLOAT_LR = 64, 24, 0.05
 
 #: Limits that nothing reaches, to ask for all costs.
 EVERYTHING = nipq.AverageBits(weights=8, activations=8) & nipq.ModelSize("1 GB") & nipq.BitOps("1 T")
+
+TASKS: dict[str, tuple[Callable[[], dict[str, Images]], Callable[[], nn.Module]]] = {
+    "colour": (colour_digits, small_cnn),
+    "digits": (gray_digits, digits_net),
+}
 
 Scores = dict[str, dict[str, float]]
 
@@ -54,9 +60,11 @@ class Loader:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
+        """Batches of a pass."""
         return len(self.images.inputs) // BATCH
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """One pass."""
         order = torch.randperm(len(self.images.inputs), generator=self.generator)
         for chosen in order[: len(self) * BATCH].split(BATCH):
             yield self.images.inputs[chosen], self.images.targets[chosen]
@@ -75,11 +83,11 @@ def accuracy(model: nn.Module, images: Images) -> float:
     return 100 * right / len(images.targets)
 
 
-def float_model(seed: int, images: Images) -> nn.Module:
+def float_model(task: str, seed: int, images: Images) -> nn.Module:
     """The float network of a seed, trained once."""
-    file = FLOATS / f"float-seed{seed}.pt"
+    file = FLOATS / ("" if task == "colour" else task) / f"float-seed{seed}.pt"
     torch.manual_seed(seed)
-    model = small_cnn()
+    model = TASKS[task][1]()
     if file.is_file():
         model.load_state_dict(torch.load(file))
         return model
@@ -93,7 +101,7 @@ def float_model(seed: int, images: Images) -> nn.Module:
             cross_entropy(model(x), y).backward()
             optimizer.step()
             schedule.step()
-    FLOATS.mkdir(parents=True, exist_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), file)
     return model
 
@@ -302,7 +310,7 @@ METHODS = {"session": trained, "search": by_search, "calibration": untrained, "f
 
 def run(setting: Setting, seed: int, data: dict[str, Images], parts: list[str]) -> dict[str, Any]:
     """One run: stage scores of one setting and seed."""
-    model = float_model(seed, data["train"])
+    model = float_model(setting.task, seed, data["train"])
     torch.manual_seed(1000 + seed)
     loader = Loader(data["train"], 1000 + seed)
     scores: Scores = {}
@@ -346,27 +354,26 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the tables of what is in results.jsonl")
     given = parser.parse_args()
     if given.table:
-        print(tables(records()))
+        print(tables(records(), GROUPS))
         return 0
     torch.set_num_threads(1)
-    data = colour_digits()
+    data = {task: make() for task, (make, _) in TASKS.items()}
     for group in given.groups:
         parts = ["validation", "test"] if group in REPORTED else ["validation"]
         for seed in given.seeds:
             for name, setting in GROUPS[group].items():
-                plain = json.loads(json.dumps(asdict(setting)))
-                key = (plain, seed, parts)
-                if any((r["setting"], r["seed"], list(r["scores"]["float"])) == key for r in records()):
+                if any(
+                    Setting(**r["setting"]) == setting and r["seed"] == seed and list(r["scores"]["float"]) == parts
+                    for r in records()
+                ):
                     continue
-                record = {"group": group, "name": name, "seed": seed, "setting": plain}
-                record |= run(setting, seed, data, parts)
+                record = {"group": group, "name": name, "seed": seed, "setting": asdict(setting)}
+                record |= run(setting, seed, data[setting.task], parts)
                 record |= {"command": f"python experiments/front_door/run.py {group}", "machine": machine()}
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
-                ends = {
-                    stage: {part: round(x, 2) for part, x in found.items()} for stage, found in record["scores"].items()
-                }
-                print(group, name, seed, ends, record["seconds"], flush=True)
+                last = {part: round(score, 2) for part, score in record["scores"]["final"].items()}
+                print(group, name, seed, last, record["seconds"], flush=True)
     return 0
 
 

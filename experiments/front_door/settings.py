@@ -30,6 +30,7 @@ class Setting:
         calibration_batches: batches of 64 for the ranges.
         allocation_batches: batches of 64 for the first bits.
         ramp: share of the search in which the budget is approached, from where bits start.
+        task: colour images and a small CNN, or the gray digits and the separable network of ``nipq demo``.
     """
 
     method: Literal["session", "search", "calibration", "float"] = "session"
@@ -51,17 +52,21 @@ class Setting:
     calibration_batches: int = 8
     allocation_batches: int = 32
     ramp: float = 0.5
+    task: Literal["colour", "digits"] = "colour"
 
 
+#: Where the exploration stood, and what came out of it.
 BASE = Setting()
+CHOSEN = replace(BASE, finetune=0.5)
+#: The README's loop of before.
 OLD = Setting(method="search", lr=0.04, weight_decay=1e-5, nesterov=True, schedule="constant", allocation="none")
 
 GROUPS: dict[str, dict[str, Setting]] = {
     "today": {
         "calibration, one width": Setting(method="calibration", allocation="none"),
         "calibration, bits by noise": Setting(method="calibration"),
-        "search alone, 3 epochs": replace(OLD, epochs=3),
         "search alone, 5 epochs": OLD,
+        "search alone, 3 epochs": replace(OLD, epochs=3),
         "search alone, 8 epochs": replace(OLD, epochs=8),
     },
     "rate and schedule": {
@@ -90,23 +95,46 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "3/3, ranges x 10": replace(BASE, bits=3, range_ratio=10.0),
         "3/3, no allocation": replace(BASE, bits=3, allocation="none"),
     },
-    "adam": {
-        "3/3, Adam 1e-3, all x 1": replace(BASE, bits=3, optimizer="adam", lr=1e-3),
+    "Adam": {
+        "3/3, Adam 1e-3, all x 1": replace(CHOSEN, bits=3, optimizer="adam", lr=1e-3),
         "3/3, Adam 1e-3, ranges x 3, bits x 20": replace(
-            BASE, bits=3, optimizer="adam", lr=1e-3, range_ratio=3.0, bits_ratio=20.0
+            CHOSEN, bits=3, optimizer="adam", lr=1e-3, range_ratio=3.0, bits_ratio=20.0
         ),
-        "3/3, Adam 3e-4, all x 1": replace(BASE, bits=3, optimizer="adam", lr=3e-4),
+        "3/3, Adam 3e-4, all x 1": replace(CHOSEN, bits=3, optimizer="adam", lr=3e-4),
+        "3/3, Adam 3e-4, ranges x 3, bits x 20": replace(
+            CHOSEN, bits=3, optimizer="adam", lr=3e-4, range_ratio=3.0, bits_ratio=20.0
+        ),
         "3/3, Adam 3e-4, ranges 3e-3, bits 2e-2": replace(
-            BASE, bits=3, optimizer="adam", lr=3e-4, range_lr=3e-3, bits_lr=2e-2
+            CHOSEN, bits=3, optimizer="adam", lr=3e-4, range_lr=3e-3, bits_lr=2e-2
         ),
-        "3/3, Adam 3e-3, all x 1": replace(BASE, bits=3, optimizer="adam", lr=3e-3),
-        "4/4, Adam 1e-3, all x 1": replace(BASE, optimizer="adam", lr=1e-3),
+        "3/3, Adam 3e-3, all x 1": replace(CHOSEN, bits=3, optimizer="adam", lr=3e-3),
     },
-    "epochs": {f"3/3, {epochs} epochs": replace(BASE, bits=3, epochs=epochs) for epochs in (3, 8)},
-    "budgets": {
-        "no allocation": replace(BASE, allocation="none"),
-        "model size of 3 bits": replace(BASE, bits=3, budget="size"),
-        "bit-operations of 3 bits": replace(BASE, bits=3, budget="bops"),
+    "around the choice": {
+        "4/4, no allocation": replace(CHOSEN, allocation="none"),
+        "3/3, no allocation": replace(CHOSEN, bits=3, allocation="none"),
+        "model size of 3 bits": replace(CHOSEN, bits=3, budget="size"),
+        "bit-operations of 3 bits": replace(CHOSEN, bits=3, budget="bops"),
+        "3/3, 3 epochs": replace(CHOSEN, bits=3, epochs=3),
+        "3/3, 8 epochs": replace(CHOSEN, bits=3, epochs=8),
+        "4/4, lr 0.1": replace(CHOSEN, lr=0.1),
+        "4/4, lr 0.001": replace(CHOSEN, lr=0.001),
+        "3/3, allocation from 8 batches": replace(CHOSEN, bits=3, allocation_batches=8),
+    },
+    "gray digits": {
+        f"{bits}/{bits}, {epochs} epochs": replace(CHOSEN, task="digits", bits=bits, epochs=epochs)
+        for bits in (4, 3)
+        for epochs in (5, 20)
+    }
+    | {
+        "4/4, calibration, one width": Setting(method="calibration", allocation="none", task="digits"),
+        "3/3, calibration, one width": Setting(method="calibration", allocation="none", task="digits", bits=3),
+        "4/4, Adam 1e-3, 20 epochs": replace(CHOSEN, task="digits", optimizer="adam", lr=1e-3, epochs=20),
+    },
+    "final": {
+        "4/4, session": CHOSEN,
+        "3/3, session": replace(CHOSEN, bits=3),
+        "3/3, calibration, one width": Setting(method="calibration", allocation="none", bits=3),
+        "3/3, calibration, bits by noise": Setting(method="calibration", bits=3),
     },
 }
 

@@ -5,42 +5,48 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from settings import Setting
+
 Record = dict[str, Any]
 
 
-def tables(records: list[Record]) -> str:
+def tables(records: list[Record], groups: dict[str, dict[str, Setting]]) -> str:
     """One table for each group, a line for each of its settings.
 
     Args:
         records: lines of results.jsonl.
+        groups: settings by group and name; one that is in several groups was run once.
 
     Returns:
         Markdown.
     """
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["group"], []).append(record)
-    return "\n\n".join(f"### {group[0].upper()}{group[1:]}\n\n{_table(found)}" for group, found in groups.items())
+    return "\n\n".join(f"### {group[0].upper()}{group[1:]}\n\n{_table(records, own)}" for group, own in groups.items())
 
 
-def _table(records: list[Record]) -> str:
-    parts = list(records[0]["scores"]["float"])
-    names = list(dict.fromkeys(record["name"] for record in records))
+def _table(records: list[Record], settings: dict[str, Setting]) -> str:
+    rows = {name: [r for r in records if Setting(**r["setting"]) == setting] for name, setting in settings.items()}
+    found = [record for own in rows.values() for record in own]
+    parts = [part for part in ("validation", "test") if any(part in record["scores"]["float"] for record in found)]
     heads = ["setting", "seeds"]
     for part in parts:
         heads += [f"float, {part}", f"frozen, {part}", f"end, {part}", f"end minus float, {part}"]
     heads += ["average bits W/A, at most", "seconds"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for name in names:
-        own = [record for record in records if record["name"] == name]
-        cells = [name, str(len(own))]
-        for part in parts:
-            floats, ends = _scores(own, "float", part), _scores(own, "final", part)
-            cells += [_mean(floats), _mean(_scores(own, "frozen", part)), _mean(ends)]
-            cells.append(_mean([end - start for end, start in zip(ends, floats, strict=True)], sign="+"))
-        cells += [_bits(own), _mean([record["seconds"] for record in own], digits=0)]
-        lines.append("| " + " | ".join(cells) + " |")
+    for name, own in rows.items():
+        if own:
+            lines.append("| " + " | ".join(_row(name, own, parts)) + " |")
     return "\n".join(lines)
+
+
+def _row(name: str, own: list[Record], parts: list[str]) -> list[str]:
+    cells = [name, str(len({record["seed"] for record in own}))]
+    for part in parts:
+        scored = [record for record in own if part in record["scores"]["float"]]
+        once = list({record["seed"]: record for record in scored}.values())
+        floats, ends = _scores(once, "float", part), _scores(once, "final", part)
+        cells += [_mean(floats), _mean(_scores(once, "frozen", part)), _mean(ends)]
+        cells.append(_mean([end - start for end, start in zip(ends, floats, strict=True)], sign="+"))
+    return [*cells, _bits(own), _mean([record["seconds"] for record in own], digits=0)]
 
 
 def _scores(records: list[Record], stage: str, part: str) -> list[float]:
