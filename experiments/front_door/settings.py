@@ -66,6 +66,8 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "calibration, one width": Setting(method="calibration", allocation="none"),
         "calibration, bits by noise": Setting(method="calibration"),
         "search alone, 5 epochs": OLD,
+    },
+    "today, other lengths": {
         "search alone, 3 epochs": replace(OLD, epochs=3),
         "search alone, 8 epochs": replace(OLD, epochs=8),
     },
@@ -94,6 +96,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
         "3/3, ranges x 0.1": replace(BASE, bits=3, range_ratio=0.1),
         "3/3, ranges x 10": replace(BASE, bits=3, range_ratio=10.0),
         "3/3, no allocation": replace(BASE, bits=3, allocation="none"),
+    },
+    "4/4, three seeds": {
+        f"4/4, lr {lr}, share {share}": replace(BASE, lr=lr, finetune=share)
+        for lr, share in ((0.01, 0.3), (0.01, 0.5), (0.02, 0.3))
     },
     "Adam": {
         "3/3, Adam 1e-3, all x 1": replace(CHOSEN, bits=3, optimizer="adam", lr=1e-3),
@@ -139,4 +145,4 @@ GROUPS: dict[str, dict[str, Setting]] = {
 }
 
 #: Groups that measure what was chosen: they read test images.
-REPORTED = ("today", "final")
+REPORTED = ("today", "today, other lengths", "final")
