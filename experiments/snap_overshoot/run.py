@@ -28,7 +28,7 @@ import torchvision
 from torch import nn
 
 import nipq
-from nipq.budget.budget import feasible_range
+from nipq.budget.bit_table import feasible_range
 from nipq.prepare.layer_table import layer_table, quantizers
 from nipq.train.run_folder import write_text
 
