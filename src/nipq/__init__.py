@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nipq.export.packed_write import save
     from nipq.prepare.prepare import prepare_, restore_
     from nipq.prepare.validate import validate
+    from nipq.ptq.quantize import QuantizedModel, quantize
     from nipq.qat.batchnorm import reestimate_bn_
     from nipq.qat.calibrate import calibrate_
     from nipq.qat.optim import param_groups
@@ -51,6 +52,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
     "restore_",
     "calibrate_",
     "allocate_bits_",
+    # Post-training quantization
+    "quantize",
+    "QuantizedModel",
     # Training
     "param_groups",
     "QATSession",
@@ -70,9 +74,9 @@ __all__ = [  # noqa: RUF022  (in the order of use)
 
 #: Public names by the module that defines them; a test holds this, ``__all__`` and the imports above to each other.
 _PUBLIC = {
+    "nipq.budget.allocate": ("allocate_bits_",),
     "nipq.budget.budget": ("AverageBits", "BitOps", "ModelSize", "costs"),
     "nipq.budget.freeze": ("freeze_bits_",),
-    "nipq.budget.allocate": ("allocate_bits_",),
     "nipq.config": ("Config", "Rule"),
     "nipq.errors": ("NipqError",),
     "nipq.export.api": ("export",),
@@ -81,6 +85,7 @@ _PUBLIC = {
     "nipq.export.packed_write": ("save",),
     "nipq.prepare.prepare": ("prepare_", "restore_"),
     "nipq.prepare.validate": ("validate",),
+    "nipq.ptq.quantize": ("QuantizedModel", "quantize"),
     "nipq.qat.batchnorm": ("reestimate_bn_",),
     "nipq.qat.calibrate": ("calibrate_",),
     "nipq.qat.optim": ("param_groups",),

@@ -1,4 +1,4 @@
-"""Atomic writing of files, and checks that nothing is overwritten by accident."""
+"""Atomic writing of files, checks that nothing is overwritten by accident, and the cache folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,17 @@ from pathlib import Path
 from uuid import uuid4
 
 from nipq.errors import ConfigError
+
+#: Set to a folder for what was compiled or measured; else it goes where the platform keeps caches.
+CACHE = "NIPQ_CACHE"
+
+
+def cache_folder() -> Path:
+    """Folder of the files that were compiled or measured on this machine."""
+    if CACHE in os.environ:
+        return Path(os.environ[CACHE])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "nipq"
 
 
 def check_free(path: Path, *, overwrite: bool, command: str) -> None:

@@ -1,4 +1,5 @@
-"""The statements T3 to T8 of docs/paper_map.md against their reference values, and the closed forms themselves.
+"""The statements T3 to T8 of docs/internals/paper-map.md against their reference values, and the closed forms
+themselves.
 
 Expectations over x are taken on quantiles of the distribution rather than on random draws, so that only the noise is
 random.

@@ -1,4 +1,4 @@
-"""T1, T2 and T12 of docs/paper_map.md: what the proxy does to a value that is being trained."""
+"""T1, T2 and T12 of docs/internals/paper-map.md: what the proxy does to a value that is being trained."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import nipq.kernels.cpu as module
-from nipq.kernels.cpu import CACHE, SWITCH, library
+from nipq.files import CACHE
+from nipq.kernels.cpu import SWITCH, library
 
 needs_compiler = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 

@@ -1,4 +1,4 @@
-"""Attaching and taking off: what ``docs/design.md`` section 5 promises of a prepared model."""
+"""Attaching and taking off: what ``docs/internals/design.md`` section 5 promises of a prepared model."""
 
 from __future__ import annotations
 

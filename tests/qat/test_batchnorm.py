@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.config import Phase
+from nipq.config import Config, Phase
 from nipq.errors import ConfigError, OrderError
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
-from nipq.qat.batchnorm import reestimate_bn_
+from nipq.qat.batchnorm import reestimate_bn_, reestimate_bn_if_better_
 from nipq.qat.calibrate import calibrate_
 
 
@@ -109,3 +109,104 @@ def test_a_norm_that_no_batch_reaches_is_refused() -> None:
     model.register_module("unused", nn.BatchNorm2d(3))
     with pytest.raises(OrderError, match="expected the batches to reach every batch norm"):
         reestimate_bn_(model, BATCHES)
+
+
+# ---------------------------------------------------------------------- relative statistics, and the guard
+
+
+def trained(seed: int = 0) -> Net:
+    """A float network whose statistics are those of its data."""
+    torch.manual_seed(seed)
+    model = Net()
+    with torch.no_grad():
+        for _ in range(60):
+            model(torch.randn(16, 2, 6, 6))
+    return model.eval()
+
+
+def quantized(model: Net, samples: list[torch.Tensor], bits: int = 3) -> Net:
+    prepare_(model, samples[0], Config(weight_bits=bits, activation_bits=8))
+    calibrate_(model, samples)
+    set_phase_(model, Phase.ROUND)
+    return model
+
+
+def data(seed: int, scale: float = 1.0, shift: float = 0.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [scale * torch.randn(16, 2, 6, 6, generator=generator) + shift for _ in range(4)]
+
+
+def test_relative_statistics_move_by_quantized_minus_float_on_the_same_samples() -> None:
+    samples = data(1, 0.5, 1.0)  # unlike those that the network came with
+    model = quantized(trained(), samples)
+    mean, var = model.norm.running_mean.clone(), model.norm.running_var.clone()
+    x = torch.cat(samples)
+    with torch.no_grad():
+        set_phase_(model, Phase.FLOAT)
+        plain = model.conv(x).double()
+        set_phase_(model, Phase.ROUND)
+        rounded = model.conv(x).double()
+    reestimate_bn_(model, samples, statistics="relative")
+    axes = (0, 2, 3)
+    expected = mean + (rounded.mean(axes) - plain.mean(axes))
+    ratio = (rounded.var(axes) + model.norm.eps) / (plain.var(axes) + model.norm.eps)
+    torch.testing.assert_close(model.norm.running_mean, expected.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.norm.running_var, (var * ratio).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_relative_statistics_of_a_network_that_does_not_round_stay() -> None:
+    samples = data(1, 3.0, -2.0)
+    model = quantized(trained(), samples, bits=16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reestimate_bn_(model, samples, statistics="relative")
+    for name in ("norm.running_mean", "norm2.running_mean", "norm.running_var", "norm2.running_var"):
+        torch.testing.assert_close(model.state_dict()[name], before[name], rtol=0.02, atol=0.02)
+    reestimate_bn_(model, samples)
+    assert not torch.allclose(model.norm.running_mean, before["norm.running_mean"], atol=0.5)
+
+
+def test_the_guard_refuses_statistics_that_move_outputs_away() -> None:
+    samples = data(1, 3.0, 2.0)
+    model = quantized(trained(), samples)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = reestimate_bn_if_better_(model, samples[:3], samples[3:], candidates=("absolute",))
+    assert found.kept == "none"
+    assert found.update is None
+    assert found.distances["absolute"] > found.distances["none"]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert "kept none" in str(found)
+
+
+def test_the_guard_keeps_the_nearest_and_has_a_way_back() -> None:
+    samples = data(1, 3.0, 2.0)
+    model = quantized(trained(), samples, bits=2)
+    before = model.norm2.running_mean.clone()
+    found = reestimate_bn_if_better_(model, samples[:3], samples[3:])
+    assert found.kept == "relative"
+    assert found.distances["relative"] < found.distances["none"] < found.distances["absolute"]
+    assert found.to_dict()["kept"] == "relative"
+    twin = quantized(trained(), samples, bits=2)
+    reestimate_bn_(twin, samples[:3], statistics="relative")
+    assert torch.equal(model.norm2.running_mean, twin.norm2.running_mean)
+    assert found.update is not None
+    found.update.undo()
+    assert torch.equal(model.norm2.running_mean, before)
+
+
+def test_the_guard_judges_by_a_float_network_that_it_is_given() -> None:
+    """One that absolute statistics of the batches serve best, as its own are those of the batches."""
+    samples = data(1, 3.0, 2.0)
+    reference = trained()
+    model = quantized(trained(), samples, bits=8)
+    reestimate_bn_(quantized(reference, samples, bits=16), samples[:3])
+    found = reestimate_bn_if_better_(model, samples[:3], samples[3:], reference=reference)
+    assert found.kept == "absolute"
+
+
+def test_a_guard_without_batch_norms_or_batches() -> None:
+    plain = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+    assert reestimate_bn_if_better_(plain, [], []).kept == "none"
+    with pytest.raises(ConfigError, match="expected at least one held-out batch"):
+        reestimate_bn_if_better_(net(), BATCHES, [])
+    with pytest.raises(ConfigError, match="expected statistics 'absolute' or 'relative', found 'best'"):
+        reestimate_bn_(net(), BATCHES, statistics="best")  # type: ignore[arg-type]

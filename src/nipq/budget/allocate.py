@@ -13,6 +13,7 @@ from torch import nn
 
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, Limit, check_feasible
+from nipq.budget.hawq import allocate_
 from nipq.budget.sensitivity import LossFn, noise_losses
 from nipq.budget.solver import least_loss_bits
 from nipq.distributed import check_same_, from_rank_zero
@@ -38,8 +39,7 @@ def allocate_bits_(
     batches: int = 32,
     seed: int = 0,
     rounds: int = 1,
-    recalibrate: Callable[[], object] | None = None,
-    freeze: bool = False,
+    whole: bool = False,
 ) -> dict[str, float]:
     """Choose the bit-widths of least summed loss within the budget, as starts for training or for good.
 
@@ -64,12 +64,12 @@ def allocate_bits_(
         seed: of the noise or of the random vectors.
         rounds: how often to measure; from the second time on at the bits chosen before, which helps at low budgets when
             no training follows (``"noise"``).
-        recalibrate: called between rounds, to calibrate clipping ranges for the bits chosen so far.
-        freeze: freeze the chosen bits, instead of starting learned ones there.
+        whole: count the cost of the nearest whole bits and keep no margin, for bits that are frozen next instead of
+            learned (``"noise"``).
 
     Returns:
-        Loss that the noise of each tensor adds at its former bits, by its name (of the last round); empty where nothing was
-        measured by noise.
+        Loss that the noise of each tensor adds at its former bits, by its name (in the last round); empty where nothing
+        was measured by noise.
 
     Raises:
         BudgetError: if no allowed bit-widths keep the budget.
@@ -95,22 +95,15 @@ def allocate_bits_(
     elif method == "hawq":
         _allocate_by_curvature_(model, loader, budget, loss_fn, seed)
     else:
-        for number in range(rounds):
-            if number and recalibrate is not None:
-                recalibrate()
+        for left in reversed(range(rounds)):
             losses = noise_losses(model, learned, loader, loss_fn, batches=batches, seed=seed)
-            _assign_(model, losses, budget, exact=freeze or number < rounds - 1)
-    if freeze:
-        for quantizer in learned:
-            quantizer.freeze_bits_(quantizer.bits_rounded)
+            _assign_(model, losses, budget, whole=whole or left > 0)
     return losses
 
 
 def _allocate_by_curvature_(
     model: nn.Module, loader: Iterable[Any], budget: Budget, loss_fn: LossFn | None, seed: int
 ) -> None:
-    from nipq.budget.hawq import allocate_  # its Hessian code would slow `import nipq` down
-
     if loss_fn is None:
         raise ConfigError(
             'allocate_bits_: expected loss_fn with method="hawq", which needs the Hessian of the task\'s loss, found '
@@ -119,21 +112,32 @@ def _allocate_by_curvature_(
     allocate_(model, loader, loss_fn, budget, seed=seed)
 
 
-def _assign_(model: nn.Module, losses: dict[str, float], budget: Budget, *, exact: bool) -> None:
-    """Set learned bits to the assignment of least loss; ``exact`` counts whole bits, else where learned ones start."""
+def _assign_(model: nn.Module, losses: dict[str, float], budget: Budget, *, whole: bool) -> None:
+    """Set learned bits to the assignment of least loss; at whole bits, or where learning starts."""
     table, limits = BitTable(layer_table(model)), budget.limits(model)
     summed = []
     for members, allowed in zip(table.members, table.choices, strict=True):
         loss, former = sum(losses.get(member.name, 0.0) for member in members), float(members[0].bits.detach())
         summed.append(np.array([loss * 4.0 ** (former - bits) for bits in allowed]))
-    margin = Fraction(0) if exact else _margin(table, limits)
+    margin = Fraction(0) if whole else _margin(table, limits)
     starts = _starts(table, margin)
     chosen = from_rank_zero(lambda: _solved(starts, summed, limits))
-    for quantizer, start in zip(table.quantizers, chosen, strict=True):
+    start_bits_(table, chosen)
+
+
+@torch.no_grad()
+def start_bits_(table: BitTable, bits: Sequence[float]) -> None:
+    """Let learned bit-widths start from given ones; fixed ones stay.
+
+    Args:
+        table: of a prepared model.
+        bits: one number for each of its tensors, within its range; nearer to an end than a thousandth of the range
+            counts as that near.
+    """
+    for quantizer, start in zip(table.quantizers, bits, strict=True):
         if not quantizer.is_frozen:
             low, high = quantizer.bit_range.low, quantizer.bit_range.high
-            with torch.no_grad():
-                quantizer.bit_raw.fill_(raw_from_bits(torch.tensor(start, dtype=torch.float64), low, high))
+            quantizer.bit_raw.fill_(raw_from_bits(torch.tensor(start, dtype=torch.float64), low, high))
 
 
 def _starts(table: BitTable, margin: Fraction) -> list[tuple[Fraction, ...]]:
@@ -177,6 +181,20 @@ def uniform_bits_(model: nn.Module, budget: Budget) -> None:
         BudgetError: if no allowed bit-widths keep the budget.
         OrderError: if the model is not prepared.
     """
+    for quantizer, width in zip(BitTable(layer_table(model)).quantizers, uniform_bits(model, budget), strict=True):
+        quantizer.freeze_bits_(width)
+
+
+def uniform_bits(model: nn.Module, budget: Budget) -> list[int]:
+    """The bit-widths that :func:`uniform_bits_` freezes, in the order of :class:`~nipq.budget.bit_table.BitTable`.
+
+    Args:
+        model: a prepared model.
+        budget: the limits.
+
+    Raises:
+        As :func:`uniform_bits_`.
+    """
     check_feasible(model, budget)
     table = BitTable(layer_table(model))
     count, limits = len(table.weights), budget.limits(model)
@@ -192,8 +210,7 @@ def uniform_bits_(model: nn.Module, budget: Budget) -> None:
     both = _largest(widths, lambda width: keeps((width, width)))
     weights = _largest(widths, lambda width: keeps((max(width, both), both)))
     inputs = _largest(widths, lambda width: keeps((weights, max(width, both))))
-    for quantizer, width in zip(table.quantizers, bits((weights, inputs)), strict=True):
-        quantizer.freeze_bits_(width)
+    return bits((weights, inputs))
 
 
 def _at_most(allowed: Sequence[int], width: int) -> int:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nipq.config import Phase
-from nipq.errors import ConfigError
-from nipq.prepare.batches import ExampleInputs, call_model, tensors_in
-from nipq.prepare.layer_table import phase_of, set_phase_
+from nipq.distributed import inner, reduce_mean_
+from nipq.errors import ConfigError, NonFiniteError
+from nipq.prepare.batches import ExampleInputs, call_model, evaluating, inputs_of, tensors_in, to_device
+from nipq.prepare.layer_table import phase_of, quantizers, set_phase_
 
 #: Least variance that an output is divided by, so that a constant output has a finite distance.
 LEAST_VARIANCE = 1e-12
@@ -89,3 +93,95 @@ def output_distance(outputs: Any, reference: list[Tensor]) -> Tensor:  # noqa: A
 def _relative_error(y: Tensor, r: Tensor) -> Tensor:
     variance = (r - r.mean()).square().mean().clamp(min=LEAST_VARIANCE)
     return (y - r).square().mean() / variance
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """How near a quantized network is to the float network on some batches.
+
+    Attributes:
+        distance: mean over batches of :func:`output_distance`.
+        agreement: share of samples whose largest output is the same, in per cent; None where outputs are not one
+            tensor [N, C] with two columns or more.
+    """
+
+    distance: float
+    agreement: float | None
+
+
+class OutputJudge:
+    """Nearness of a prepared model's outputs to those of the float network, on batches that are kept.
+
+    Args:
+        model: a prepared model.
+        batches: see :func:`nipq.prepare.batches.inputs_of`; read once, on this rank.
+        reference: the float network in evaluation mode; if left out, the model in phase ``"float"`` as it is now.
+
+    Raises:
+        ConfigError: if there is no batch.
+        NonFiniteError: if an output of the float network is not finite.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], reference: nn.Module | None = None) -> None:
+        self._model = model
+        self._kept: list[tuple[ExampleInputs, list[Tensor]]] = []
+        device = next(model.parameters()).device
+        with rounding(model), torch.no_grad():
+            for batch in batches:
+                inputs = to_device(inputs_of(batch), device)
+                truth = (
+                    float_outputs(inner(model), inputs)
+                    if reference is None
+                    else floats_in(call_model(reference, inputs))
+                )
+                if not all(bool(torch.isfinite(tensor).all()) for tensor in truth):
+                    raise NonFiniteError(
+                        f"{type(model).__name__}: expected finite outputs of the float model, found NaN or infinity. "
+                        "Check the float model and its inputs."
+                    )
+                self._kept.append((inputs, truth))
+        if not self._kept:
+            raise ConfigError("expected at least one held-out batch to judge by, found none. Give some.")
+
+    def distance(self) -> float:
+        """Mean over the batches, of all ranks, of :func:`output_distance`; evaluation with the true quantizers."""
+        return self.judge().distance
+
+    @torch.no_grad()
+    def judge(self) -> Judgement:
+        """Distance and agreement, evaluated with the true quantizers; mean over ranks."""
+        distances, same, count = [], 0.0, 0
+        with rounding(self._model):
+            for inputs, truth in self._kept:
+                outputs = call_model(inner(self._model), inputs)
+                distances.append(float(output_distance(outputs, truth)))
+                if _is_classifier(truth):
+                    same += float((floats_in(outputs)[0].argmax(1) == truth[0].argmax(1)).sum())
+                    count += len(truth[0])
+        means = torch.tensor([sum(distances) / len(distances), 100 * same / max(count, 1)], dtype=torch.float64)
+        reduce_mean_([means])
+        return Judgement(float(means[0]), float(means[1]) if count else None)
+
+
+def _is_classifier(outputs: list[Tensor]) -> bool:
+    return len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
+
+
+@contextmanager
+def rounding(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and true quantizers meanwhile; modes and phases are restored.
+
+    Args:
+        model: a prepared model.
+    """
+    phases = {quantizer: quantizer.phase for quantizer in quantizers(model)}
+    set_phase_(model, Phase.ROUND)  # leaves phase int, in which batch norms are folded away
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        if Phase.INT in phases.values():
+            set_phase_(model, Phase.INT)
+        else:
+            for quantizer, phase in phases.items():
+                quantizer.phase = phase

@@ -33,7 +33,7 @@ from nipq.errors import ConfigError, DistributedError, NonFiniteError, OrderErro
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import call_model, inputs_of, to_device
+from nipq.prepare.batches import call_model, evaluating, inputs_of, to_device
 
 #: A loss of outputs and targets, a scalar.
 LossFn = Callable[[Any, Any], Tensor]
@@ -74,17 +74,11 @@ def noise_losses(
         DistributedError: if ranks read different numbers of batches, or one of them failed.
     """
     found: list[list[float]] = []
-    modes = {module: module.training for module in model.modules()}
-    try:
-        model.eval()  # batch norms evaluate, so that their statistics stay
-        with all_or_none("allocate_bits_"):
-            for number, batch in enumerate(islice(loader, batches)):
-                found.append(_slopes(inner(model), quantizers, batch, loss_fn, rank_seed(seed + number)))
-            if not found:
-                raise ConfigError("allocate_bits_: expected batches, found an empty loader. Give one that yields some.")
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), all_or_none("allocate_bits_"):  # batch norms evaluate, so that their statistics stay
+        for number, batch in enumerate(islice(loader, batches)):
+            found.append(_slopes(inner(model), quantizers, batch, loss_fn, rank_seed(seed + number)))
+        if not found:
+            raise ConfigError("allocate_bits_: expected batches, found an empty loader. Give one that yields some.")
     counts = gather_objects(len(found))
     if len(set(counts)) > 1:
         raise DistributedError(
@@ -109,7 +103,7 @@ def _slopes(
     device = next(model.parameters()).device
     inputs = to_device(inputs_of(batch), device)
     compare: LossFn = output_distance if loss_fn is None else loss_fn
-    targets = float_outputs(model, inputs) if loss_fn is None else to_device(_targets(batch), device)
+    targets = float_outputs(model, inputs) if loss_fn is None else to_device(targets_of(batch), device)
     totals = [0.0] * len(quantizers)
     for sign in (1.0, -1.0):
         with _probed(quantizers, sign, seed) as bits:
@@ -120,16 +114,23 @@ def _slopes(
     return totals
 
 
-def _targets(batch: Any) -> Any:  # noqa: ANN401 -- whatever a loader yields
-    """What ``loss_fn`` is given beside the outputs."""
+def targets_of(batch: Any) -> Any:  # noqa: ANN401 -- whatever a loader yields
+    """Targets in a batch: the second item of a tuple, or ``labels``, ``label`` or ``target`` of a mapping.
+
+    Args:
+        batch: what a loader yields.
+
+    Raises:
+        ConfigError: if there are none.
+    """
     if isinstance(batch, Mapping):
         found = [batch[key] for key in ("labels", "label", "target") if key in batch]
     else:
         found = list(batch[1:2]) if isinstance(batch, (tuple, list)) else []
     if not found:
         raise ConfigError(
-            "allocate_bits_: expected batches (inputs, targets) for loss_fn, found one without targets. "
-            "Give targets, or leave loss_fn out to measure against the float model's own outputs."
+            "loss_fn: expected batches (inputs, targets), found one without targets. "
+            "Give targets, or leave loss_fn out to compare with the float model's own outputs."
         )
     return found[0]
 

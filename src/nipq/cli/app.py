@@ -13,6 +13,7 @@ from nipq import __version__
 
 #: Commands in the order of help: module, function in it, help line.
 COMMANDS: dict[str, tuple[str, str, str]] = {
+    "quantize": ("nipq.cli.quantize", "quantize_command", "Quantize a trained network with a folder of images."),
     "train": ("nipq.cli.train", "train", "Train, search bits under a budget, freeze, fine-tune, pack and verify."),
     "demo": ("nipq.cli.demo", "demo", "Show the whole promise on digits, offline, in a minute."),
     "inspect": ("nipq.cli.inspection", "inspect_model", "List a model's layers and the budgets within reach."),

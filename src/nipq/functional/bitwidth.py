@@ -19,7 +19,7 @@ def bits_from_raw(raw: Tensor, low: float, high: float) -> Tensor:
     bits = low + (high - low) * sigmoid(raw); d bits / d raw = (bits - low) (high - bits) / (high - low), which
     vanishes at both ends.
 
-    Paper: bit-width relaxation, section 4; see docs/paper_map.md (there low = 2, high = 14).
+    Paper: bit-width relaxation, section 4; see docs/internals/paper-map.md (there low = 2, high = 14).
 
     Args:
         raw: the parameter, any real number, any shape.
@@ -42,7 +42,7 @@ def raw_from_bits(bits: Tensor | float, low: float, high: float) -> Tensor:
     raw = logit((bits - low) / (high - low)). At the very ends the parameter would be infinite and its gradient zero,
     so bits nearer to an end than a thousandth of the range count as that near.
 
-    Paper: the release; see docs/paper_map.md.
+    Paper: the release; see docs/internals/paper-map.md.
 
     Args:
         bits: bit-width, from low to high, any shape.
@@ -79,7 +79,7 @@ def round_bits(bits: Tensor, choices: tuple[int, ...]) -> Tensor:
 
     The nearest of the choices; the lower of two that are equally near, as it costs less.
 
-    Paper: the release; see docs/paper_map.md.
+    Paper: the release; see docs/internals/paper-map.md.
 
     Args:
         bits: bit-width, any shape.
@@ -103,7 +103,7 @@ def stochastic_round_bits(bits: Tensor, choices: tuple[int, ...], draw: Tensor |
     The upper neighbour with probability (bits - lower) / (upper - lower), so that the mean is bits. One draw for each
     element of bits, that is one a tensor and forward, not one for each element of the tensor.
 
-    Paper: Eq. 15; T11 in docs/paper_map.md.
+    Paper: Eq. 15; T11 in docs/internals/paper-map.md.
 
     Args:
         bits: bit-width, any shape.

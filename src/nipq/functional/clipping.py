@@ -48,7 +48,7 @@ def alpha_from_raw(raw: Tensor) -> Tensor:
     alpha = softplus(raw) = log(1 + e^raw); d alpha / d raw = sigmoid(raw). Computed in float64 and rounded once, so
     that every backend has the same number.
 
-    Paper: the release; see docs/paper_map.md.
+    Paper: the release; see docs/internals/paper-map.md.
 
     Args:
         raw: the parameter, any real number, any shape.
@@ -69,7 +69,7 @@ def raw_from_alpha(alpha: Tensor) -> Tensor:
 
     raw = log(e^alpha - 1), computed as alpha + log(1 - e^-alpha), which neither overflows nor cancels.
 
-    Paper: Q5 in docs/paper_map.md.
+    Paper: Q5 in docs/internals/paper-map.md.
 
     Args:
         alpha: clipping range, > 0, any shape.
@@ -116,7 +116,7 @@ def max_range(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tens
 
     alpha = max |x| when signed, max x when unsigned, max x + shift when shifted.
 
-    Paper: the min-max start, Fig. 4 and T7 in docs/paper_map.md.
+    Paper: the min-max start, Fig. 4 and T7 in docs/internals/paper-map.md.
 
     Args:
         x: data, any shape, not empty.
@@ -148,7 +148,8 @@ def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_
     rises and the right side falls with alpha, so there is one root. Between two neighbouring data points the
     equation is linear, hence the root is exact: alpha = sum of what lies beyond / (inside / (12 n^2) + beyond).
 
-    Paper: section 5.2; T6 in docs/paper_map.md. The same equation, with n for 2^(b-1), is OCTAV's (arXiv 2206.06501).
+    Paper: section 5.2; T6 in docs/internals/paper-map.md. The same equation, with n for 2^(b-1), is OCTAV's (arXiv
+    2206.06501).
 
     Args:
         x: data, any shape, not empty.

@@ -73,7 +73,7 @@ def cost(form: CostForm, weight_bits: Tensor, activation_bits: Tensor) -> Tensor
 
     constant + weight . wb + activation . ab + product . (wb[weight_of_layer] * ab).
 
-    Paper: the average-bit and bit-operation targets; see docs/paper_map.md; faults B3 and B4 there are what
+    Paper: the average-bit and bit-operation targets; see docs/internals/paper-map.md; faults B3 and B4 there are what
     separate lists for weights and activations prevent.
 
     Args:

@@ -30,7 +30,7 @@ class Grid:
     ``shifted``: n + 1 levels of which the one with code 0 is exactly zero, z of them below it, for activations with a
     short negative tail (h-swish reaches down to -3/8, SiLU to -0.2785, GELU to -0.17).
 
-    Paper: the quantizer of section 3; the shift is Q3 in docs/paper_map.md.
+    Paper: the quantizer of section 3; the shift is Q3 in docs/internals/paper-map.md.
 
     Args:
         kind: ``"signed"``, ``"unsigned"`` or ``"shifted"``.
@@ -76,7 +76,7 @@ def levels(bits: Tensor | float, grid: Grid) -> Tensor:
     signed, from the low end to the high one otherwise, so a signed grid has 2n + 1 = 2^b - 1 levels, the others
     n + 1 = 2^b.
 
-    Paper: the quantizer of section 3; see docs/paper_map.md.
+    Paper: the quantizer of section 3; see docs/internals/paper-map.md.
 
     Args:
         bits: bit-width, >= 2, whole or fractional, any shape.
@@ -108,7 +108,7 @@ def step_size(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
     step = alpha / n(bits), by true division; its derivative in bits is -alpha ln2 2^(b-1) / n^2 when signed and
     -alpha ln2 2^b / n^2 otherwise.
 
-    Paper: the quantizer of section 3; see docs/paper_map.md.
+    Paper: the quantizer of section 3; see docs/internals/paper-map.md.
 
     Args:
         alpha: clipping range, units of x, > 0, broadcastable to x.
@@ -134,7 +134,7 @@ def zero_point(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
     z = round(shift / step), clamped to 0..n; a whole number in training and evaluation alike, so that zero is a
     level (zero padding stays exact) and no runtime rounds it again. It counts as a constant for the gradient.
 
-    Paper: not in it; Q3 and Q4 in docs/paper_map.md.
+    Paper: not in it; Q3 and Q4 in docs/internals/paper-map.md.
 
     Args:
         alpha: length of the range, units of x, > 0, broadcastable to x.

@@ -3,8 +3,8 @@
 ``uniform_noise`` is the practical choice of the paper's section 6.3. ``empirical_noise``, drawn from the errors that
 rounding the very tensor would make, is what the theory of its section 5.2 asks for: where uniform noise is far from the
 truth (two bits, zero-heavy tensors, weights that have settled on the grid) it keeps the gradient of the clipping range
-right (T3 in ``docs/paper_map.md``). Beyond the paper: ``gaussian_noise`` (DiffQ's), ``stochastic_noise`` (LOTION's) and
-``tempered`` noise.
+right (T3 in ``docs/internals/paper-map.md``). Beyond the paper: ``gaussian_noise`` (DiffQ's), ``stochastic_noise``
+(LOTION's) and ``tempered`` noise.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def empirical_noise(
     published sampler: all errors are counted in 256 bins on [-1/2, 1/2], a bin is drawn by its count, then a point
     inside it. Where no element is in range there is nothing to draw from, and the noise is uniform.
 
-    Paper: section 6.3; T3 in docs/paper_map.md.
+    Paper: section 6.3; T3 in docs/internals/paper-map.md.
 
     Args:
         x: any shape, floating point.

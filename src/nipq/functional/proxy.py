@@ -79,7 +79,7 @@ def noise_proxy(
     the gradient of alpha grows by E[g * coefficient] = h (Q(x) - x) x / alpha, for h = 2 exactly what was missing.
     The variance is taken as 1/12, that of uniform noise.
 
-    Paper: the noise proxy of section 5; T4b in docs/paper_map.md. The correction is not in it.
+    Paper: the noise proxy of section 5; T4b in docs/internals/paper-map.md. The correction is not in it.
 
     Args:
         x: any shape, floating point.

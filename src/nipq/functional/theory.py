@@ -166,7 +166,7 @@ def step_slope(alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tenso
 
     -alpha ln2 2^(b-1) / n^2 when signed, -alpha ln2 2^b / n^2 when unsigned, which is -alpha ln2 (n + 1) / n^2.
 
-    Paper: the release; see docs/paper_map.md.
+    Paper: the release; see docs/internals/paper-map.md.
 
     Args:
         alpha: clipping range, units of x, > 0, any shape.
@@ -196,7 +196,7 @@ def proxy_error(
 
     R = var step^2 P(in) + E[(nearer end - x)^2; truncated].
 
-    Paper: section 5.2; T9 in docs/paper_map.md.
+    Paper: section 5.2; T9 in docs/internals/paper-map.md.
 
     Args:
         tails: of x at this alpha.
@@ -230,7 +230,7 @@ def proxy_gradient(
     n for 2^(b-1)); d/d bits = 2 var step (d step / d bits) P(in), which is never positive: reconstruction alone pushes
     bits up, only a cost pushes them down (T8).
 
-    Paper: section 5.2; T3, T6 and T8 in docs/paper_map.md.
+    Paper: section 5.2; T3, T6 and T8 in docs/internals/paper-map.md.
 
     Args:
         tails: of x at this alpha.
@@ -258,7 +258,7 @@ def error_power(x: Tensor, alpha: Tensor | float, bits: Tensor | float, grid: Gr
     E[e^2 | in range], e = (Q(x) - x) / step: 1/12 for errors spread evenly. Given to ``proxy_error`` as the noise
     variance it yields the true error, and to ``proxy_gradient`` LSQ's gradients: that is T3.
 
-    Paper: section 5.2; T3 in docs/paper_map.md.
+    Paper: section 5.2; T3 in docs/internals/paper-map.md.
 
     Args:
         x: the sample, any shape.
@@ -307,7 +307,7 @@ def range_correction(x: Tensor, alpha: Tensor | float, bits: Tensor | float, gri
     2 E[(Q(x) - x) x; in range] / alpha. A level moves with alpha as Q / alpha, where straight-through gradients have
     (Q - x) / alpha; where the nearest level changes the two errors are equal, so the jump contributes nothing.
 
-    Paper: not in it; T4b in docs/paper_map.md.
+    Paper: not in it; T4b in docs/internals/paper-map.md.
 
     Args:
         x: the sample, any shape.
@@ -337,7 +337,7 @@ def least_error_range(
 
     The root of ``proxy_gradient`` in alpha, by bisection: the derivative rises with alpha.
 
-    Paper: section 5.2; T5 and T6 in docs/paper_map.md.
+    Paper: section 5.2; T5 and T6 in docs/internals/paper-map.md.
 
     Args:
         tails_at: tails as a function of alpha and grid, such as ``normal_tails``.
@@ -370,7 +370,7 @@ def stochastic_step_moment(
     (1 - share) step(lower)^power + share step(upper)^power between the neighbouring choices. The step is convex in
     bits, so this exceeds step(bits)^power: noise at fractional bits is stronger than that of a continuous bit-width.
 
-    Paper: Eq. 15; see docs/paper_map.md.
+    Paper: Eq. 15; see docs/internals/paper-map.md.
 
     Args:
         alpha: clipping range, units of x, > 0, any shape.

@@ -54,7 +54,7 @@ def inside_range(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
 
     An element on either end is not inside: a ReLU's zeros get no noise and pass no gradient.
 
-    Paper: the release; see docs/paper_map.md.
+    Paper: the release; see docs/internals/paper-map.md.
 
     Args:
         x: any shape.
@@ -80,7 +80,7 @@ def truncation_gradients(
     With slope = (Q(x) - x) / step this is LSQ, with slope = noise it is the proxy; that this is the only difference
     is the content of the paper's section 5.2. An element on an end counts as truncated.
 
-    Paper: section 5.2; see docs/paper_map.md.
+    Paper: section 5.2; see docs/internals/paper-map.md.
 
     Args:
         grad: incoming gradient, shape of x.
@@ -184,7 +184,7 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tens
     On a shifted grid the whole zero point z is a constant: the ends -z step and alpha - z step have the derivatives
     -z/n and 1 - z/n in alpha, and -z d step / d bits in bits.
 
-    Paper: the quantizer of section 3 and section 5.2; see docs/paper_map.md.
+    Paper: the quantizer of section 3 and section 5.2; see docs/internals/paper-map.md.
 
     Args:
         x: any shape, floating point.

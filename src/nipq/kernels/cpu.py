@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nipq.files import cache_folder
 from nipq.functional.counter_rng import is_dense
 from nipq.functional.grid import Grid
 from nipq.kernels.arguments import GRID_NUMBERS, ProxySettings, ProxyTensors, laid_out_like
@@ -29,9 +30,6 @@ SOURCE = Path(__file__).with_name("source")
 
 #: Set to 0 to do without compiled kernels.
 SWITCH = "NIPQ_KERNELS"
-
-#: Set to a folder for what was compiled; else it goes where the platform keeps caches.
-CACHE = "NIPQ_CACHE"
 
 #: Flags of the compiler; results are equal to those of torch, bit for bit.
 FLAGS = (
@@ -130,14 +128,6 @@ def _processor() -> str:
 
 def _undefined_allowed() -> list[str]:
     return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-
-
-def cache_folder() -> Path:
-    """Folder of the files that were compiled or measured on this machine."""
-    if CACHE in os.environ:
-        return Path(os.environ[CACHE])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nipq"
 
 
 #: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.

@@ -305,7 +305,7 @@ def fused_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings,
 
     Half-precision tensors are computed in float32 and rounded once.
 
-    Paper: the noise proxy of section 5; design of the kernel in docs/speed.md.
+    Paper: the noise proxy of section 5; design of the kernel in docs/internals/kernels.md.
 
     Args:
         x: any shape.

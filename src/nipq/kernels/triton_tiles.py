@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from nipq.errors import FileFormatError
-from nipq.files import written_whole
-from nipq.kernels.cpu import cache_folder
+from nipq.files import cache_folder, written_whole
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ def start_weight_range_(quantizer: WeightQuantizer, weight: Tensor) -> None:
     """Set a weight's first clipping range, in the way that ``quantizer.init`` says.
 
     ``"max"``: the largest absolute weight. ``"mse"``: the range that minimises the proxy's error at the present
-    bit-width (T6 in ``docs/paper_map.md``). ``"lsq"``: 2 E|w| sqrt(n). ``"release"``: ``alpha_raw = max w`` as
-    published, softplus not inverted (Q5 there).
+    bit-width (T6 in ``docs/internals/paper-map.md``). ``"lsq"``: 2 E|w| sqrt(n). ``"release"``: ``alpha_raw = max w``
+    as published, softplus not inverted (Q5 there).
 
     Args:
         quantizer: quantizer of the weight.

@@ -82,8 +82,8 @@ class QuantizerParameters(nn.Module):
 
     ``alpha = softplus(alpha_raw)`` and ``bits = low + (high - low) * sigmoid(bit_raw)``, with ``low`` and ``high`` the
     ends of ``bit_range``. A fixed or frozen bit-width is an integer buffer ``bits_frozen`` instead of a parameter, so
-    that no optimizer can move it (fault B9 in ``docs/paper_map.md``). The grid and the bit range travel in the state
-    dict as a byte tensor of JSON, hence a state dict is all that has to be saved.
+    that no optimizer can move it (fault B9 in ``docs/internals/paper-map.md``). The grid and the bit range travel in
+    the state dict as a byte tensor of JSON, hence a state dict is all that has to be saved.
 
     Args:
         name: full name of the tensor in the model, for messages, such as ``"layer1.0.conv1.weight"``.

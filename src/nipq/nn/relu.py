@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import math
 import types
+from typing import Protocol
 
 from torch import Tensor, nn
 
-from nipq.nn.quantizer import InputQuantizer
-
 #: Modules that can be left out, with their upper ends.
 CAPS = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
+
+
+class ReluQuantizer(Protocol):
+    """An input quantizer as a folded ReLU needs it, see ``nipq.nn.quantizer.InputQuantizer``."""
+
+    cap: float
+
+    def replaces_relu(self, x: Tensor) -> bool:
+        """Whether the next call does what the ReLU would do."""
 
 
 def cap_of(module: nn.Module) -> float | None:
@@ -62,7 +70,7 @@ def _is_plain_sequence(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-def fold_relu(relu: nn.Module, quantizer: InputQuantizer) -> None:
+def fold_relu(relu: nn.Module, quantizer: ReluQuantizer) -> None:
     """Leave a ReLU out whenever the quantizer that alone reads it takes its place.
 
     Args:
@@ -87,7 +95,7 @@ def unfold_relu(relu: nn.Module) -> None:
 
 
 def _forward_unless_folded(relu: nn.Module, x: Tensor) -> Tensor:
-    quantizer: InputQuantizer = relu.__dict__["folded_into"]
+    quantizer: ReluQuantizer = relu.__dict__["folded_into"]
     watched = relu._forward_hooks or relu._backward_hooks  # somebody wants the ReLU's own result
     if relu.training and not watched and quantizer.replaces_relu(x):
         return x

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any, Literal, get_args
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nipq.budget.distance import float_outputs, floats_in, output_distance
-from nipq.config import Phase
-from nipq.distributed import check_same_, inner, reduce_mean_, reduce_sum_
+from nipq.budget.distance import OutputJudge, float_outputs, rounding
+from nipq.distributed import check_same_, inner, reduce_sum_
 from nipq.distributed.sync_batchnorm import synced
 from nipq.errors import ConfigError, OrderError
-from nipq.prepare.batches import ExampleInputs, call_model, in_step, inputs_of, to_device
-from nipq.prepare.layer_table import quantizers, set_phase_
+from nipq.prepare.batches import call_model, in_step, to_device
+from nipq.prepare.layer_table import quantizers
 
 #: Statistics of the batches themselves, or the present ones moved by what quantization changes on the batches.
 Statistics = Literal["absolute", "relative"]
@@ -186,7 +184,7 @@ def reestimate_bn_(
     Modes and phases are restored. With several ranks a batch is what all of them give at once (relative statistics are
     of each rank's batches, joined at the end), and the rank with the fewest batches says how many are read.
 
-    Paper: the batch-norm update, Q15 and Q20 in docs/paper_map.md; relative statistics are not in it.
+    Paper: the batch-norm update, Q15 and Q20 in docs/internals/paper-map.md; relative statistics are not in it.
 
     Args:
         model: a prepared model with batch norms.
@@ -214,7 +212,7 @@ def reestimate_bn_(
     before = {name: (module, _values(module)) for name, module in found.items()}
     measure = _absolute if statistics == "absolute" else _relative
     try:
-        with _rounding(model):
+        with rounding(model):
             read = measure(model, list(found.values()), islice(loader, batches))
             if read == 0:
                 raise ConfigError("reestimate_bn_: expected at least one batch, found an empty loader.")
@@ -292,84 +290,29 @@ def reestimate_bn_if_better_(
     Raises:
         As :func:`reestimate_bn_`; ConfigError also if ``held_out`` is empty.
     """
-    if not batchnorms(model):
+    norms = batchnorms(model)
+    if not norms:
         return BatchNormChoice("none", {})
     judge = OutputJudge(model, held_out, reference)
     distances = {"none": judge.distance()}
     kept: Statistics | Literal["none"] = "none"
+    best: BatchNormUpdate | None = None
+    values: dict[str, dict[str, Tensor]] = {}
     for statistics in candidates:
         update = reestimate_bn_(model, loader, batches, statistics=statistics)
         distances[statistics] = judge.distance()
         if distances[statistics] < distances[kept]:
-            kept = statistics
+            kept, best, values = statistics, update, {name: _values(norm) for name, norm in norms.items()}
         update.undo()
-    best = None if kept == "none" else reestimate_bn_(model, loader, batches, statistics=kept)
+    for name, found in values.items():
+        _put_back(norms[name], found)
     return BatchNormChoice(kept, distances, best)
-
-
-class OutputJudge:
-    """Distance of a prepared model's outputs from those of the float network, on batches that are kept.
-
-    Args:
-        model: a prepared model.
-        batches: inputs, see :func:`nipq.prepare.batches.inputs_of`; read once, on this rank.
-        reference: the float network in evaluation mode; if left out, the model in phase ``"float"`` as it is now.
-
-    Raises:
-        ConfigError: if there is no batch.
-    """
-
-    def __init__(self, model: nn.Module, batches: Iterable[Any], reference: nn.Module | None = None) -> None:
-        self._model = model
-        self._kept: list[tuple[ExampleInputs, list[Tensor]]] = []
-        device = next(model.parameters()).device
-        with _rounding(model), torch.no_grad():
-            for batch in batches:
-                inputs = to_device(inputs_of(batch), device)
-                truth = (
-                    float_outputs(inner(model), inputs)
-                    if reference is None
-                    else floats_in(call_model(reference, inputs))
-                )
-                self._kept.append((inputs, truth))
-        if not self._kept:
-            raise ConfigError("expected at least one held-out batch to judge by, found none. Give some.")
-
-    @torch.no_grad()
-    def distance(self) -> float:
-        """Mean over the batches of :func:`nipq.budget.distance.output_distance`, true quantizers; of all ranks."""
-        with _rounding(self._model):
-            found = [output_distance(call_model(inner(self._model), inputs), truth) for inputs, truth in self._kept]
-        mean = torch.stack(found).double().mean().cpu()
-        reduce_mean_([mean])
-        return float(mean)
-
-
-@contextmanager
-def _rounding(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and true quantizers; modes, momenta and phases are restored."""
-    modes = {module: module.training for module in model.modules()}
-    momenta = {module: module.momentum for module in batchnorms(model).values()}
-    phases = {quantizer: quantizer.phase for quantizer in quantizers(model)}
-    set_phase_(model, Phase.ROUND)  # leaves phase int, in which batch norms are folded away
-    model.eval()
-    try:
-        yield
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-        for module, training in modes.items():
-            module.training = training
-        if Phase.INT in phases.values():
-            set_phase_(model, Phase.INT)
-        else:
-            for quantizer, phase in phases.items():
-                quantizer.phase = phase
 
 
 def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[Any]) -> int:
     """Replace the statistics by those of some batches; gives back how many were read."""
     pooled = [_Pooled(norm) for norm in norms]
+    momenta = [norm.momentum for norm in norms]
     handles = [statistics.module.register_forward_hook(statistics.add) for statistics in pooled]
     device = next(model.parameters()).device
     read = 0
@@ -386,6 +329,8 @@ def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
     finally:
         for handle in handles:
             handle.remove()
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
     for statistics in pooled if read else ():
         _check_reached(statistics)
         _store(statistics.module, statistics.mean, statistics.var)

@@ -1,0 +1,1 @@
+"""Post-training quantization of a pretrained network, stage by stage."""
