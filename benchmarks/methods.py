@@ -22,7 +22,7 @@ from nipq.qat.oscillation import Oscillations
 from nipq.qat.search import Search
 from nipq.train.compare import load_grid
 from nipq.train.config import METHODS, ModelConfig
-from nipq.train.models import build_model
+from nipq.train.factory import build_model
 
 GRID = Path(__file__).parents[1] / "experiments/rivals/fashion_mobilenet_v2.yaml"
 BITS, BATCH = 3, 128

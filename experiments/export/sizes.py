@@ -24,7 +24,7 @@ from nipq.export.packed_write import file_bytes
 from nipq.functional.packing import payload_bytes
 from nipq.train.batches import pick
 from nipq.train.data import load_data
-from nipq.train.models import build_model
+from nipq.train.factory import build_model
 from nipq.train.run_folder import RunFolder
 
 SEED, SIZE = 0, 64

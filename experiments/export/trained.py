@@ -30,7 +30,7 @@ from nipq.export.runtimes import faithful_session
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.train.batches import Few, count_of, pick
 from nipq.train.data import load_data
-from nipq.train.models import build_model, build_task, read_state
+from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.pipeline import metric_of
 from nipq.train.run_folder import RunFolder, installed_version
 from nipq.verify.archives import ProgramModule

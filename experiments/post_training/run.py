@@ -34,7 +34,7 @@ from nipq.budget.budget import AverageBits, Budget
 from nipq.config import Config, Phase
 from nipq.prepare.layer_table import set_phase_
 from nipq.qat.batchnorm import reestimate_bn_
-from nipq.train.models import read_state
+from nipq.train.factory import read_state
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 SIZE, SAMPLES, BATCH, EVERY = 160, 256, 32, 3

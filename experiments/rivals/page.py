@@ -21,7 +21,7 @@ from nipq.train.compare import FLOAT, expand, load_grid
 from nipq.train.compare_plots import plot_comparison
 from nipq.train.compare_table import Comparison, compare, final_state, interval, markdown
 from nipq.train.config import ModelConfig
-from nipq.train.models import build_model
+from nipq.train.factory import build_model
 from nipq.train.records import Records
 
 HERE = Path(__file__).parent

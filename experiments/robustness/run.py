@@ -35,7 +35,7 @@ from nipq.prepare.prepare import prepare_
 from nipq.train.batches import pick
 from nipq.train.compare import CompareFolder
 from nipq.train.data import load_data
-from nipq.train.models import build_model, build_task, read_state
+from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.records import Record, Records
 from nipq.train.run_folder import RunFolder
 from nipq.train.task import Task

@@ -31,7 +31,7 @@ from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.train.config import check_config
 from nipq.train.data import load_data
-from nipq.train.models import build_model
+from nipq.train.factory import build_model
 from nipq.train.records import Record, Records
 
 GRID = Records(Path(__file__).parents[1] / "fashion_mnist" / "results.jsonl")

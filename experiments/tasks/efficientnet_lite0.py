@@ -25,7 +25,7 @@ from experiments.tasks.photos import cached, pixels, textured, tiles
 from experiments.tasks.weights import write_weights
 from nipq.errors import ConfigError, require
 from nipq.train.batches import Batch, Sources, TensorSplit
-from nipq.train.models import read_state
+from nipq.train.factory import read_state
 from nipq.train.task import predictions
 
 if TYPE_CHECKING:

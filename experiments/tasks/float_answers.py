@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError
-from nipq.train.models import build_model
+from nipq.train.factory import build_model
 from nipq.train.task import Task
 
 if TYPE_CHECKING:

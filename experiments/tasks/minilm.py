@@ -20,7 +20,7 @@ from experiments.tasks.snippets import MODEL, MODEL_HELP
 from experiments.tasks.weights import write_weights
 from nipq.errors import ConfigError, require
 from nipq.train.batches import Batch
-from nipq.train.models import read_state
+from nipq.train.factory import read_state
 from nipq.train.task import Task, predictions
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from torch import nn
 
 import experiments.tasks.networks
 from nipq.train.compare import expand, load_grid
-from nipq.train.models import find_factory
+from nipq.train.factory import find_factory
 
 TASKS = Path(experiments.tasks.networks.__file__).parent
 GRIDS = sorted(path for path in TASKS.glob("*.yaml") if "candidates" not in path.stem)

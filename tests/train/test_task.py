@@ -15,7 +15,7 @@ from nipq.cli.show import results_table
 from nipq.errors import ConfigError
 from nipq.train.batches import Batch, Sources, tensor_splits
 from nipq.train.config import DataConfig, TrainConfig, check_config
-from nipq.train.models import build_task
+from nipq.train.factory import build_task
 from nipq.train.pipeline import run, verify_run
 from nipq.train.run_folder import RunFolder
 from nipq.train.task import Task, predictions

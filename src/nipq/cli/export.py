@@ -18,7 +18,7 @@ from nipq.export.packed_read import load
 from nipq.train.batches import pick
 from nipq.train.config import ModelConfig
 from nipq.train.data import load_data
-from nipq.train.models import build_model
+from nipq.train.factory import build_model
 from nipq.train.pipeline import verify_run
 from nipq.train.run_folder import RunFolder
 

@@ -12,7 +12,7 @@ from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.report.inspect import inspect
 from nipq.train.config import ModelConfig, parse_overrides
-from nipq.train.models import build_model
+from nipq.train.factory import build_model
 
 
 def inspect_model(

@@ -23,7 +23,7 @@ from nipq.files import check_free
 from nipq.ptq.quantize import quantize
 from nipq.train.config import ModelConfig
 from nipq.train.data import DEVIATION, MEAN, RESIZE_RATIO
-from nipq.train.models import PUBLISHED, build_model, find_factory, read_state
+from nipq.train.factory import PUBLISHED, build_model, find_factory, read_state
 
 #: Ends of the names of images that are read.
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nipq.errors import ConfigError, require
 from nipq.train.batches import Batch, Sources, Split, seed_of, slice_of, stratified, tensor_splits
-from nipq.train.models import import_callable
+from nipq.train.factory import import_callable
 
 if TYPE_CHECKING:
     from nipq.train.config import DataConfig

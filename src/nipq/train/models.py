@@ -1,25 +1,14 @@
-"""Networks and tasks by name or import path, their weights, and small networks of this package."""
+"""Small networks for small images: MobileNet-v2 and ResNet of torchvision fitted to 28x28, and a net for digits."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlparse
+from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models.mobilenetv2 import MobileNetV2
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.ops import Conv2dNormActivation
-
-from nipq.errors import ConfigError, FileFormatError, require
-from nipq.train.task import Classification, Task
-
-if TYPE_CHECKING:
-    from nipq.train.config import ModelConfig, TrainConfig
 
 #: Expansion, channels, repeats and first stride of MobileNet-v2's stages for 28x28 images.
 SMALL_MOBILENET = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 2, 2), (6, 64, 2, 1), (6, 96, 1, 1))
@@ -171,141 +160,3 @@ def _stem(channels: int, stride: int) -> nn.Conv2d:
     stem = nn.Conv2d(1, channels, 3, stride, 1, bias=False)
     torch.nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
     return stem
-
-
-#: Stands for the weights that torchvision publishes.
-PUBLISHED = "DEFAULT"
-
-
-def build_model(config: ModelConfig, *, with_weights: bool = True) -> nn.Module:
-    """Build the network that a config names and load its weights.
-
-    Args:
-        config: the ``model`` or ``teacher`` section.
-        with_weights: ``False`` leaves the random start, for a state dict that follows.
-
-    Returns:
-        The network on the CPU.
-
-    Raises:
-        ConfigError: if the factory is unknown or refuses its arguments, or published weights cannot be had.
-        FileFormatError: if a weights file is not a state dict of this network.
-    """
-    factory = find_factory(config.factory)
-    try:
-        model = factory(**config.kwargs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"model factory {config.factory!r} refused the arguments {config.kwargs}: {error}; correct model.kwargs"
-        ) from error
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model factory {config.factory!r} must return a module, it gave {type(model).__name__}")
-    if with_weights and config.weights is not None:
-        state = _published(config.factory) if config.weights == PUBLISHED else read_state(Path(config.weights))
-        _load(model, state, config)
-    return model
-
-
-def find_factory(name: str) -> Callable[..., Any]:
-    """Find the callable behind a torchvision model's name or ``package.module:callable``; else ConfigError."""
-    if ":" in name:
-        return import_callable(name, "model factory")
-    models = require("torchvision.models", extra="vision", purpose="torchvision's networks")
-    try:
-        builder: Callable[..., Any] = models.get_model_builder(name)
-    except ValueError as error:
-        close = [known for known in models.list_models(models) if name[:4].lower() in known]
-        raise ConfigError(
-            f"no torchvision model {name!r} (similar: {', '.join(close[:6]) or 'none'}); "
-            "give a torchvision name or package.module:callable"
-        ) from error
-    return builder
-
-
-def import_callable(path: str, what: str) -> Callable[..., Any]:
-    """Import ``package.module:callable``; ``what`` is its role, for the message of the ConfigError if there is none."""
-    module_name, _, attribute = path.partition(":")
-    try:
-        found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"no {what} {path!r}: {error}; give package.module:callable") from error
-    return found
-
-
-def build_task(config: TrainConfig) -> Task:
-    """Build the task of a run; ConfigError if there is none, or its callable returns something else."""
-    if config.task == "classification":
-        temperature = 1.0 if config.teacher is None else config.teacher.temperature
-        return Classification(config.label_smoothing, temperature)
-    task = import_callable(config.task, "task")(config)
-    if not isinstance(task, Task):
-        raise ConfigError(f"task {config.task!r} must return a Task, it gave {type(task).__name__}")
-    return task
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """Read a state dict without running anything stored in it.
-
-    Args:
-        path: a ``.safetensors`` file, or a torch file that holds a state dict, plain or under ``state_dict``/``model``.
-
-    Returns:
-        Tensors by name.
-
-    Raises:
-        ConfigError: if there is no such file.
-        FileFormatError: if the file is something else.
-    """
-    if not path.is_file():
-        raise ConfigError(f"expected a weights file, found nothing at {path}; correct model.weights")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise FileFormatError(f"expected a state dict in {path}, found something else: {_first_line(error)}") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise FileFormatError(
-            f"expected a dict of tensors in {path}, found {type(state).__name__}; save model.state_dict()"
-        )
-    return state
-
-
-def _published(name: str) -> dict[str, Tensor]:
-    """The default weights that torchvision publishes, from its cache or the network."""
-    models = require("torchvision.models", extra="vision", purpose="published weights")
-    try:
-        url = models.get_model_weights(name).DEFAULT.url
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"torchvision publishes no weights for {name!r}; give model.weights a file or null"
-        ) from error
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    if file.is_file():
-        return read_state(file)
-    try:
-        state: dict[str, Tensor] = torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=True, weights_only=True, progress=False
-        )
-    except (OSError, RuntimeError) as error:
-        raise ConfigError(
-            f"the published weights of {name!r} are not in the cache and could not be fetched ({_first_line(error)}); "
-            f"fetch {url} on a connected machine and put it at {file}, or give its path as weights"
-        ) from error
-    return state
-
-
-def _load(model: nn.Module, state: dict[str, Tensor], config: ModelConfig) -> None:
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise FileFormatError(
-            f"the weights {config.weights!r} are not those of {config.factory!r} with {config.kwargs}: {error}"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

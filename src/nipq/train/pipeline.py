@@ -35,7 +35,7 @@ from nipq.report.summary import summary
 from nipq.train.batches import Batch, Few, Nested, moved, pick
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.data import load_data
-from nipq.train.models import build_model, build_task, read_state
+from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.parallel import accelerated
 from nipq.train.plots import Histogram, plot_bits, plot_history, plot_ranges
 from nipq.train.run_folder import RunFolder, write_state, write_table, write_text

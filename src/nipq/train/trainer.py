@@ -30,7 +30,7 @@ from nipq.train.batches import Batch, Few, Nested, Split, count_of, moved, pick,
 from nipq.train.checkpoint import Checkpoint, Progress, whole_state
 from nipq.train.checks import Tally, check_state, make_budget, non_finite_loss, preflight
 from nipq.train.data import load_data
-from nipq.train.models import build_model, build_task
+from nipq.train.factory import build_model, build_task
 from nipq.train.optim import apply_, load_states_, make_optimizers, schedule_of
 from nipq.train.parallel import explained, join_, make_accelerator, part_, share
 from nipq.train.task import Objective

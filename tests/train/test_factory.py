@@ -14,7 +14,8 @@ from torch import nn
 from nipq.errors import ConfigError, FileFormatError
 from nipq.train import models as factory
 from nipq.train.config import ModelConfig
-from nipq.train.models import build_model, digits_net, mobilenet_v2_28, resnet18_28
+from nipq.train.factory import build_model
+from nipq.train.models import digits_net, mobilenet_v2_28, resnet18_28
 
 DIGITS = "nipq.train.models:digits_net"
 
