@@ -78,7 +78,7 @@ def fit(tmp_path: Path) -> Callable[..., Any]:
         given: dict[str, Any] = {"max_epochs": EPOCHS, "logger": False, "enable_checkpointing": False} | settings
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, callbacks=[*callbacks, NipqCallback(BUDGET, **(ours or {}))], **given,
+            default_root_dir=tmp_path, callbacks=[*callbacks, NipqCallback(BUDGET, **{"finetune": 0.3} | (ours or {}))], **given,
         )  # fmt: skip
         model = Net() if model is None else model
         trainer.fit(model, loader(), DataLoader(TensorDataset(X, Y), batch_size=48), ckpt_path=resume)

@@ -122,7 +122,7 @@ class QATSession:
         loader: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        finetune: float = 0.3,
+        finetune: float = 0.5,
         schedule: Schedule = "cosine",
         allocation: Allocation = "noise",
         calibration_batches: int = 8,
