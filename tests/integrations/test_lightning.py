@@ -161,7 +161,7 @@ def test_bf16_and_a_step_that_the_scaler_skipped(fit: Callable[..., Any]) -> Non
 
 
 def test_true_half_precision_is_refused(fit: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match=r"expected boundaries and bits in float32, found torch.bfloat16"):
+    with pytest.raises(ConfigError, match=r"expected clipping ranges and bit-widths in float32, found torch.bfloat16"):
         fit(precision="bf16-true")
 
 
