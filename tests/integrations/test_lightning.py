@@ -75,10 +75,11 @@ def fit(tmp_path: Path) -> Callable[..., Any]:
         ours: dict[str, Any] | None = None, **settings: Any,
     ) -> Any:  # fmt: skip
         torch.manual_seed(0)
+        session: dict[str, Any] = {"finetune": 0.3} | (ours or {})
         given: dict[str, Any] = {"max_epochs": EPOCHS, "logger": False, "enable_checkpointing": False} | settings
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, callbacks=[*callbacks, NipqCallback(BUDGET, **{"finetune": 0.3} | (ours or {}))], **given,
+            default_root_dir=tmp_path, callbacks=[*callbacks, NipqCallback(BUDGET, **session)], **given,
         )  # fmt: skip
         model = Net() if model is None else model
         trainer.fit(model, loader(), DataLoader(TensorDataset(X, Y), batch_size=48), ckpt_path=resume)
