@@ -1,6 +1,6 @@
 """The README's own training loop on ten classes of small colour images: is it good for a user who changes nothing?
 
-    python experiments/front_door/run.py GROUP [--seeds 0 1 2]   # GROUP: a name in settings.py
+    python experiments/front_door/run.py GROUP [--seeds 0 1 2]   # names in settings.py
     python experiments/front_door/run.py --table                 # the tables of README.md, from results.jsonl
 
 One run is one JSON line in ``results.jsonl``; a run that is there already is skipped. Float networks, one for each
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -312,7 +313,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the tables of what is in results.jsonl")
     given = parser.parse_args()
     if given.table:
-        print(tables(records(), GROUPS))
+        print(tables(records(), GROUPS, REPORTED))
         return 0
     torch.set_num_threads(1)
     data = {task: make() for task, (make, _) in TASKS.items()}
@@ -327,7 +328,10 @@ def main() -> int:
                     continue
                 record = {"group": group, "name": name, "seed": seed, "setting": asdict(setting)}
                 record |= run(setting, seed, data[setting.task], parts)
-                record |= {"command": f"python experiments/front_door/run.py {group}", "machine": machine()}
+                record |= {
+                    "command": f"python experiments/front_door/run.py {shlex.quote(group)} --seeds {seed}",
+                    "machine": machine(),
+                }
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 last = {part: round(score, 2) for part, score in record["scores"]["final"].items()}
