@@ -34,6 +34,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 import nipq
+from nipq.prepare.layer_table import set_bits_, set_phase_
+from nipq.qat.search import Search
 from nipq.train.models import digits_net
 
 HERE = Path(__file__).parent
@@ -178,7 +180,7 @@ class Session:
     ) -> None:
         nipq.calibrate_(model, loader, setting.calibration_batches)
         if setting.allocation == "noise":
-            nipq.start_bits_(model, loader, loss_fn, budget, batches=setting.allocation_batches)
+            nipq.allocate_bits_(model, loader, loss_fn, budget, batches=setting.allocation_batches)
             nipq.calibrate_(model, loader, setting.calibration_batches)
         self.course = nipq.Course(
             model, budget, total_steps, optimizer=optimizer, finetune=setting.finetune, loader=loader, ramp=setting.ramp
@@ -217,7 +219,7 @@ def budget_of(model: nn.Module, setting: Setting) -> Any:  # noqa: ANN401
     if setting.budget == "average":
         return nipq.AverageBits(weights=setting.bits, activations=setting.bits)
     other = copy.deepcopy(model)
-    nipq.set_bits_(other, {"*": int(setting.bits)})
+    set_bits_(other, {"*": int(setting.bits)})
     found = {cost.name: cost.rounded for cost in nipq.costs(other, EVERYTHING)}
     if setting.budget == "size":
         return nipq.ModelSize(math.ceil(found["model size"]))
@@ -253,7 +255,7 @@ def by_search(model: nn.Module, setting: Setting, loader: Loader, score: Callabl
     nipq.calibrate_(model, loader)
     optimizer = optimizer_of(model, setting)
     budget = budget_of(model, setting)
-    search = nipq.Search(model, budget=budget, total_steps=len(loader) * setting.epochs)
+    search = Search(model, budget=budget, total_steps=len(loader) * setting.epochs)
     model.train()
     for _ in range(setting.epochs):
         for x, y in loader:
@@ -274,7 +276,7 @@ def untrained(model: nn.Module, setting: Setting, loader: Loader, score: Callabl
         nipq.prepare_(model, loader.images.inputs[:1])
         budget = budget_of(model, setting)
         nipq.calibrate_(model, loader, setting.calibration_batches)
-        nipq.start_bits_(model, loader, cross_entropy, budget, batches=setting.allocation_batches)
+        nipq.allocate_bits_(model, loader, cross_entropy, budget, batches=setting.allocation_batches)
         nipq.freeze_bits_(model, budget)
         nipq.calibrate_(model, loader, setting.calibration_batches)
     else:
@@ -282,7 +284,7 @@ def untrained(model: nn.Module, setting: Setting, loader: Loader, score: Callabl
         nipq.prepare_(model, loader.images.inputs[:1], nipq.Config(weight_bits=bits, activation_bits=bits))
         nipq.calibrate_(model, loader, setting.calibration_batches)
         nipq.freeze_bits_(model)
-    nipq.set_phase_(model, "round")
+    set_phase_(model, "round")
     score("frozen")
     nipq.reestimate_bn_(model, loader)
     score("final")

@@ -17,7 +17,8 @@ import torch
 from typer.testing import CliRunner
 
 import nipq
-from nipq.cli import app, demo
+from nipq.cli import app
+from nipq.cli import train as demo
 from nipq.cli.app import COMMANDS
 from nipq.cli.doctor import OPTIONAL
 from nipq.train.config import check_config, load_config
@@ -292,7 +293,7 @@ def test_demo_settings_are_the_example_config() -> None:
 def test_demo_says_which_promise_was_broken(monkeypatch: pytest.MonkeyPatch, finished: Path) -> None:
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     results["average_bits"]["weights"] = 4.01
-    monkeypatch.setattr("nipq.cli.demo.run", lambda *_args, **_kwargs: results)
+    monkeypatch.setattr("nipq.cli.train.run", lambda *_args, **_kwargs: results)
     status, output = call("demo")
     assert status == 1
     assert "BROKEN  average bits at or below 4.0 / 4.0" in output

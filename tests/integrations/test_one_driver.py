@@ -19,7 +19,8 @@ from nipq.prepare.prepare import prepare_
 from nipq.qat.optim import param_groups
 from nipq.qat.session import QATSession
 from nipq.train.batches import Sources, Split
-from nipq.train.config import DataConfig
+from nipq.train.config import DataConfig, TrainConfig
+from nipq.train.pipeline import run
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -33,6 +34,10 @@ RATE, MOMENTUM = 0.02, 0.9
 SETTINGS: dict[str, Any] = {"finetune": 0.4, "schedule": None, "allocation": None}
 
 
+#: Every network that was built, for a loop that builds its own.
+BUILT: list[Any] = []
+
+
 class Network(nn.Module):
     """A network that seeds the noise of each training step and notes the loss: every loop then has the same numbers."""
 
@@ -42,6 +47,7 @@ class Network(nn.Module):
         layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten()]
         self.layers = nn.Sequential(*layers, nn.Linear(24, 3))
         self.losses: list[float] = []
+        BUILT.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
         trains = self.training and torch.is_grad_enabled()
@@ -192,7 +198,26 @@ def in_order(_config: DataConfig, _seed: int) -> Sources:
     return Sources(train=InOrderSplit(), validation=None, test=InOrderSplit(), classes=3)
 
 
-LOOPS = [accelerate_loop, lightning_loop, transformers_loop]
+def nipq_train(folder: Path) -> Network:
+    BUILT.clear()
+    config = {
+        "model": {"factory": "tests.integrations.test_one_driver:Network"},
+        "data": {"kind": "custom", "factory": "tests.integrations.test_one_driver:in_order"},
+        "budget": {"average_bits": {"weights": BUDGET.weights, "activations": BUDGET.activations}},
+        "stages": {"float": {"epochs": 0}, "search": {"epochs": 3}, "finetune": {"epochs": 2}},
+        "optimizer": {
+            "name": "sgd", "lr": RATE, "momentum": MOMENTUM, "nesterov": False, "final": 1.0, "schedule": "spanning"
+        },
+        "allocation": "middle",
+        "device": "cpu",
+    }  # fmt: skip
+    run(TrainConfig.model_validate(config), folder / "run", quiet=True)
+    trained = [network for network in BUILT if len(network.losses) == STEPS]
+    assert len(trained) == 1
+    return trained[0]
+
+
+LOOPS = [accelerate_loop, lightning_loop, transformers_loop, nipq_train]
 
 
 @pytest.fixture(scope="module")

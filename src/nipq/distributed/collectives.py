@@ -343,7 +343,8 @@ def check_same_(model: nn.Module, what: str) -> None:
             raise DistributedError(
                 f"{what}: expected every rank to hold clipping ranges and bit-widths whole, found {name} sharded. "
                 "Shard with nipq.distributed.fsdp.shard_; or give fully_shard "
-                "ignored_params=set(quantizer_parameters(model)) and call average_gradients_(model) after it."
+                "ignored_params=set(quantizer_parameters(model)) and call "
+                "nipq.distributed.fsdp.average_gradients_(model) after it."
             )
     ranks = gather_objects(_fingerprint(model))
     for other, found in enumerate(ranks[1:], start=1):
