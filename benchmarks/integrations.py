@@ -35,6 +35,7 @@ from benchmarks.turns import Turns
 from nipq.integrations.accelerate import AcceleratedSession
 from nipq.integrations.lightning import NipqCallback
 from nipq.integrations.transformers import quantize
+from nipq.qat.search import Search
 
 BUDGET = nipq.AverageBits(weights=4, activations=4)
 COURSE = {"finetune": 0.0, "batchnorm_batches": 0}
@@ -70,9 +71,9 @@ class Task(nn.Module):
         """The same batch at every step."""
         return DataLoader(self.rows * STEPS, batch_size=len(self.rows))
 
-    def search(self) -> nipq.Search:
+    def search(self) -> Search:
         """By hand."""
-        return nipq.Search(self, BUDGET, STEPS)
+        return Search(self, BUDGET, STEPS)
 
 
 def least(turns: Turns) -> Task:
@@ -105,7 +106,7 @@ def plain_loop(task: Task, ours: bool) -> None:
 class Lit(pl.LightningModule):
     """The task, and the search by hand where it is given."""
 
-    def __init__(self, task: Task, search: nipq.Search | None) -> None:
+    def __init__(self, task: Task, search: Search | None) -> None:
         super().__init__()
         self.task, self.search = task, search
 
@@ -137,7 +138,7 @@ def lightning(task: Task, ours: bool) -> None:
 class ByHand(transformers.Trainer):
     """The search where a subclass would put it."""
 
-    search: nipq.Search
+    search: Search
 
     def compute_loss(self, *args: object, **kwargs: object) -> Any:  # noqa: ANN401
         """The loss with its penalty."""
@@ -147,7 +148,7 @@ class ByHand(transformers.Trainer):
 class Steps(transformers.TrainerCallback):
     """And its step."""
 
-    def __init__(self, search: nipq.Search) -> None:
+    def __init__(self, search: Search) -> None:
         self.search = search
 
     def on_step_end(self, *_: object, **__: object) -> None:

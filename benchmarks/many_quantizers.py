@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import nipq
 from benchmarks import record
 from benchmarks.timing import Samples, interleaved, quartiles
+from nipq.prepare.layer_table import set_noise_mix_
+from nipq.qat.search import Search
 
 COUNTS = (10, 50, 200, 1000, 2000)
 WIDTH, BATCH = 8, 4
@@ -55,7 +57,7 @@ def own_parts(layers: int, x: Tensor) -> Parts:
     """The parts of the same step with quantizers, and what some runs call at every step besides."""
     model, tempered = prepared_chain(layers, x), prepared_chain(layers, x)
     optimizer = torch.optim.SGD(nipq.param_groups(model, lr=1e-6), momentum=0.9)
-    search = nipq.Search(model, nipq.AverageBits(weights=4, activations=4), 1000, optimizer=optimizer)
+    search = Search(model, nipq.AverageBits(weights=4, activations=4), 1000, optimizer=optimizer)
 
     def step() -> None:
         model(x).square().mean().backward()
@@ -68,7 +70,7 @@ def own_parts(layers: int, x: Tensor) -> Parts:
     return {
         "forward + backward": step, "penalty + backward": penalty, "search.step": search.step,
         "search.distance": search.distance, "optimizer.step": optimizer.step,
-        "set_noise_mix_": lambda: nipq.set_noise_mix_(tempered, 0.5),
+        "set_noise_mix_": lambda: set_noise_mix_(tempered, 0.5),
     }  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from benchmarks import record
 from benchmarks.networks import in_layout
 from benchmarks.timing import interleaved, quartiles, ratio
 from benchmarks.variants import FLOAT, RATE, STEPS, Training
+from nipq.qat.oscillation import Oscillations
+from nipq.qat.search import Search
 from nipq.train.compare import load_grid
 from nipq.train.config import METHODS, ModelConfig
 from nipq.train.factory import build_model
@@ -48,10 +50,10 @@ def training(word: str) -> Training:
     found = Training(model.train(), x, y, torch.optim.SGD(nipq.param_groups(model, lr=RATE), momentum=0.9))
     if learned:
         budget = nipq.AverageBits(weights=BITS, activations=BITS if fields.get("quantize_inputs", True) else None)
-        search = nipq.Search(model, budget, STEPS, penalty=settings.get("penalty", "controller"))
+        search = Search(model, budget, STEPS, penalty=settings.get("penalty", "controller"))
         found.penalty, found.after = search.penalty, search.step
     elif "oscillation" in settings:
-        watch = nipq.Oscillations(model, STEPS, **settings["oscillation"])
+        watch = Oscillations(model, STEPS, **settings["oscillation"])
         found.penalty, found.after = watch.penalty, watch.step
     return found
 

@@ -28,6 +28,7 @@ from benchmarks import record
 from benchmarks.timing import interleaved, quartiles
 from nipq.distributed.fsdp import quantizer_parameters, shard_
 from nipq.prepare.layer_table import quantizers
+from nipq.qat.search import Search
 
 COUNTS = (20, 100, 400, 1600)
 """Numbers of quantizers: two for each layer."""
@@ -59,7 +60,7 @@ def memory(layers: int) -> dict[str, int]:
     """Bytes that quantizers add: on the device with Adam, of the process for Python objects, and while bits freeze."""
     model = prepared(layers)
     optimizer = torch.optim.Adam(nipq.param_groups(model, lr=1e-6))
-    search = nipq.Search(model, BUDGET, 100)
+    search = Search(model, BUDGET, 100)
     (model(torch.randn(BATCH, WIDTH)).square().mean() + search.penalty()).backward()
     optimizer.step()
     own = quantizer_parameters(model)
@@ -132,7 +133,7 @@ def _bytes(tensors: list[Any]) -> int:
 def seconds(layers: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds of what is done for all quantizers together: quartiles."""
     model = prepared(layers)
-    search = nipq.Search(model, BUDGET, 10_000)
+    search = Search(model, BUDGET, 10_000)
     tasks = {
         "penalty + backward": lambda: search.penalty().backward(),  # type: ignore[no-untyped-call]  # torch gives it no type
         "search.step": search.step,
@@ -222,7 +223,7 @@ def _rank(rank: int, place: str, layers: int, pipe: Any) -> None:  # noqa: ANN40
         found[name] = counts()
     model = prepared(layers)
     shard_(model)
-    search = nipq.Search(model, BUDGET, 100)
+    search = Search(model, BUDGET, 100)
     sent.clear()
     model(x).square().mean().backward()
     found["FSDP, quantizers"] = counts()

@@ -15,6 +15,7 @@ import nipq
 from benchmarks import peers
 from benchmarks.networks import Network
 from benchmarks.plain import plain_operations
+from nipq.qat.search import Search
 
 #: Small, so that hundreds of steps on one batch leave all numbers where they were.
 RATE = 1e-4
@@ -85,7 +86,7 @@ def _own(*, plain: bool = False, **settings: Any) -> Make:  # noqa: ANN401 -- fi
         optimizer = torch.optim.SGD(nipq.param_groups(model, lr=RATE), momentum=0.9)
         training = Training(model, inputs, labels, optimizer, within=plain_operations if plain else nullcontext)
         if "weight_bits" not in settings:
-            search = nipq.Search(model, nipq.AverageBits(weights=4, activations=4), STEPS, optimizer=optimizer)
+            search = Search(model, nipq.AverageBits(weights=4, activations=4), STEPS, optimizer=optimizer)
             training.penalty, training.after = search.penalty, search.step
         return training
 

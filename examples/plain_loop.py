@@ -11,6 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import nipq
+from nipq.qat.ema import WeightAverage
+from nipq.qat.optim import without_bits
 
 EPOCHS, ACCUMULATE = 6, 2
 
@@ -26,7 +28,7 @@ total = EPOCHS * len(loader(train)) // ACCUMULATE
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
 budget = nipq.AverageBits(weights=3, activations=3)
 session = nipq.QATSession(model, budget, total, optimizer=optimizer, loader=loader(train))
-average = nipq.WeightAverage(model, decay=0.9)
+average = WeightAverage(model, decay=0.9)
 
 model.train()
 for epoch in range(EPOCHS):
@@ -35,7 +37,7 @@ for epoch in range(EPOCHS):
         (loss / ACCUMULATE).backward()
         if batch % ACCUMULATE:
             continue
-        nn.utils.clip_grad_norm_(nipq.without_bits(model), 1.0)
+        nn.utils.clip_grad_norm_(without_bits(model), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()

@@ -199,7 +199,7 @@ def sizes() -> str:
         + (f", not for {', '.join(beyond)}" if beyond else "")
         + f": its header names every layer with its shape, kind, bits and grid, {min(share):.0f} to {max(share):.0f} "
         + "bytes a layer however large its weight. "
-        + ("`nipq.file_bytes` promised every packed file to the byte. " if promise else "")
+        + ("`nipq.export.packed_write.file_bytes` promised every packed file to the byte. " if promise else "")
         + f"`{records[0]['command']}`, seed {records[-1]['seed']}; {where(records)}.\n"
     )
 

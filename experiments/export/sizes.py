@@ -20,6 +20,7 @@ from experiments.export.random_nets import built, random_network
 from experiments.export.records import origin, parser, stored, write
 from experiments.shown import Record
 from nipq.export.modules import deployed_layers
+from nipq.export.packed_write import file_bytes
 from nipq.functional.packing import payload_bytes
 from nipq.train.batches import pick
 from nipq.train.data import load_data
@@ -60,7 +61,7 @@ def sizes(deployed: nn.Module, example: Tensor, folder: Path) -> Record:
         "payload": sum(layer.weight.numel() * layer.weight_bits for layer in owners) / 8,
         "header": header,
         "scales": len(packed) - header - planes,
-        "promised": nipq.file_bytes(deployed),
+        "promised": file_bytes(deployed),
         "files": found,
     }
 

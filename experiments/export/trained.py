@@ -27,7 +27,7 @@ from experiments.export.records import each, origin, parser, rungs_of, short, wr
 from experiments.shown import Record
 from nipq.export.openvino import openvino_model
 from nipq.export.runtimes import faithful_session
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.train.batches import Few, count_of, pick
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
@@ -66,7 +66,7 @@ def trained_run(place: RunFolder, samples: int) -> tuple[nn.Module, Batches, Met
     model = build_model(config.model, with_weights=False)
     nipq.prepare_(model, pick(batches[0][0], slice(1)), config.quantization)
     model.load_state_dict(read_state(place.trained))
-    nipq.set_phase_(model, "round")
+    set_phase_(model, "round")
     return model.eval(), batches, metric_of(build_task(config))
 
 

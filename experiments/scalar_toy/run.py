@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 import nipq
 from nipq.nn.layers import weight_quantizer
-from nipq.prepare.layer_table import set_noise_mix_
+from nipq.prepare.layer_table import set_noise_mix_, set_phase_
+from nipq.qat.oscillation import Oscillations
 from nipq.train.run_folder import write_text
 
 RESULTS = Path(__file__).parent / "results.jsonl"
@@ -77,7 +78,7 @@ def prepared(method: Method, start: Tensor) -> nn.Linear:
     layer.double()
     layer.parametrizations.weight.original.data.copy_(start)
     weight_quantizer(layer).set_alpha_(torch.tensor(127.0))
-    nipq.set_phase_(layer, "noise" if method.noise else "round")
+    set_phase_(layer, "noise" if method.noise else "round")
     return layer.train()
 
 
@@ -88,7 +89,7 @@ def train(method: Method) -> Runs:
     start = torch.rand(shape[1:], dtype=torch.float64).repeat(len(SCHEDULES), 1)  # the same for both schedules
     layer = prepared(method, start)
     quantizer, latent = weight_quantizer(layer), layer.parametrizations.weight.original
-    calm = nipq.Oscillations(layer, STEPS, dampen=method.dampen, freeze=method.freeze)
+    calm = Oscillations(layer, STEPS, dampen=method.dampen, freeze=method.freeze)
     level = quantizer.codes(latent)
     flips, late, path = torch.zeros_like(level), torch.zeros_like(level), []
     for i in range(STEPS):

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy, kl_div
 import nipq
 from nipq.functional.clipping import noise_optimal_range
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.train.config import check_config
 from nipq.train.data import load_data
 from nipq.train.factory import build_model
@@ -61,7 +61,7 @@ def sensitivities(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str,
     """Rise of the loss for each layer's weight and input."""
     nipq.prepare_(model, images[:1], nipq.Config(weight_bits=HIGH_BITS, activation_bits=HIGH_BITS))
     nipq.calibrate_(model, images.split(250), batches=8)
-    nipq.set_phase_(model.eval(), "round")
+    set_phase_(model.eval(), "round")
     inputs: dict[str, Tensor] = {}
     rows = layer_table(model)
     handles = [

@@ -28,7 +28,9 @@ import torchvision
 from torch import nn
 
 import nipq
-from nipq.budget.budget import feasible_range
+from nipq.budget.bit_table import feasible_range
+from nipq.budget.budget import Budget
+from nipq.export.packed_write import file_bytes
 from nipq.prepare.layer_table import layer_table, quantizers
 from nipq.train.run_folder import write_text
 
@@ -68,7 +70,7 @@ def prepared(network: str, draw: random.Random) -> nn.Module:
     return model.eval()
 
 
-def random_budget(model: nn.Module, draw: random.Random) -> tuple[nipq.Budget, dict[str, float]]:
+def random_budget(model: nn.Module, draw: random.Random) -> tuple[Budget, dict[str, float]]:
     """One to four limits within what is possible."""
     rows = layer_table(model)
     every = nipq.AverageBits(8, 8) & nipq.ModelSize("1 GB") & nipq.BitOps("1 T")
@@ -78,7 +80,7 @@ def random_budget(model: nn.Module, draw: random.Random) -> tuple[nipq.Budget, d
         share = draw.choice([0.0, draw.random() ** 2, draw.random() ** 2, draw.random() ** 2])
         wanted = found.low + share * (found.high - found.low)
         targets[limit.name] = math.ceil(wanted * 1e4) / 1e4 if limit.unit == "bit" else int(wanted)
-    parts: list[nipq.Budget] = []
+    parts: list[Budget] = []
     for name, target in targets.items():
         mode = draw.choice(["bound", "target"])
         if name == KINDS[0]:
@@ -103,7 +105,7 @@ def count(model: nn.Module, name: str) -> Fraction:
         inner = [(row.spec.activation_count, row.input.bits_rounded) for row in rows if not row.spec.is_input]
         return Fraction(sum(n * bits for n, bits in inner), sum(n for n, _ in inner))
     if name == KINDS[2]:
-        return Fraction(nipq.file_bytes(nipq.convert(model)))
+        return Fraction(file_bytes(nipq.convert(model)))
     return Fraction(sum(row.spec.macs * row.weight.bits_rounded * row.input.bits_rounded for row in rows))
 
 

@@ -95,30 +95,7 @@ _PUBLIC = {
     "nipq.verify.api": ("verify",),
 }
 
-#: Names that are on their way out of the root: they resolve, and are not public.
-_LEAVING = {
-    "nipq.budget.budget": ("Budget", "check_feasible"),
-    "nipq.budget.hawq": ("allocate_",),
-    "nipq.config": ("BitRange", "Phase"),
-    "nipq.errors": (
-        "BudgetError",
-        "ConfigError",
-        "DistributedError",
-        "FileFormatError",
-        "MissingDependencyError",
-        "NonFiniteError",
-        "NotQuantizableError",
-        "OrderError",
-    ),
-    "nipq.export.packed_write": ("file_bytes",),
-    "nipq.prepare.layer_table": ("set_bits_", "set_phase_", "set_noise_mix_"),
-    "nipq.qat.ema": ("WeightAverage",),
-    "nipq.qat.optim": ("check_optimizer", "drop_frozen_", "without_bits"),
-    "nipq.qat.oscillation": ("Oscillations",),
-    "nipq.qat.search": ("Search",),
-}
-
-_HOMES = {name: module for table in (_PUBLIC, _LEAVING) for module, names in table.items() for name in names}
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 
 class _Package(ModuleType):

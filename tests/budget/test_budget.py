@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from nipq.budget.bit_table import BitTable
-from nipq.budget.budget import AverageBits, BitOps, Budget, Limit, ModelSize, check_feasible, costs, feasible_range
+from nipq.budget.bit_table import BitTable, Limit, feasible_range
+from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError, ConfigError
 from nipq.export.convert import convert

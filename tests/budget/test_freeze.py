@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nipq.budget import solver as bit_programme
-from nipq.budget.budget import AverageBits, BitOps, Limit, ModelSize, costs
+from nipq.budget.bit_table import Limit
+from nipq.budget.budget import AverageBits, BitOps, ModelSize, costs
 from nipq.budget.freeze import assign, freeze_bits_
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError, NonFiniteError

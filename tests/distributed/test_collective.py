@@ -13,11 +13,15 @@ from torch.nn.functional import cross_entropy
 
 import nipq
 from nipq.budget import sensitivity
+from nipq.budget.hawq import allocate_
 from nipq.distributed import rank, world_size
 from nipq.distributed.fsdp import shard_
-from nipq.errors import ConfigError, DistributedError
+from nipq.errors import BudgetError, ConfigError, DistributedError
 from nipq.prepare.batches import in_step
 from nipq.prepare.layer_table import quantizers
+from nipq.qat.ema import WeightAverage
+from nipq.qat.oscillation import Oscillations
+from nipq.qat.search import Search
 from tests.distributed.models import batches, close, loss_of, own, prepared, same, state
 from tests.distributed.ranks import Ranks
 
@@ -137,7 +141,7 @@ def different(step: str) -> None:
     if step == "calibrate":
         nipq.calibrate_(model, own(batches(1)))
     elif step == "search":
-        nipq.Search(model, BUDGET, 10)
+        Search(model, BUDGET, 10)
     elif step == "freeze":
         nipq.freeze_bits_(model, BUDGET)
     elif step == "batch norm":
@@ -145,7 +149,7 @@ def different(step: str) -> None:
     elif step == "start":
         nipq.allocate_bits_(model, own(batches(1)), BUDGET, cross_entropy)
     else:
-        nipq.allocate_(model, own(batches(1)), cross_entropy, BUDGET)
+        allocate_(model, own(batches(1)), cross_entropy, BUDGET)
 
 
 @pytest.mark.parametrize("step", ["calibrate", "search", "freeze", "batch norm", "start", "allocate"])
@@ -184,7 +188,7 @@ def out_of_reach() -> None:
 def test_a_budget_out_of_reach_is_an_error_on_every_rank(ranks: Ranks) -> None:
     for kind, error in ranks.outcomes(out_of_reach):
         assert kind == "error"
-        assert isinstance(error, nipq.BudgetError)
+        assert isinstance(error, BudgetError)
 
 
 def started(count: int = 0) -> tuple[dict[str, float], dict[str, Tensor]]:
@@ -224,7 +228,7 @@ def test_different_numbers_of_batches_are_named(ranks: Ranks) -> None:
 
 def allocated() -> dict[str, int]:
     model = prepared()
-    return nipq.allocate_(model, own(batches(4)), cross_entropy, BUDGET, samples=48, probes=4).bits
+    return allocate_(model, own(batches(4)), cross_entropy, BUDGET, samples=48, probes=4).bits
 
 
 def test_allocation_is_that_of_one_process(ranks: Ranks) -> None:
@@ -239,11 +243,11 @@ def test_allocation_is_that_of_one_process(ranks: Ranks) -> None:
 def trained(steps: int) -> dict[str, Any]:
     """A search under DDP with an average of weights, each rank with noise of its own, then a freeze."""
     model = prepared()
-    search = nipq.Search(model, BUDGET, steps)
+    search = Search(model, BUDGET, steps)
     wrapped = nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
     optimizer = torch.optim.SGD(nipq.param_groups(wrapped, lr=0.05), momentum=0.9)
-    average = nipq.WeightAverage(model, 0.9)
-    watch = nipq.Oscillations(model, steps, freeze=0.05)
+    average = WeightAverage(model, 0.9)
+    watch = Oscillations(model, steps, freeze=0.05)
     torch.manual_seed(nipq.distributed.rank_seed(3))
     noise = torch.get_rng_state().sum().item()
     given = own(batches(8))

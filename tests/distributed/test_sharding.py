@@ -12,8 +12,12 @@ from torch.distributed.fsdp import fully_shard
 import nipq
 from nipq.distributed import is_sharded, part, rank, whole, world_size
 from nipq.distributed.fsdp import average_gradients_, quantizer_parameters, shard_
-from nipq.errors import DistributedError
-from nipq.prepare.layer_table import quantizers
+from nipq.errors import ConfigError, DistributedError
+from nipq.prepare.layer_table import quantizers, set_phase_
+from nipq.qat.ema import WeightAverage
+from nipq.qat.optim import drop_frozen_
+from nipq.qat.oscillation import Oscillations
+from nipq.qat.search import Search
 from tests.distributed.common_noise import common_noise
 from tests.distributed.ranks import Ranks
 
@@ -62,8 +66,8 @@ def trained(steps: int, accumulate: int = 1, **settings: Any) -> dict[str, Any]:
         assert is_sharded(model.stem.parametrizations.weight.original)
         assert not any(map(is_sharded, quantizer_parameters(model)))
     optimizer = torch.optim.SGD(nipq.param_groups(model, lr=0.05), momentum=0.9)
-    search = nipq.Search(model, BUDGET, steps, optimizer=optimizer)
-    average = nipq.WeightAverage(model, 0.9)
+    search = Search(model, BUDGET, steps, optimizer=optimizer)
+    average = WeightAverage(model, 0.9)
     with common_noise():
         torch.manual_seed(3)
         for place, x in enumerate(data(steps * accumulate)):
@@ -76,8 +80,8 @@ def trained(steps: int, accumulate: int = 1, **settings: Any) -> dict[str, Any]:
                 average.update(model)
     found = {f"average.{name}": whole(tensor) for name, tensor in average.state_dict()["average"].items()}
     bits = nipq.freeze_bits_(model, search.budget).bits
-    nipq.drop_frozen_(optimizer, model)
-    nipq.set_phase_(model, "round")
+    drop_frozen_(optimizer, model)
+    set_phase_(model, "round")
     for x in data(4):
         model(x.chunk(ranks)[own]).square().mean().backward()
         optimizer.step()
@@ -119,7 +123,7 @@ def test_sharded_quantizers_are_refused(ranks: Ranks) -> None:
 def left_alone() -> None:
     model = prepared()
     fully_shard(model, ignored_params=set(quantizer_parameters(model)))
-    nipq.Search(model, BUDGET, 10)
+    Search(model, BUDGET, 10)
 
 
 def test_quantizers_whose_gradients_nobody_averages_are_refused(ranks: Ranks) -> None:
@@ -161,12 +165,12 @@ def test_a_backward_pass_that_failed_does_not_end_the_averaging(monkeypatch: pyt
 
 
 def watched() -> None:
-    nipq.Oscillations(shard_(prepared()), 10)
+    Oscillations(shard_(prepared()), 10)
 
 
 def test_sharded_weights_are_not_watched_for_oscillations(ranks: Ranks) -> None:
     for _, error in ranks.outcomes(watched):
-        assert isinstance(error, nipq.ConfigError)
+        assert isinstance(error, ConfigError)
         assert "stem.weight: expected a whole weight to watch for oscillations, found a sharded one" in str(error)
 
 

@@ -15,6 +15,7 @@ from nipq.functional.grid import SIGNED, Grid
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.cpu import library
 from nipq.kernels.dispatch import plain_noise_proxy, proxy_operator, quantize_operator
+from nipq.prepare.layer_table import set_phase_
 
 compiled_kernels = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
@@ -99,13 +100,13 @@ def test_training_compiles_whole_and_once_a_phase_with_the_numbers_of_eager() ->
     assert unique_graphs() == 1
     for phase, graphs in (("round", 2), ("noise", 2), ("float", 3)):
         for net in (eager, model):
-            nipq.set_phase_(net, phase)
+            set_phase_(net, phase)
         assert losses(model, compiled, 2) == pytest.approx(losses(eager, eager, 2), rel=1e-5)
         assert unique_graphs() == graphs
     with torch.no_grad():
         x = torch.randn(8, 3, 8, 8)
         for net in (eager, model):
-            nipq.set_phase_(net, "round")
+            set_phase_(net, "round")
             net.eval()
         assert torch.equal(compiled(x), eager(x))
 

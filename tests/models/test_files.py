@@ -10,12 +10,13 @@ import pytest
 from torch import nn
 
 import nipq
+from nipq.prepare.layer_table import set_bits_
 
 
 def prepared(subject: Any, attention_bits: Any) -> nn.Module:
     model = nipq.prepare_(subject.build(), subject.batch, nipq.Config(attention_bits=attention_bits))
     nipq.calibrate_(model, [subject.batch]).eval()
-    nipq.set_bits_(model, 5)
+    set_bits_(model, 5)
     if hasattr(model, "config") and hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return model

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import nipq
+from nipq.prepare.layer_table import set_bits_, set_phase_
 
 
 @pytest.mark.parametrize("attention_bits", [None, 8])
@@ -16,11 +17,11 @@ def test_a_cache_changes_no_token(name: str, attention_bits: int | None, model_n
     subject = model_named(name)
     model = nipq.prepare_(subject.build(), subject.batch, nipq.Config(attention_bits=attention_bits))
     nipq.calibrate_(model, [subject.batch])
-    nipq.set_bits_(model, 4)
+    set_bits_(model, 4)
     prompt = subject.batch["input_ids"][:2, :3] + 1
     settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     settings["attention_mask"] = torch.ones_like(prompt)
-    nipq.set_phase_(model, "round")
+    set_phase_(model, "round")
     for generator in (model.eval(), nipq.convert(model)):
         with torch.no_grad():
             cached, plain = (generator.generate(prompt, use_cache=use, **settings) for use in (True, False))

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 import nipq
 from nipq.prepare.batches import call_model
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.validate import validate
+from nipq.qat.search import Search
 
 
 def number(output: Any) -> Tensor:
@@ -25,7 +26,7 @@ def number(output: Any) -> Tensor:
     return found.square().mean()
 
 
-def steps(model: nn.Module, batch: Any, search: nipq.Search | None, count: int = 2) -> None:
+def steps(model: nn.Module, batch: Any, search: Search | None, count: int = 2) -> None:
     optimizer = torch.optim.AdamW(nipq.param_groups(model, lr=1e-3))
     model.train()
     for _ in range(count):
@@ -45,9 +46,9 @@ def trained(subject: SimpleNamespace, config: nipq.Config | None = None) -> nn.M
     model = nipq.prepare_(subject.build(), subject.batch, config)
     nipq.calibrate_(model, [subject.batch])
     budget = nipq.AverageBits(weights=5, activations=5)
-    steps(model, subject.batch, nipq.Search(model, budget, 2))
+    steps(model, subject.batch, Search(model, budget, 2))
     nipq.freeze_bits_(model, budget)
-    nipq.set_phase_(model, "round")
+    set_phase_(model, "round")
     steps(model, subject.batch, None)
     return model
 

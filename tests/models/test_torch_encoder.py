@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
+from nipq.prepare.layer_table import set_bits_, set_phase_
 
 
 class Masked(nn.Module):
@@ -38,8 +39,8 @@ def test_evaluation_runs_the_quantized_layers(build: Any, tmp_path: Path) -> Non
     model = build()
     inputs, fresh = _inputs(model), copy.deepcopy(model)
     nipq.calibrate_(nipq.prepare_(model, inputs), [inputs])
-    nipq.set_bits_(model, 3)
-    nipq.set_phase_(model, "round")
+    set_bits_(model, 3)
+    set_phase_(model, "round")
     expected = model.train()(**inputs).detach()
     deployed = nipq.convert(model)
     loaded = nipq.load(nipq.save(deployed, tmp_path / "encoder.nipq.safetensors"), fresh)

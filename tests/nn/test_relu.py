@@ -12,6 +12,7 @@ import nipq
 from nipq.kernels.cpu import library
 from nipq.nn.layers import quantization
 from nipq.nn.relu import cap_of, reads_in_sequence
+from nipq.prepare.layer_table import set_noise_mix_, set_phase_
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
@@ -52,7 +53,7 @@ def test_values_and_gradients_are_those_with_the_relu(
     relu: type[nn.Module], inplace: bool, noise: str, phase: str
 ) -> None:
     model = prepared(stack(relu, inplace=inplace), nipq.Config(noise=noise))
-    nipq.set_phase_(model, phase)
+    set_phase_(model, phase)
     assert folded(model) == ["1.0.0"]  # the linear layer reads what Flatten has made
     x, passed = 6 * torch.randn(16, 3, 8, 8), []
     quantizer = quantization(model.get_submodule("1.0.0")).input
@@ -85,13 +86,13 @@ def test_the_relu_runs_wherever_the_quantizer_does_not_take_its_place(case: str)
         case "eval":
             model.eval()
         case "float phase":
-            nipq.set_phase_(model, "float")
+            set_phase_(model, "float")
         case "signed grid":
             quantizer.grid = nipq.functional.SIGNED
         case "uncalibrated":
             quantizer.calibrated = False
         case "tempered":
-            nipq.set_noise_mix_(model, 0.5)
+            set_noise_mix_(model, 0.5)
     assert not quantizer.replaces_relu(x)
     relu = model[0][2]
     assert torch.equal(relu(x), x.relu())

@@ -21,6 +21,7 @@ from nipq.prepare.layer_table import layer_table, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
+from nipq.qat.search import Search
 from nipq.report.summary import summary
 from tests.prepare.attention_net import MIX, SCORES, Attention, Net, X, prepared
 
@@ -87,7 +88,7 @@ def test_bits_by_hand_and_by_rule() -> None:
 def test_from_search_to_file(tmp_path: Path) -> None:
     model = prepared()
     budget = AverageBits(weights=4, activations=4)
-    search = nipq.Search(model, budget, 2)
+    search = Search(model, budget, 2)
     (model.train()(X).square().mean() + search.penalty()).backward()
     untouched = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     assert untouched == ["inner.qkv.quantization.input.alpha_raw"]  # the model's own input's, as calibrated

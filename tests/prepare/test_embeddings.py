@@ -18,6 +18,7 @@ from nipq.prepare.layer_table import layer_table, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
+from nipq.qat.search import Search
 from nipq.report.inspect import inspect
 from nipq.report.summary import summary
 
@@ -173,7 +174,7 @@ def test_from_search_to_file(tied: bool, granularity: str, tmp_path: Path) -> No
     rules = [] if tied else [Rule("words", weight_bits=(2, 8), granularity=granularity)]
     model = prepared(Config(granularity=granularity, rules=rules), tied=tied)
     budget = AverageBits(weights=4, activations=4) & ModelSize("5 kB")
-    nipq.Search(model, budget, 2).penalty().backward()
+    Search(model, budget, 2).penalty().backward()
     nipq.freeze_bits_(model, budget)
     deployed = nipq.convert(model)
     path = nipq.save(deployed, tmp_path / "model.nipq.safetensors")

@@ -18,6 +18,7 @@ from nipq.prepare.layer_table import layer_table, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
+from nipq.qat.search import Search
 
 X = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(0))
 QKV = ("*.query", "*.key", "*.value")
@@ -77,7 +78,7 @@ def test_one_parameter_gets_the_gradients_of_all() -> None:
     assert keys.bit_raw is values.bit_raw
     names = [name for name, _ in model.named_parameters() if name.endswith("bit_raw")]
     assert len(names) == 21 - 8  # the model's own input has fixed bits
-    (model.train()(X).square().mean() + nipq.Search(model, AverageBits(weights=4), 2).penalty()).backward()
+    (model.train()(X).square().mean() + Search(model, AverageBits(weights=4), 2).penalty()).backward()
     assert keys.bit_raw.grad.abs() > 0
     groups = nipq.param_groups(model, lr=0.1)
     assert len(groups[-1]["params"]) == len(names)
@@ -123,7 +124,7 @@ def test_groups_with_a_weight_in_common_become_one() -> None:
     assert groups == [["a.weight", "c.weight", "d.weight"], ["a.input", "c.input"], ["b.input", "d.input"]]
     a, d = (model.get_submodule(name).parametrizations.weight[0] for name in "ad")
     assert a.bit_raw is d.bit_raw
-    nipq.Search(model, AverageBits(weights=4), 2).penalty().backward()
+    Search(model, AverageBits(weights=4), 2).penalty().backward()
     assert len([name for name, _ in model.named_parameters() if name.endswith("weight.0.bit_raw")]) == 1
     set_bits_(model, {"c": {"weights": 3}})
     assert {row.weight.bits_rounded for row in layer_table(model)} == {3}

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import nipq
+from nipq.errors import ConfigError, OrderError
 from nipq.nn.layers import weight_quantizer
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.qat.oscillation import ANNEAL_FROM, FREEZE_START, MOMENTUM, OSCILLATING, Oscillations
 
 
@@ -21,7 +22,7 @@ def layer_of(weight: Tensor, **settings: Any) -> nn.Linear:
     config = nipq.Config(weight_bits=3, quantize_inputs=False, **settings)
     nipq.prepare_(layer, torch.zeros(1, weight.shape[1]), config)
     weight_quantizer(layer).set_alpha_(torch.tensor(3.0))
-    nipq.set_phase_(layer, "round")
+    set_phase_(layer, "round")
     return layer
 
 
@@ -127,7 +128,7 @@ def test_dampening_adds_up_over_tensors_and_channels() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 2))
     nipq.prepare_(model, torch.zeros(1, 2, 4, 4), nipq.Config(granularity="channel", weight_bits=3))
     nipq.calibrate_(model, [torch.randn(4, 2, 4, 4)])
-    nipq.set_phase_(model, "round")
+    set_phase_(model, "round")
     oscillations = Oscillations(model, 1, dampen=2.0)
     oscillations.step()
     errors = []
@@ -293,7 +294,7 @@ def test_a_saved_state_does_not_follow_training() -> None:
 
 def test_a_state_of_another_model_is_refused() -> None:
     state = Oscillations(layer_of(torch.zeros(2, 3)), 1).state_dict()
-    with pytest.raises(nipq.ConfigError, match=r"weight of shape \(4, 3\), found \(2, 3\).* same model"):
+    with pytest.raises(ConfigError, match=r"weight of shape \(4, 3\), found \(2, 3\).* same model"):
         Oscillations(layer_of(torch.zeros(4, 3)), 1).load_state_dict(state)
 
 
@@ -309,10 +310,10 @@ def test_a_state_of_another_model_is_refused() -> None:
     ],
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(nipq.ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message):
         Oscillations(layer_of(torch.zeros(1, 1)), **({"total_steps": 10} | settings))
 
 
 def test_a_float_model_is_refused() -> None:
-    with pytest.raises(nipq.OrderError, match="expected a prepared model"):
+    with pytest.raises(OrderError, match="expected a prepared model"):
         Oscillations(nn.Linear(3, 2), 1)

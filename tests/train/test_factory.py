@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.train import factory
+from nipq.train import models as factory
 from nipq.train.config import ModelConfig
 from nipq.train.factory import build_model
 from nipq.train.models import digits_net, mobilenet_v2_28, resnet18_28

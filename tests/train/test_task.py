@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.cli.results import results_table
+from nipq.cli.show import results_table
 from nipq.errors import ConfigError
 from nipq.train.batches import Batch, Sources, tensor_splits
 from nipq.train.config import DataConfig, TrainConfig, check_config

@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from nipq.budget.bit_table import BitTable
-from nipq.budget.budget import Budget, Limit, check_feasible
-from nipq.budget.hawq import allocate_
+from nipq.budget.bit_table import BitTable, Limit
+from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.sensitivity import LossFn, noise_losses
 from nipq.budget.solver import least_loss_bits
 from nipq.distributed import check_same_, from_rank_zero
@@ -109,6 +108,8 @@ def _allocate_by_curvature_(
             'allocate_bits_: expected loss_fn with method="hawq", which needs the Hessian of the task\'s loss, found '
             'none. Give it and a loader with targets, or use method="noise".'
         )
+    from nipq.budget.hawq import allocate_  # the Hessian's code, needed here alone
+
     allocate_(model, loader, loss_fn, budget, seed=seed)
 
 

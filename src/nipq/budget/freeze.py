@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from nipq.budget.bit_table import BitTable
-from nipq.budget.budget import Budget, Limit, LimitCost, check_feasible, limit_cost
+from nipq.budget.bit_table import BitTable, Limit, LimitCost, limit_cost
+from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.solver import Choices, least_loss_bits, prices
 from nipq.distributed import check_same_, from_rank_zero
 from nipq.prepare.layer_table import layer_table

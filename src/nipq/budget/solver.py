@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nipq.budget.budget import Limit
+from nipq.budget.bit_table import Limit
 from nipq.errors import BudgetError
 from nipq.functional.cost import cost
 

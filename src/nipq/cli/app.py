@@ -15,11 +15,11 @@ from nipq import __version__
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "quantize": ("nipq.cli.quantize", "quantize_command", "Quantize a trained network with a folder of images."),
     "train": ("nipq.cli.train", "train", "Train, search bits under a budget, freeze, fine-tune, pack and verify."),
-    "demo": ("nipq.cli.demo", "demo", "Show the whole promise on digits, offline, in a minute."),
+    "demo": ("nipq.cli.train", "demo", "Show the whole promise on digits, offline, in a minute."),
     "inspect": ("nipq.cli.inspection", "inspect_model", "List a model's layers and the budgets within reach."),
     "show": ("nipq.cli.show", "show", "Show a run: how far it is, its scores, its layers."),
     "export": ("nipq.cli.export", "export_model", "Write a deployed model as ONNX, QONNX, arrays or torch.export."),
-    "verify": ("nipq.cli.verify", "verify_files", "Compare packed and exported files with the trained model."),
+    "verify": ("nipq.cli.export", "verify_files", "Compare packed and exported files with the trained model."),
     "compare": ("nipq.cli.compare", "compare_command", "Train methods at equal budgets; a table with intervals."),
     "doctor": ("nipq.cli.doctor", "doctor", "Show versions, the device and the optional parts installed."),
 }

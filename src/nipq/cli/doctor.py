@@ -24,6 +24,7 @@ OPTIONAL = {
     "scikit-learn": "the digits data of the demo",
     "matplotlib": "plots",
     "tensorboard": "TensorBoard logs",
+    "pandas": "tables of nipq compare",
     "onnxscript": "ONNX files",
     "onnx-ir": "ONNX files",
     "onnx": "ONNX files",

@@ -1,4 +1,4 @@
-"""``nipq export``: a finished run, or a packed file, as a file for other programs."""
+"""``nipq export`` and ``nipq verify``: files for other programs, and their comparison with the trained model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from torch import nn
 
 from nipq.cli.inspection import parse_kwargs, parse_shape
-from nipq.cli.output import JsonFlag, answer, reporting
+from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
 from nipq.errors import ConfigError
 from nipq.export.api import Format, export
 from nipq.export.packed_read import load
@@ -19,6 +19,7 @@ from nipq.train.batches import pick
 from nipq.train.config import ModelConfig
 from nipq.train.data import load_data
 from nipq.train.factory import build_model
+from nipq.train.pipeline import verify_run
 from nipq.train.run_folder import RunFolder
 
 
@@ -82,3 +83,21 @@ def _from_file(
         )
     model = build_model(ModelConfig(factory=factory, kwargs=parse_kwargs(arguments)))
     return load(path, model), torch.zeros(parse_shape(input_shape))
+
+
+def verify_files(
+    folder: Annotated[Path, typer.Argument(help="Run folder.")],
+    files: Annotated[
+        list[Path] | None, typer.Argument(help="Exported files: .nipq.safetensors, .onnx, .npz, .pt2.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare a run's packed model and exported files with its trained model, layer by layer in integer codes."""
+    with reporting(as_json):
+        outcome = verify_run(RunFolder(folder), files or [])
+        if as_json:
+            answer(outcome.to_dict(), ok=bool(outcome))
+        else:
+            typer.echo(str(outcome))
+        if not outcome:
+            raise typer.Exit(FAILURE)

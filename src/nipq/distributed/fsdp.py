@@ -37,8 +37,9 @@ def shard_(model: nn.Module, blocks: Iterable[nn.Module] | None = None, **settin
     """``fully_shard`` a model for training, and average the gradients of its quantizers.
 
     Call it on a prepared and calibrated model (a float one is sharded as usual), then build the optimizer. Bits may be
-    frozen afterwards; ``nipq.Search``, ``nipq.WeightAverage``, ``nipq.calibrate_`` and ``nipq.reestimate_bn_`` work on
-    the sharded model, ``nipq.allocate_bits_`` and ``nipq.allocate_`` go before. Deploy from the full state dict.
+    frozen afterwards; ``nipq.qat.search.Search``, ``nipq.qat.ema.WeightAverage``, ``nipq.calibrate_`` and
+    ``nipq.reestimate_bn_`` work on the sharded model, ``nipq.allocate_bits_`` and ``nipq.budget.hawq.allocate_`` go
+    before. Deploy from the full state dict.
 
     Args:
         model: the model; its parameters become ``DTensor`` in place.

@@ -96,7 +96,8 @@ def promised_bytes(
     """Bytes of the ONNX file that ``nipq.export`` will write of this model at its present bit-widths.
 
     They follow from the graph, the bit-widths and the kinds of grid, and not from a number that training moves, so the
-    promise of an untrained model holds for the trained one. To try bit-widths: ``nipq.set_bits_`` on a copy. The one
+    promise of an untrained model holds for the trained one. To try bit-widths: ``nipq.prepare.layer_table.set_bits_``
+    on a copy. The one
     exception: float tensors outside of the quantized layers that turn out equal, number by number, are stored once, and
     the file is smaller by the other.
 

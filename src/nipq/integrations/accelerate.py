@@ -40,7 +40,7 @@ class AcceleratedSession(QATSession):
     """A :class:`nipq.QATSession` that knows an ``Accelerator``: its wrapped optimizers, its checkpoints, its trackers.
 
     :meth:`step` may be called in every micro-batch. Mixed precision and accumulation need nothing further. From here on
-    ``accelerator.clip_grad_norm_`` leaves bits out, except under FSDP; see :func:`nipq.without_bits`.
+    ``accelerator.clip_grad_norm_`` leaves bits out, except under FSDP; see :func:`nipq.qat.optim.without_bits`.
 
     Args:
         accelerator: the accelerator.

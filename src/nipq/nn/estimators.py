@@ -230,7 +230,8 @@ class PACT(Estimator):
         if not quantizer.is_frozen:
             raise OrderError(
                 f"{quantizer.name}: expected a fixed bit-width, as {self.method} gives it no gradient; found one "
-                "that is to be learned. Fix it in the config, or by nipq.set_bits_(model, bits), before training."
+                "that is to be learned. Fix it in the config, or call nipq.prepare.layer_table.set_bits_(model, bits) "
+                "before training."
             )
         return quantizer.bits
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nipq.budget.budget import LimitCost
+from nipq.budget.bit_table import LimitCost
 
 #: Columns of the printed report.
 WIDTH = 80

@@ -147,7 +147,7 @@ def check_optimizer(model: nn.Module, *optimizers: Optimizer) -> None:
         raise OrderError(
             f"{type(model).__name__}: expected an optimizer with parameters of this model only, found {len(stale)} of "
             f"another one or frozen since (shapes {_some(stale)}). "
-            "Call nipq.drop_frozen_(optimizer, model), or build a new optimizer."
+            "Call nipq.qat.optim.drop_frozen_(optimizer, model), or build a new optimizer."
         )
 
 

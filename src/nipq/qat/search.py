@@ -32,8 +32,8 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 from torch.optim import Optimizer
 
-from nipq.budget.bit_table import BitTable
-from nipq.budget.budget import Budget, Limit, check_feasible
+from nipq.budget.bit_table import BitTable, Limit
+from nipq.budget.budget import Budget, check_feasible
 from nipq.distributed import check_same_
 from nipq.distributed.fsdp import check_wrapper
 from nipq.errors import ConfigError

@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
-from nipq.budget.bit_table import BitTable
-from nipq.budget.budget import AverageBits, BitOps, ModelSize, exact_range, stored_rows
+from nipq.budget.bit_table import BitTable, exact_range
+from nipq.budget.budget import AverageBits, BitOps, ModelSize, stored_rows
 from nipq.config import BitRange, Config
 from nipq.errors import Diagnostic
 from nipq.export.onnx_write import promised_bytes

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nipq.budget.budget import AverageBits, BitOps, Budget, FeasibleRange, ModelSize, check_feasible
+from nipq.budget.bit_table import FeasibleRange
+from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible
 from nipq.distributed import part, reduce_min_, reduce_sum_
 from nipq.errors import ConfigError, NonFiniteError, require
 from nipq.nn.quantizer import TensorQuantizer
