@@ -8,7 +8,7 @@
 A block stands in any Markdown page of the repository, between the lines ``<!-- results:NAME:begin -->`` and
 ``<!-- results:NAME:end -->``, once or several times. Names, by what they show:
 
-    readme                                five rows: float, nipq, its best rival, LSQ, PACT at 3/3 on Fashion-MNIST
+    readme                                five rows: float, nipq, the best other, LSQ, PACT at 3/3 on Fashion-MNIST
     readme-tasks                          five rows: one for each of five tasks and budgets, float, nipq and LSQ
     digits, fashion-mnist, sensitivity, budgets-kept, oscillation
     fashion-baselines, fashion-bops, fashion-weights-only, fashion-ablations        one table for each budget of a grid

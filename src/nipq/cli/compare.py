@@ -83,7 +83,7 @@ def run_compare(
 
 
 def compare_command(
-    grid: Annotated[Path, typer.Argument(help="YAML grid of methods, budgets and seeds; see docs/compare.md.")],
+    grid: Annotated[Path, typer.Argument(help="YAML grid of methods, budgets and seeds; see docs/guide/comparing.md.")],
     folder: Annotated[Path, typer.Option("--run", help="Folder of the comparison; what is done in it stays.")],
     data: Annotated[Path | None, typer.Option("--data", help="Folder of the data (overrides data.path).")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Cells side by side; one on each GPU, or one.")] = None,
