@@ -1,6 +1,6 @@
 """The README's own training loop on ten classes of small colour images: is it good for a user who changes nothing?
 
-    python experiments/front_door/run.py GROUP [--seeds 0 1 2]   # GROUP: a name in settings.py
+    python experiments/front_door/run.py GROUP [--seeds 0 1 2]   # names in settings.py
     python experiments/front_door/run.py --table                 # the tables of README.md, from results.jsonl
 
 One run is one JSON line in ``results.jsonl``; a run that is there already is skipped. Float networks, one for each
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -154,59 +155,13 @@ def schedule_of(setting: Setting, steps: int, search: int) -> Callable[[int], fl
 # ---------------------------------------------------------------------- the method
 
 
-class Session:
-    """What ``nipq.QATSession`` does, made of the calls behind it; to be replaced by it.
-
-    Args:
-        model: a prepared model.
-        budget: the limits.
-        total_steps: optimizer steps of search and fine-tuning together.
-        loader: batches ``(inputs, targets)`` for calibration, bits and batch norms.
-        loss_fn: of outputs and targets.
-        optimizer: built from ``nipq.param_groups``.
-        setting: everything that a user may leave alone.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        budget: Any,  # noqa: ANN401
-        total_steps: int,
-        *,
-        loader: Loader,
-        loss_fn: Callable[[Tensor, Tensor], Tensor],
-        optimizer: Optimizer,
-        setting: Setting,
-    ) -> None:
-        nipq.calibrate_(model, loader, setting.calibration_batches)
-        if setting.allocation == "noise":
-            nipq.allocate_bits_(model, loader, loss_fn, budget, batches=setting.allocation_batches)
-            nipq.calibrate_(model, loader, setting.calibration_batches)
-        self.course = nipq.Course(
-            model, budget, total_steps, optimizer=optimizer, finetune=setting.finetune, loader=loader, ramp=setting.ramp
-        )
-        factor = schedule_of(setting, total_steps, self.course.search_steps)
-        self.schedule = LambdaLR(optimizer, factor)
-        self.penalty = self.course.penalty
-
-    def step(self) -> None:
-        """Go on by one step."""
-        self.course.step()
-        self.schedule.step()
-
-    def finish(self) -> None:
-        """Whole bits within the budget, batch norms, evaluation mode."""
-        self.course.finish()
-        self.course.model.eval()
-
-
 def optimizer_of(model: nn.Module, setting: Setting) -> Optimizer:
     """The optimizer that a user would write, with the ratios of the setting."""
     groups = nipq.param_groups(
         model,
         lr=setting.lr,
         weight_decay=setting.weight_decay,
-        boundary_lr=setting.range_ratio * setting.lr if setting.range_lr is None else setting.range_lr,
+        range_lr=setting.range_ratio * setting.lr if setting.range_lr is None else setting.range_lr,
         bits_lr=setting.bits_ratio * setting.lr if setting.bits_lr is None else setting.bits_lr,
     )
     if setting.optimizer == "adam":
@@ -232,8 +187,13 @@ def trained(model: nn.Module, setting: Setting, loader: Loader, score: Callable[
     budget = budget_of(model, setting)
     optimizer = optimizer_of(model, setting)
     steps = setting.epochs * len(loader)
-    session = Session(model, budget, steps, loader=loader, loss_fn=cross_entropy, optimizer=optimizer, setting=setting)
-    stage = session.course.stage
+    session = nipq.QATSession(
+        model, budget, steps, loader=loader, loss_fn=cross_entropy, optimizer=optimizer, finetune=setting.finetune,
+        schedule=schedule_of(setting, steps, steps - round(setting.finetune * steps)), ramp=setting.ramp,
+        allocation="noise" if setting.allocation == "noise" else None, calibration_batches=setting.calibration_batches,
+        allocation_batches=setting.allocation_batches,
+        on_state=lambda name: score("frozen") if name == "bn" else None,
+    )  # fmt: skip
     model.train()
     for _ in range(setting.epochs):
         for x, y in loader:
@@ -242,9 +202,6 @@ def trained(model: nn.Module, setting: Setting, loader: Loader, score: Callable[
             optimizer.step()
             optimizer.zero_grad()
             session.step()
-            if session.course.stage != stage:
-                stage = session.course.stage
-                score("frozen")
     session.finish()
     score("final")
 
@@ -356,7 +313,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the tables of what is in results.jsonl")
     given = parser.parse_args()
     if given.table:
-        print(tables(records(), GROUPS))
+        print(tables(records(), GROUPS, REPORTED))
         return 0
     torch.set_num_threads(1)
     data = {task: make() for task, (make, _) in TASKS.items()}
@@ -371,7 +328,10 @@ def main() -> int:
                     continue
                 record = {"group": group, "name": name, "seed": seed, "setting": asdict(setting)}
                 record |= run(setting, seed, data[setting.task], parts)
-                record |= {"command": f"python experiments/front_door/run.py {group}", "machine": machine()}
+                record |= {
+                    "command": f"python experiments/front_door/run.py {shlex.quote(group)} --seeds {seed}",
+                    "machine": machine(),
+                }
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 last = {part: round(score, 2) for part, score in record["scores"]["final"].items()}

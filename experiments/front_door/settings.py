@@ -101,6 +101,10 @@ GROUPS: dict[str, dict[str, Setting]] = {
         f"4/4, lr {lr}, share {share}": replace(BASE, lr=lr, finetune=share)
         for lr, share in ((0.01, 0.3), (0.01, 0.5), (0.02, 0.3))
     },
+    "decay and more training": {
+        "float network, trained on at lr 0.02": Setting(method="float", lr=0.02),
+        "4/4, weight decay 5e-4": replace(CHOSEN, weight_decay=5e-4),
+    },
     "Adam": {
         "3/3, Adam 1e-3, all x 1": replace(CHOSEN, bits=3, optimizer="adam", lr=1e-3),
         "3/3, Adam 1e-3, ranges x 3, bits x 20": replace(

@@ -10,29 +10,31 @@ from settings import Setting
 Record = dict[str, Any]
 
 
-def tables(records: list[Record], groups: dict[str, dict[str, Setting]]) -> str:
+def tables(records: list[Record], groups: dict[str, dict[str, Setting]], reported: tuple[str, ...]) -> str:
     """One table for each group, a line for each of its settings.
 
     Args:
         records: lines of results.jsonl.
         groups: settings by group and name; one that is in several groups was run once.
+        reported: groups whose tables show test images.
 
     Returns:
         Markdown.
     """
-    return "\n\n".join(f"### {group[0].upper()}{group[1:]}\n\n{_table(records, own)}" for group, own in groups.items())
+    shown = []
+    for group, settings in groups.items():
+        parts = ["validation", "test"] if group in reported else ["validation"]
+        shown.append(f"### {group[0].upper()}{group[1:]}\n\n{_table(records, settings, parts)}")
+    return "\n\n".join(shown)
 
 
-def _table(records: list[Record], settings: dict[str, Setting]) -> str:
-    rows = {name: [r for r in records if Setting(**r["setting"]) == setting] for name, setting in settings.items()}
-    found = [record for own in rows.values() for record in own]
-    parts = [part for part in ("validation", "test") if any(part in record["scores"]["float"] for record in found)]
+def _table(records: list[Record], settings: dict[str, Setting], parts: list[str]) -> str:
     heads = ["setting", "seeds"]
     for part in parts:
         heads += [f"float, {part}", f"frozen, {part}", f"end, {part}", f"end minus float, {part}"]
-    heads += ["average bits W/A, at most", "seconds"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
-    for name, own in rows.items():
+    lines = ["| " + " | ".join([*heads, "bits W/A, at most"]) + " |", "|" + " --- |" * (len(heads) + 1)]
+    for name, setting in settings.items():
+        own = [record for record in records if Setting(**record["setting"]) == setting]
         if own:
             lines.append("| " + " | ".join(_row(name, own, parts)) + " |")
     return "\n".join(lines)
@@ -46,19 +48,19 @@ def _row(name: str, own: list[Record], parts: list[str]) -> list[str]:
         floats, ends = _scores(once, "float", part), _scores(once, "final", part)
         cells += [_mean(floats), _mean(_scores(once, "frozen", part)), _mean(ends)]
         cells.append(_mean([end - start for end, start in zip(ends, floats, strict=True)], sign="+"))
-    return [*cells, _bits(own), _mean([record["seconds"] for record in own], digits=0)]
+    return [*cells, _bits(own)]
 
 
 def _scores(records: list[Record], stage: str, part: str) -> list[float]:
     return [record["scores"][stage][part] for record in records if stage in record["scores"]]
 
 
-def _mean(values: list[float], sign: str = "", digits: int = 2) -> str:
+def _mean(values: list[float], sign: str = "") -> str:
     """Mean and standard deviation over seeds."""
     if not values:
         return "-"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.{digits}f}{spread}"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.2f}{spread}"
 
 
 def _bits(records: list[Record]) -> str:

@@ -46,7 +46,7 @@ def trained(strategy: str, recompute: bool, half: bool) -> dict[str, Any]:
     wrapped.train()
     torch.manual_seed(rank_seed(5))
     optimizer = torch.optim.AdamW(nipq.param_groups(model, 1e-3))
-    session = nipq.QATSession(wrapped, BUDGET, STEPS, optimizer=optimizer)
+    session = nipq.QATSession(wrapped, BUDGET, STEPS, optimizer=optimizer, finetune=0.3)
     losses = []
     for step in range(STEPS):
         loss = wrapped(**batch(10 * rank() + step)).loss

@@ -74,6 +74,14 @@ def test_sharded_processes_give_the_numbers_of_one(ranks: Ranks, alone: dict[str
     assert not list((tmp_path / "run").glob("*.shards"))  # the model is whole at the end
 
 
+def test_momentum_of_sharded_processes_goes_on_across_the_freeze(ranks: Ranks, tmp_path: Path) -> None:
+    settings = {**SHORT, "optimizer": {**SETTINGS["optimizer"], "schedule": "spanning"}}
+    alone = train(tmp_path / "alone", **settings)
+    found = ranks(in_rank, tmp_path / "both", {**settings, **FSDP})
+    same(found[0]["model"], found[1]["model"])
+    assert distance(alone["model"], found[0]["model"]) < 1e-4
+
+
 def test_ranks_have_noise_of_their_own(ranks: Ranks) -> None:
     first, second = ranks(first_draws)
     assert first[0] != second[0]

@@ -54,7 +54,13 @@ class Loop:
             net, optimizer, scheduler, loader
         )
         self.session = AcceleratedSession(
-            self.accelerator, self.model, BUDGET, EPOCHS * BATCHES // accumulate, optimizer=self.optimizer, loader=[X]
+            self.accelerator,
+            self.model,
+            BUDGET,
+            EPOCHS * BATCHES // accumulate,
+            optimizer=self.optimizer,
+            loader=[X],
+            finetune=0.3,
         )
 
     overflow: tuple[int, int] | None = None

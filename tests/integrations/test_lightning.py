@@ -75,10 +75,11 @@ def fit(tmp_path: Path) -> Callable[..., Any]:
         ours: dict[str, Any] | None = None, **settings: Any,
     ) -> Any:  # fmt: skip
         torch.manual_seed(0)
+        session: dict[str, Any] = {"finetune": 0.3} | (ours or {})
         given: dict[str, Any] = {"max_epochs": EPOCHS, "logger": False, "enable_checkpointing": False} | settings
         trainer = pl.Trainer(
             accelerator="cpu", devices=1, enable_progress_bar=False, enable_model_summary=False,
-            default_root_dir=tmp_path, callbacks=[*callbacks, NipqCallback(BUDGET, **(ours or {}))], **given,
+            default_root_dir=tmp_path, callbacks=[*callbacks, NipqCallback(BUDGET, **session)], **given,
         )  # fmt: skip
         model = Net() if model is None else model
         trainer.fit(model, loader(), DataLoader(TensorDataset(X, Y), batch_size=48), ckpt_path=resume)
@@ -161,7 +162,7 @@ def test_bf16_and_a_step_that_the_scaler_skipped(fit: Callable[..., Any]) -> Non
 
 
 def test_true_half_precision_is_refused(fit: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match=r"expected boundaries and bits in float32, found torch.bfloat16"):
+    with pytest.raises(ConfigError, match=r"expected clipping ranges and bit-widths in float32, found torch.bfloat16"):
         fit(precision="bf16-true")
 
 

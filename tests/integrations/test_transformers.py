@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tests.integrations.tiny_bert import BUDGET, bert, data, keeps
 
 transformers = pytest.importorskip("transformers")
 quantized = pytest.importorskip("nipq.integrations.transformers")
-Trainer, quantize = transformers.Trainer, quantized.quantize
+Trainer, quantize = transformers.Trainer, partial(quantized.quantize, finetune=0.3)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 

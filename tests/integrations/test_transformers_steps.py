@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from tests.integrations.tiny_bert import BUDGET, keeps
 
 transformers = pytest.importorskip("transformers")
 quantized = pytest.importorskip("nipq.integrations.transformers")
-Trainer, quantize = transformers.Trainer, quantized.quantize
+Trainer, quantize = transformers.Trainer, partial(quantized.quantize, finetune=0.3)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -35,7 +36,7 @@ def bit_gradients(build: Callable[..., Any], *, given: dict[str, Any] | None = N
 
     given = {"callbacks": [Watch()]} | (given or {})
     trainer = build(kind=Silent, given=given, max_grad_norm=0.0, **arguments)
-    quantize(trainer, BUDGET)
+    quantize(trainer, BUDGET, allocation=None)  # from the middle of the range, far from the budget
     trainer.train()
     assert all(gradient > 0 for gradient in found[0])
     return torch.tensor(found[0])
@@ -96,7 +97,7 @@ def test_clipping_does_not_see_the_bits(build: Callable[..., Any]) -> None:
             control.should_training_stop = True
 
     trainer = build(given={"callbacks": [Watch()]}, max_grad_norm=1e-5)
-    quantize(trainer, BUDGET)
+    quantize(trainer, BUDGET, allocation=None)  # far from the budget, so that bits have a price
     trainer.train()
     assert norms[0][0] > 2e-5
     assert norms[0][1] < 1.001e-5

@@ -70,7 +70,7 @@ def plain(find_unused: bool) -> dict[str, Any]:
     torch.manual_seed(rank_seed(5))
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
     wrapped = DistributedDataParallel(model, find_unused_parameters=find_unused).train()
-    session = QATSession(wrapped, BUDGET, 12, optimizer=optimizer, loader=[X[rank() :: 2]])
+    session = QATSession(wrapped, BUDGET, 12, optimizer=optimizer, loader=[X[rank() :: 2]], finetune=0.3)
     for step in range(12):
         own = slice(8 * ((2 * step + rank()) % 8), 8 * ((2 * step + rank()) % 8) + 8)
         output = wrapped(X[own])
@@ -86,7 +86,7 @@ def sharded() -> dict[str, Any]:
     model = shard_(prepared())
     torch.manual_seed(rank_seed(5))
     optimizer = torch.optim.AdamW(param_groups(model, 1e-2))
-    session = QATSession(model.train(), BUDGET, 8, optimizer=optimizer, loader=[X[rank() :: 2]])
+    session = QATSession(model.train(), BUDGET, 8, optimizer=optimizer, loader=[X[rank() :: 2]], finetune=0.3)
     for step in range(8):
         own = slice(8 * ((2 * step + rank()) % 8), 8 * ((2 * step + rank()) % 8) + 8)
         (cross_entropy(model(X[own]), Y[own]) + session.penalty()).backward()
@@ -124,7 +124,7 @@ def accelerated() -> dict[str, Any]:
     loader = DataLoader(TensorDataset(X, Y), batch_size=8, shuffle=True)
     model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     assert isinstance(model, DistributedDataParallel)
-    session = AcceleratedSession(accelerator, model, BUDGET, 8, optimizer=optimizer, loader=[X])
+    session = AcceleratedSession(accelerator, model, BUDGET, 8, optimizer=optimizer, loader=[X], finetune=0.3)
     for _ in range(4):
         for x, y in loader:
             with accelerator.accumulate(model):
@@ -154,7 +154,7 @@ def hugged(folder: str) -> dict[str, Any]:
         disable_tqdm=True, ddp_backend="gloo",
     )  # fmt: skip
     trainer = transformers.Trainer(transformers.BertForSequenceClassification(config), arguments, train_dataset=data)
-    callback = quantize(trainer, BUDGET)
+    callback = quantize(trainer, BUDGET, finetune=0.3)
     trainer.train()
     assert isinstance(trainer.model_wrapped, DistributedDataParallel)
     assert callback.session.steps == 12
@@ -182,7 +182,7 @@ def lit(folder: str, resume: str | None = None) -> dict[str, Any]:
             return torch.optim.AdamW(param_groups(self, 1e-2))
 
     pl.seed_everything(5, verbose=False)
-    callback = NipqCallback(BUDGET)
+    callback = NipqCallback(BUDGET, finetune=0.3)
     save = pl.callbacks.ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer = pl.Trainer(
         accelerator="cpu", strategy="ddp", devices=2, max_epochs=3, logger=False, enable_progress_bar=False,

@@ -44,7 +44,12 @@ class Loop:
         self.optimizer = adamw(self.model)
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.scheduler = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, rates, total_steps=60)
-        given: dict[str, Any] = {"optimizer": self.optimizer, "loader": [X], "schedule": None} | settings
+        given: dict[str, Any] = {
+            "optimizer": self.optimizer,
+            "loader": [X],
+            "schedule": None,
+            "finetune": 0.3,
+        } | settings
         self.session = QATSession(self.model, BUDGET, TOTAL, **given)
 
     def steps(self, count: int) -> Loop:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from nipq.train.batches import TensorSplit, slice_of
 from nipq.train.checks import Tally, non_finite_loss
 from nipq.train.config import TrainConfig
 from nipq.train.data import FolderSplit
+from nipq.train.parallel import join_
 from nipq.train.pipeline import run
 from nipq.train.run_folder import RunFolder
 from nipq.train.trainer import LOOK_EVERY, Trainer
@@ -173,3 +175,10 @@ def test_one_process_does_without(make_config: Make) -> None:
     trainer = Trainer(make_config(parallel={"strategy": "fsdp"}))
     assert trainer.network is trainer.model
     assert not trainer.is_sharded
+
+
+def test_another_engine_of_the_launcher_is_refused(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nipq.train.parallel.is_distributed", lambda: True)
+    accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name="DEEPSPEED"))
+    with pytest.raises(ConfigError, match="found that they were launched with DEEPSPEED; launch them without it"):
+        join_(nn.Linear(1, 1), make_config().parallel, accelerator)

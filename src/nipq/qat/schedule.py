@@ -15,12 +15,12 @@ from nipq.errors import ConfigError, OrderError
 Factor: TypeAlias = Callable[[int], float]
 Schedule: TypeAlias = Literal["cosine"] | Factor | None
 
-#: Share of all steps in which the default schedule warms up, and the factor that it starts with.
-WARMUP, WARMUP_START = 0.05, 0.1
+#: Factor that a warm-up starts with.
+WARMUP_START = 0.1
 
 
-def cosine(total_steps: int, warmup: float = WARMUP) -> Factor:
-    """Linear warm-up, then half a cosine down to zero, over search and fine-tuning together.
+def cosine(total_steps: int, warmup: float = 0.0) -> Factor:
+    """Half a cosine down to zero, over search and fine-tuning together, after a linear warm-up if one is asked for.
 
     With p the share of ``total_steps`` that has passed and w the warm-up: ``s + (1 - s) p / w`` up to w, from then on
     ``(1 + cos(pi (p - w) / (1 - w))) / 2``, where s is :data:`WARMUP_START`.
@@ -33,8 +33,10 @@ def cosine(total_steps: int, warmup: float = WARMUP) -> Factor:
         The factor as a function of the number of optimizer steps that were made.
 
     Example:
-        >>> [round(cosine(100)(step), 3) for step in (0, 5, 50, 100)]
-        [0.1, 1.0, 0.541, 0.0]
+        >>> [round(cosine(100)(step), 3) for step in (0, 50, 100)]
+        [1.0, 0.5, 0.0]
+        >>> [round(cosine(100, warmup=0.05)(step), 3) for step in (0, 5, 50)]
+        [0.1, 1.0, 0.541]
     """
 
     def factor(steps: int) -> float:

@@ -70,7 +70,8 @@ class QATSession:
     Args:
         model: a prepared model in float32; may be wrapped (DDP, compiled, FSDP2) after it was prepared.
         budget: the limits; None where every bit-width is fixed by the config.
-        total_steps: optimizer steps of search and fine-tuning together. More may follow.
+        total_steps: optimizer steps of search and fine-tuning together. More may follow, at the rate that the schedule
+            ends with, which is 0 for the cosine.
         loader: batches, read anew from the start for calibration, allocation and batch norms: tensors, ``(inputs,
             targets)`` or mappings of keyword inputs. Needed unless the model is calibrated and has no batch norms.
         loss_fn: loss of outputs and targets, by which the first bit-widths are allocated. Without it the distance of
@@ -122,7 +123,7 @@ class QATSession:
         loader: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
-        finetune: float = 0.3,
+        finetune: float = 0.5,
         schedule: Schedule = "cosine",
         allocation: Allocation = "noise",
         calibration_batches: int = 8,

@@ -22,6 +22,8 @@ from nipq.train.batches import Split
 if TYPE_CHECKING:
     from nipq.train.config import ParallelConfig, TrainConfig
 
+#: Engines that ``accelerate launch`` may be told to use, and that hold parameters in a form of their own.
+ENGINES = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 #: Variables that launchers set for each process.
 ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -158,6 +160,9 @@ def join_(model: nn.Module, config: ParallelConfig, accelerator: Any) -> nn.Modu
 
     Returns:
         The module to call in training steps.
+
+    Raises:
+        ConfigError: if the processes were launched with another engine.
     """
     if not is_distributed():
         return model
@@ -165,6 +170,12 @@ def join_(model: nn.Module, config: ParallelConfig, accelerator: Any) -> nn.Modu
         sync_(model)
     if config.strategy == "fsdp":
         return shard_(model)
+    engine = accelerator.distributed_type.name
+    if engine in ENGINES:
+        raise ConfigError(
+            f"expected processes that share a model by parallel.strategy, found that they were launched with {engine}; "
+            "launch them without it, and set parallel.strategy to ddp or fsdp"
+        )
     network: nn.Module = accelerator.prepare_model(model)
     accelerator.unwrap_model(network, keep_fp32_wrapper=False)  # autocast is the loop's: evaluation is in float32
     return network

@@ -144,6 +144,8 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
         reporter.step(_means(progress.sums, trainer.task.metric) | bits)
         if progress.step == total:  # before the last step of a search freezes the bits that its row is about
             row = _row(trainer)
+            progress.seconds += time.perf_counter() - started  # scores between stages are timed apart
+            row["seconds"] = progress.seconds
             progress.rows += 1
             trainer.close_epoch()
         trainer.follow()
@@ -151,8 +153,6 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
             trainer.gather()
             progress.seconds, started = progress.seconds + time.perf_counter() - started, time.perf_counter()
             trainer.checkpoint().save(place.checkpoint)
-    progress.seconds += time.perf_counter() - started
-    row["seconds"] = progress.seconds
     checkpoint = trainer.checkpoint()  # refuses a model that is not finite before anything is written
     if rank() == 0:
         place.append_row(row)
