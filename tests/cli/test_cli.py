@@ -261,11 +261,11 @@ def test_verify_takes_files(finished: Path, tmp_path: Path) -> None:
     copy.write_bytes((finished / "model.nipq.safetensors").read_bytes())
     status, answer = call_json("verify", finished, copy)
     assert (status, answer["ok"]) == (0, True)
-    assert [rung["artifact"] for rung in answer["rungs"]] == ["deployed model"] * 4 + [copy.name] * 4
+    assert [check["artifact"] for check in answer["checks"]] == ["deployed model"] * 4 + [copy.name] * 4
     copy.write_bytes(copy.read_bytes()[:-1])
     status, answer = call_json("verify", finished, copy)
     assert (status, answer["ok"]) == (1, False)
-    assert [rung["passed"] for rung in answer["rungs"]] == [True] * 4 + [False]
+    assert [check["passed"] for check in answer["checks"]] == [True] * 4 + [False]
     assert "DIFFERS" in call("verify", finished, copy)[1]
 
 

@@ -175,7 +175,7 @@ def uniform_bits_(model: nn.Module, budget: Budget) -> None:
     tensor that may not have the common bit-width takes the next lower one that it may. Fixed bit-widths stay.
 
     Args:
-        model: a prepared model; calibrate it afterwards, as boundaries are for the bit-widths of the moment.
+        model: a prepared model; calibrate it afterwards, as clipping ranges are for the bit-widths of the moment.
         budget: the limits.
 
     Raises:
