@@ -233,7 +233,7 @@ def untrained(model: nn.Module, setting: Setting, loader: Loader, score: Callabl
         nipq.prepare_(model, loader.images.inputs[:1])
         budget = budget_of(model, setting)
         nipq.calibrate_(model, loader, setting.calibration_batches)
-        nipq.allocate_bits_(model, loader, cross_entropy, budget, batches=setting.allocation_batches)
+        nipq.allocate_bits_(model, loader, budget, cross_entropy, batches=setting.allocation_batches)
         nipq.freeze_bits_(model, budget)
         nipq.calibrate_(model, loader, setting.calibration_batches)
     else:

@@ -12,7 +12,7 @@ from nipq.errors import ConfigError
 from nipq.train.compare import Grid, expand, load_grid
 from nipq.train.config import METHODS, check_config, merged
 
-GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
+GRIDS = sorted((Path(__file__).parents[3] / "configs" / "grids").glob("*.yaml"))
 MakeGrid = Callable[..., Grid]
 
 BASE = {
