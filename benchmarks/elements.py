@@ -37,7 +37,7 @@ Pair = tuple[Callable[[], object], Callable[[], object]]
 
 
 def quantizer(noise: NoiseKind = "uniform", phase: Phase = Phase.NOISE) -> TensorQuantizer:
-    """A quantizer of this library in training, its boundary inside normal data, 4 bits in the middle of its range."""
+    """A quantizer in training, its clipping range inside normal data, 4 bits in the middle of its range."""
     module = TensorQuantizer("x", BitRange(min=2, max=6), estimator=NoiseProxy(noise=noise))
     module.set_alpha_(torch.tensor([2.5]))
     module.phase = phase

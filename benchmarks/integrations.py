@@ -38,7 +38,7 @@ from nipq.integrations.transformers import quantize
 from nipq.qat.search import Search
 
 BUDGET = nipq.AverageBits(weights=4, activations=4)
-COURSE = {"finetune": 0.0, "batchnorm_batches": 0}
+SESSION = {"finetune": 0.0, "batchnorm_batches": 0}
 TRAINERS = ("plain loop", "Lightning", "transformers", "Accelerate")
 #: Steps of a turn, and turns of a round that count. The first does not, nor the last step, in which bits are frozen.
 BLOCK, BLOCKS = 5, 12
@@ -94,7 +94,7 @@ def small(turns: Turns) -> Task:
 def plain_loop(task: Task, ours: bool) -> None:
     """Nobody's trainer; ours is ``nipq.QATSession``."""
     optimizer = task.optimizer()
-    guide = nipq.QATSession(task, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
+    guide = nipq.QATSession(task, BUDGET, STEPS, optimizer=optimizer, **SESSION) if ours else task.search()
     for batch in task.loader():
         loss = task(**batch)["loss"] + guide.penalty()
         optimizer.zero_grad()
@@ -130,7 +130,7 @@ def lightning(task: Task, ours: bool) -> None:
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=STEPS, max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[NipqCallback(BUDGET, total_steps=STEPS, **COURSE)] if ours else [],
+        callbacks=[NipqCallback(BUDGET, total_steps=STEPS, **SESSION)] if ours else [],
     )  # fmt: skip
     trainer.fit(Lit(task, None if ours else task.search()), task.loader())
 
@@ -166,7 +166,7 @@ def hugging_face(task: Task, ours: bool) -> None:
         kind = transformers.Trainer if ours else ByHand
         trainer = kind(task, arguments, train_dataset=task.rows * STEPS, optimizers=(task.optimizer(), None))
         if ours:
-            quantize(trainer, BUDGET, **COURSE)
+            quantize(trainer, BUDGET, **SESSION)
         else:
             trainer.search = task.search()
             trainer.add_callback(Steps(trainer.search))
@@ -178,7 +178,7 @@ def accelerated(task: Task, ours: bool) -> None:
     accelerator = accelerate.Accelerator(cpu=True)
     model, optimizer, loader = accelerator.prepare(task, task.optimizer(), task.loader())
     guide = (
-        AcceleratedSession(accelerator, model, BUDGET, STEPS, optimizer=optimizer, **COURSE) if ours else task.search()
+        AcceleratedSession(accelerator, model, BUDGET, STEPS, optimizer=optimizer, **SESSION) if ours else task.search()
     )
     for batch in loader:
         accelerator.backward(model(**batch)["loss"] + guide.penalty())

@@ -45,7 +45,7 @@ class TorchFakeQuantize(nn.Module):
 
 
 def torch_learnable(model: nn.Module, inputs: Tensor) -> nn.Module:
-    """Learnable fake-quant of torch on weights and inputs, boundaries started from one batch.
+    """Learnable fake-quant of torch on weights and inputs, clipping ranges started from one batch.
 
     Args:
         model: a float model; changed.

@@ -1,4 +1,4 @@
-"""What bits, boundaries, penalty and snap cost as models grow: memory, messages and time, on chains of linear layers.
+"""Cost of bits, clipping ranges, penalty and freeze as models grow: memory, messages, time, on chains of layers.
 
 python -m benchmarks.scale --overwrite        # results/scale.jsonl, in about two minutes; starts two processes
 

@@ -57,7 +57,7 @@ class Decoder:
 
     @property
     def quantizers(self) -> int:
-        """Tensors with a boundary and a bit-width."""
+        """Tensors with a clipping range and a bit-width."""
         return self.weight_quantizers + self.input_quantizers
 
 

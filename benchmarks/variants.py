@@ -159,7 +159,7 @@ def prepared(variant: str, network: Network, layout: str, seed: int = 0) -> Trai
 
 @torch.no_grad()
 def _settle(model: nn.Module, inputs: Tensor) -> None:
-    """Let batch norms know the data, so that boundaries started in evaluation mode are right in training mode."""
+    """Let batch norms know the data, so that clipping ranges started in evaluation mode are right in training mode."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:

@@ -70,7 +70,7 @@ def markdown(budget: str, found: dict[str, Any], reference: str, points: float) 
     heads += ["1 bit less, kept", "1 bit less, fitted", "trace", "top eigenvalue"]
     lines = [
         f"Budget {budget}. Points lost where {reference} has lost {points:g}; then points lost with one bit less "
-        "everywhere, boundaries kept and fitted anew; Hessian of the training loss in the weights.",
+        "everywhere, clipping ranges kept and fitted anew; Hessian of the training loss in the weights.",
         "",
         f"| {' | '.join(['method', 'seeds', 'clean', *heads])} |",
         "| --- | --- | --- |" + " --- |" * len(heads),

@@ -203,7 +203,7 @@ class BitRange(Settings):
                 f"expected start from {choices[0]} to {choices[-1]}, found {self.start:g}; move it into the range"
             )
         for name, value in resolved.items():
-            object.__setattr__(self, name, value)  # frozen for everybody else
+            object.__setattr__(self, name, value)  # frozen for others
         return self
 
 

@@ -20,7 +20,7 @@ from nipq.errors import ConfigError
 from nipq.functional.bitwidth import raw_from_bits
 from nipq.prepare.layer_table import layer_table, quantizers
 
-#: How the first bit-widths are chosen.
+#: Ways of choosing the first bit-widths.
 Method = Literal["noise", "hawq", "uniform"]
 
 #: Distances from the ends of the range at which a learned bit-width may start, in bits, the largest feasible one first:
@@ -142,7 +142,7 @@ def start_bits_(table: BitTable, bits: Sequence[float]) -> None:
 
 
 def _starts(table: BitTable, margin: Fraction) -> list[tuple[Fraction, ...]]:
-    """Where each tensor starts for each of its choices: there, or ``margin`` from an end of its range."""
+    """Start of each tensor for each of its choices: that width, or ``margin`` from an end of its range."""
     starts = []
     for quantizer, allowed in zip(table.quantizers, table.choices, strict=True):
         low, high = allowed[0] + margin, allowed[-1] - margin

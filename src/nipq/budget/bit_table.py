@@ -74,7 +74,7 @@ class BitTable:
 
     @property
     def device(self) -> torch.device:
-        """Where the vector is computed."""
+        """Device of the vector."""
         return self._tensors["choices"].device
 
     def to(self, device: torch.device) -> None:

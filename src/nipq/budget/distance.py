@@ -97,7 +97,7 @@ def _relative_error(y: Tensor, r: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Judgement:
-    """How near a quantized network is to the float network on some batches.
+    """Distance and agreement of a quantized network with the float network on some batches.
 
     Attributes:
         distance: mean over batches of :func:`output_distance`.

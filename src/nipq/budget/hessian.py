@@ -391,7 +391,7 @@ class _HardSigmoidByReLU6(TorchFunctionMode):
 
 
 class _Mean:
-    """Stand-in for curvlinops' loss function: says that batches are averaged over their samples."""
+    """Stand-in for curvlinops' loss function, averaged over the samples of a batch."""
 
     reduction = "mean"
 

@@ -1,4 +1,4 @@
-"""``nipq quantize``: a trained network of torchvision or timm, or somebody's own, quantized with a folder of images."""
+"""``nipq quantize``: a trained network of torchvision, timm or the user, quantized with a folder of images."""
 
 from __future__ import annotations
 

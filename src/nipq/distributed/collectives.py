@@ -166,7 +166,7 @@ def barrier(what: str, seconds: float = PATIENCE) -> None:
 
 @contextmanager
 def all_present(what: str) -> Iterator[None]:
-    """Turn what a backend says about a missing rank into an error that says what to do.
+    """Turn a backend's error about a missing rank into one that says what to do.
 
     Args:
         what: what the ranks do together, for the message.

@@ -107,7 +107,7 @@ def average_gradients_(model: nn.Module) -> None:
 
 
 def check_averaged(model: nn.Module) -> None:
-    """Refuse sharded weights around whole quantizers whose gradients nobody averages.
+    """Refuse sharded weights around whole quantizers whose gradients are not averaged.
 
     Args:
         model: a prepared model.

@@ -35,7 +35,7 @@ def program_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[b
         ConfigError: if torch cannot trace the model.
     """
     program = exported_program(copy.deepcopy(deployed).cpu().eval(), example_inputs)
-    program.example_inputs = None  # somebody's data have no place in a model file, and neither has where the code lay
+    program.example_inputs = None  # data have no place in a model file, and neither have paths of the code
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)
     file = io.BytesIO()

@@ -37,7 +37,7 @@ _ENGINES = ("DEEPSPEED", "MEGATRON_LM")
 
 
 class AcceleratedSession(QATSession):
-    """A :class:`nipq.QATSession` that knows an ``Accelerator``: its wrapped optimizers, its checkpoints, its trackers.
+    """A :class:`nipq.QATSession` for a loop with an ``Accelerator``: its wrapped optimizers, checkpoints and trackers.
 
     :meth:`step` may be called in every micro-batch. Mixed precision and accumulation need nothing further. From here on
     ``accelerator.clip_grad_norm_`` leaves bits out, except under FSDP; see :func:`nipq.qat.optim.without_bits`.

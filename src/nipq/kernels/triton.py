@@ -4,7 +4,7 @@ The functions and the formulas are those of ``nipq.kernels.cpu``. Everything tha
 clipping ranges, key) is read from the device's memory and computed in every program, so nothing has to run before, no
 launch waits for the device, and all of them can be recorded in a CUDA graph. The noise proxy saves its result alone.
 
-Importable without Triton; the kernels are then functions that nobody calls. What stands under ``@jit`` runs on the
+Importable without Triton; the kernels are then functions that are never called. What stands under ``@jit`` runs on the
 device, or on the CPU in Triton's interpreter, where the tests hold it to the plain maths. Two rules keep it equal to
 torch bit for bit: no multiply and add fused into one (``Tiling.options``), and true divisions only.
 """

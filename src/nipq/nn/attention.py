@@ -1,7 +1,7 @@
 """Attention whose two products are quantized, in the place of torch's ``scaled_dot_product_attention``.
 
 While the forward of a module that calls that function runs, a function mode puts :class:`AttentionProducts` in its
-place; so it works for every model that calls it, and nobody's code is edited. The softmax stays float::
+place; so it works for every model that calls it, and no code is edited. The softmax stays float::
 
     p      = softmax(scale * Q(query) Q(key)^T + mask)
     result = Q(p) Q(value)
@@ -162,7 +162,7 @@ def uninstall(module: nn.Module) -> None:
         module: as given to it.
     """
     delattr(module, PRODUCTS)
-    if getattr(vars(module).get("forward"), "__func__", None) is _forward_with_products:  # not somebody else's since
+    if getattr(vars(module).get("forward"), "__func__", None) is _forward_with_products:  # not replaced since
         del module.forward
 
 
@@ -170,7 +170,7 @@ def _forward_with_products(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     products = getattr(module, PRODUCTS)
     with _Replaced(products) as replaced:
         result = type(module).forward(module, *args, **kwargs)
-    if not replaced.called:  # else a model would go on with float products, and nobody would know
+    if not replaced.called:  # else a model would go on with float products, without a sign
         raise OrderError(
             f"{products.name}: expected attention to call torch's {FUNCTION}, as it did when the model was prepared, "
             "found that it computes the products otherwise. Set the attention implementation back "

@@ -51,7 +51,7 @@ class Conv1D(nn.Module):
 
 
 def kind_of(module: nn.Module) -> type[nn.Module] | None:
-    """The class that says what a layer computes: one of torch's, or a ``Conv1D``; None where nothing is quantized.
+    """Class of a layer's operation: one of torch's, or a ``Conv1D``; None where nothing is quantized.
 
     Args:
         module: any module; a subclass with a forward of its own counts as what it derives from.

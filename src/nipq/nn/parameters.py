@@ -64,7 +64,7 @@ class QuantizerState:
             name: full name of the quantized tensor, for the message.
 
         Raises:
-            FileFormatError: if somebody else wrote them.
+            FileFormatError: if another program wrote them.
         """
         try:
             settings = json.loads(bytes(state.tolist()).decode())

@@ -96,7 +96,7 @@ def unfold_relu(relu: nn.Module) -> None:
 
 def _forward_unless_folded(relu: nn.Module, x: Tensor) -> Tensor:
     quantizer: ReluQuantizer = relu.__dict__["folded_into"]
-    watched = relu._forward_hooks or relu._backward_hooks  # somebody wants the ReLU's own result
+    watched = relu._forward_hooks or relu._backward_hooks  # something reads the ReLU's own result
     if relu.training and not watched and quantizer.replaces_relu(x):
         return x
     result: Tensor = type(relu).forward(relu, x)

@@ -1,7 +1,7 @@
 """Trace one forward of a float model: its layers, its attention, and the ops outside of them that stay float.
 
 No graph is captured. Module hooks see the layers; a ``TorchFunctionMode`` sees every functional call, so that a
-residual add inside somebody's ``forward`` is found as surely as a pooling module. The products inside attention are
+residual add inside a model's ``forward`` is found as surely as a pooling module. The products inside attention are
 counted like layers: the weight of one is the key, that of the other the value.
 """
 

@@ -51,7 +51,7 @@ CONFIG = Config(granularity="channel")
 #: ruined a pretrained EfficientNet-Lite0 within 32 steps; see experiments/post_training/README.md.
 LR = 1e-4
 
-#: How often sensitivities are measured: in the middle of the range or at one width, then at the first assignment.
+#: Number of measurements of sensitivities: in the middle of the range or at one width, then at the first assignment.
 ROUNDS = 2
 
 

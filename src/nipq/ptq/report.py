@@ -38,7 +38,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What ``nipq.quantize`` did; prints itself within 80 columns.
+    """Report of ``nipq.quantize``: its stages, bits, bytes and limits; prints itself within 80 columns.
 
     Attributes:
         model: class of the network.

@@ -26,7 +26,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass(frozen=True)
 class BatchNormShift:
-    """How far one batch norm's statistics moved.
+    """Shift of one batch norm's statistics.
 
     Attributes:
         name: full name in the model.
@@ -40,7 +40,7 @@ class BatchNormShift:
 
 
 class BatchNormUpdate:
-    """What ``reestimate_bn_`` changed, and the way back.
+    """Changes that ``reestimate_bn_`` made, with :meth:`undo`.
 
     Attributes:
         shifts: one entry for each batch norm.
@@ -238,7 +238,7 @@ def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @dataclass(frozen=True)
 class BatchNormChoice:
-    """Which batch-norm statistics a model kept.
+    """The batch-norm statistics that a model kept, with the distances of all that were tried.
 
     Attributes:
         kept: ``"none"`` (those it had), ``"relative"`` or ``"absolute"``.

@@ -17,7 +17,7 @@ from nipq.prepare.layer_table import quantizers
 #: Default learning rates of clipping ranges and bit-widths, in units of the weights'; the release has one rate for all.
 RANGE_RATE, BITS_RATE = 1.0, 1.0
 
-#: How many names a message lists.
+#: Number of names that a message lists.
 _NAMED = 3
 
 

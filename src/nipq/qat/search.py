@@ -1,6 +1,6 @@
 """Search for bit-widths under a budget: a penalty whose prices a feedback controller finds while training.
 
-A budget is a constraint, so its penalty has to carry a Lagrange multiplier that nobody knows beforehand; it differs by
+A budget is a constraint, so its penalty has to carry a Lagrange multiplier that is not known beforehand; it differs by
 orders of magnitude between networks and optimizers. The controller moves the price of each limit until the cost
 follows a reference, which falls along a cosine from the starting cost to the target over the first part of training::
 
@@ -41,7 +41,7 @@ from nipq.functional.cost import cost
 from nipq.prepare.layer_table import layer_table
 from nipq.qat.optim import check_optimizer
 
-#: How far ahead an error is extrapolated, and how fast its slope is smoothed; shares of training.
+#: Horizon of the extrapolation of an error, and time constant of its slope's average; shares of training.
 LEAD, SMOOTHING = 0.05, 0.005
 #: Share of training in which a saturated memory multiplies the price by e.
 FOLD = 0.01
@@ -136,7 +136,7 @@ logger = logging.getLogger(__name__)
 
 
 class Search:
-    """Pulls the learned bit-widths of a model to a budget, from inside anybody's loop.
+    """Pulls the learned bit-widths of a model to a budget, from inside any loop.
 
     ::
 
@@ -240,7 +240,7 @@ class Search:
 
     @torch.no_grad()
     def distance(self) -> dict[str, dict[str, Any]]:
-        """How far the model is from each limit (reads values: not for every step on a GPU).
+        """Cost and target of each limit (reads values: not for every step on a GPU).
 
         Returns:
             For each limit's name its ``soft`` cost (of the continuous bit-widths), ``rounded`` cost (which evaluation

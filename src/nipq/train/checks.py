@@ -25,7 +25,7 @@ from nipq.train.batches import Nested
 if TYPE_CHECKING:
     from nipq.train.config import BudgetConfig, TrainConfig
 
-#: What to do about numbers that are not finite.
+#: Advice about numbers that are not finite.
 ADVICE = "lower optimizer.lr or range_lr, check the input data, then continue from the last checkpoint with --resume"
 
 

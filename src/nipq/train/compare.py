@@ -63,7 +63,7 @@ ELSEWHERE = {
 
 
 class Grid(Settings):
-    """A comparison as its YAML file says it.
+    """Grid of a comparison, as its YAML file has it.
 
     Attributes:
         name: title of the table.
@@ -196,7 +196,7 @@ class Cell:
         return cell_name(FLOAT, None, self.seed)
 
     def to_dict(self) -> Tree:
-        """Name, row, budget and seed, as a record says them."""
+        """Name, row, budget and seed, as in a record."""
         return {"name": self.name, "row": self.row, "budget": self.budget, "seed": self.seed}
 
 
@@ -416,7 +416,7 @@ def run_cells(
     say: Callable[[str], None] = print,
     command: Sequence[str] = COMMAND,
 ) -> list[Outcome]:
-    """Bring every cell to its result; one that fails is told and stops only what starts from it.
+    """Run every cell; one that fails is reported and stops only those that start from it.
 
     Args:
         cells: as :func:`expand` orders them.

@@ -1,6 +1,6 @@
 """Train one cell of a comparison: ``python -m nipq.train.compare_cell`` with the job as a line of JSON on its input.
 
-The process ends when its input does: whoever started it holds the other end, and nobody trains on for a runner that is
+The process ends when its input does: whoever started it holds the other end, and no cell trains on for a runner that is
 gone. The next run continues from the checkpoint.
 """
 
@@ -74,7 +74,7 @@ def make_record(folder: CompareFolder, grid: str, cell: Mapping[str, Any], confi
 
 
 def end_with(input_file: int, end: Callable[[int], object]) -> threading.Thread:
-    """Call ``end(1)`` from a daemon thread once nobody holds the other end of the pipe ``input_file``."""
+    """Call ``end(1)`` from a daemon thread once no process holds the other end of the pipe ``input_file``."""
 
     def watch() -> None:
         while os.read(input_file, 1024):

@@ -34,7 +34,7 @@ def is_launched() -> bool:
 
 
 def is_first() -> bool:
-    """Whether this process speaks for all, before, in and after the group."""
+    """Whether this process is the first, before, in and after the group."""
     return rank() == 0 and (not is_launched() or os.environ["RANK"] == "0")
 
 
@@ -101,7 +101,7 @@ def _has_cuda(name: str) -> bool:
 
 @contextmanager
 def _known_group() -> Iterator[None]:
-    """Tell Accelerate, which looks at the environment only, of a group that somebody else made."""
+    """Tell Accelerate, which looks at the environment only, of a group that was made elsewhere."""
     if not is_distributed() or "LOCAL_RANK" in os.environ:
         yield
         return

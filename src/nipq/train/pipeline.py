@@ -365,7 +365,7 @@ class Reporter:
     """
 
     def __init__(self, tensorboard: Path | None, step: int = 0, *, quiet: bool = False) -> None:
-        """Open the writer; without the package the run goes on and says so."""
+        """Open the writer; without the package a message says so and the run goes on."""
         self.console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),

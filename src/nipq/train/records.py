@@ -1,4 +1,4 @@
-"""Results in one JSON-lines file: a record on each line, written whole or not at all, never replaced untold.
+"""Results in one JSON-lines file: a record on each line, written whole or not at all, never replaced silently.
 
 With it the two things that a record says of its origin: the processor, and the seconds of a training step.
 """
