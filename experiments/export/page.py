@@ -86,8 +86,8 @@ def zoo() -> str:
     return (
         f"E0 and E1 hold for {held} of {len(records)} networks with random weights, batch norms with gains of both "
         "signs, random bits of 2 to 8 for each weight and each input, and clipping ranges of weights by turns for "
-        "tensors and channels. Codes are those that arrive at the next quantizer; flipped ones were rounded to the other of "
-        "two levels; outputs are in units of a layer's largest.\n\n"
+        "tensors and channels. Codes are those that arrive at the next quantizer; flipped ones were rounded to the "
+        "other of two levels; outputs are in units of a layer's largest.\n\n"
         + table(headings, rows)
         + (f"\nWhat does not hold:\n{failures}\n" if reasons else "")
         + (f"\nNot measured yet: {', '.join(missing)}.\n" if missing else "")

@@ -7,7 +7,7 @@ formats give the input and the weight a scale of their own, both positive, and m
     weight scale        = |scale| / input_step               in float64, rounded once to float32
     bias                = offset                             to the bit
 
-A channel whose factor is 0, as its gamma is, gets codes 0 and scale 1: it computes the same, and no reader divides by 0.
+A channel whose factor is 0, as its gamma is, gets codes 0 and scale 1: the same result, and no reader divides by 0.
 Every number is a function of the deployed layer, so a file can be compared with the model to the bit. The product of
 both scales is the trained one up to its last binary digit; nothing is recomputed from clipping ranges.
 
