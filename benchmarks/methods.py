@@ -24,7 +24,7 @@ from nipq.train.compare import load_grid
 from nipq.train.config import METHODS, ModelConfig
 from nipq.train.factory import build_model
 
-GRID = Path(__file__).parents[1] / "experiments/rivals/fashion_mobilenet_v2.yaml"
+GRID = Path(__file__).parents[1] / "experiments/baselines/fashion_mobilenet_v2.yaml"
 BITS, BATCH = 3, 128
 
 

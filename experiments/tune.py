@@ -1,6 +1,6 @@
 """Settings of a grid, tried on the validation samples of one seed. No test score is kept.
 
-    python experiments/tune.py experiments/rivals/candidates.yaml --data FOLDER --runs RUNS
+    python experiments/tune.py experiments/baselines/candidates.yaml --data FOLDER --runs RUNS
 
 Everything that the candidates leave open comes from their grid. One line for each candidate in the file of results; a
 candidate that has its line is skipped, a killed one continues. Run from the repository's root.

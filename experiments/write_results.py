@@ -39,25 +39,25 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import integrations_page, plots, scale_page, speed_page  # noqa: E402  (found through the line above)
+from experiments.baselines import page as baselines_page  # noqa: E402
+from experiments.baselines import readme_picture  # noqa: E402
 from experiments.demo import page as demo_page  # noqa: E402
 from experiments.export import page as export_page  # noqa: E402
 from experiments.fashion_mnist import page as fashion_page  # noqa: E402
+from experiments.freeze_overshoot import page as overshoot_page  # noqa: E402
 from experiments.front_door import page as front_door_page  # noqa: E402
 from experiments.post_training import page as post_training_page  # noqa: E402
-from experiments.rivals import page as rivals_page  # noqa: E402
-from experiments.rivals import readme_picture  # noqa: E402
 from experiments.robustness import page as robustness_page  # noqa: E402
 from experiments.robustness import plot as robustness_plot  # noqa: E402
 from experiments.scalar_toy import page as toy_page  # noqa: E402
 from experiments.sensitivity import page as sensitivity_page  # noqa: E402
 from experiments.shown import PICTURES  # noqa: E402
-from experiments.snap_overshoot import page as overshoot_page  # noqa: E402
 from experiments.tasks import page as tasks_page  # noqa: E402
 
 BLOCKS: dict[str, Callable[[], str]] = {
     **front_door_page.BLOCKS,
     **post_training_page.BLOCKS,
-    **rivals_page.BLOCKS,
+    **baselines_page.BLOCKS,
     **fashion_page.BLOCKS,
     **demo_page.BLOCKS,
     **sensitivity_page.BLOCKS,
@@ -73,7 +73,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 #: Functions that draw pictures from the result files. The scalar toy's comes with its training.
 PAINTERS = (
     readme_picture.draw,
-    rivals_page.draw,
+    baselines_page.draw,
     fashion_page.draw,
     sensitivity_page.draw,
     robustness_plot.draw,

@@ -1,7 +1,7 @@
 """E0 to E3 of `nipq verify` for trained models: every file and every runtime, on held-out data, with the task's metric.
 
     python -m experiments.export.trained --group digits RUN...            # run folders of nipq train, demo or compare
-    python -m experiments.export.trained --group rivals --only model.onnx RUN...
+    python -m experiments.export.trained --group baselines --only model.onnx RUN...
 
 Each trained model is written as a packed file, ONNX, plain and packed, arrays and a torch.export program; these and
 OpenVINO's compiled form are compared with it, and so is the packed file that the run itself wrote; `--only` names fewer

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from experiments.rivals.page import HERE as RIVALS
-from experiments.rivals.page import MAIN, candidates, compared, grid_section, records_of
+from experiments.baselines.page import HERE as BASELINES
+from experiments.baselines.page import MAIN, candidates, compared, grid_section, records_of
 from experiments.shown import table
 from nipq.train.compare_table import interval, prefixed
 
 HERE = Path(__file__).parent
-FASHION = RIVALS / f"{MAIN}.yaml"
+FASHION = BASELINES / f"{MAIN}.yaml"
 GRIDS = [HERE / f"{path.stem}.yaml" for path in sorted(HERE.glob("results/*.jsonl")) if "_tuning" not in path.stem]
 TUNED = [path.stem.removesuffix("_tuning") for path in sorted(HERE.glob("results/*_tuning.jsonl"))]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from experiments import write_results
+from experiments.baselines.page import records_of
 from experiments.export.records import PATH
-from experiments.rivals.page import records_of
 from experiments.shown import PICTURES, ROOT, lines_of
 from nipq.train.compare import CompareFolder, expand, load_grid
 from nipq.train.config import check_config

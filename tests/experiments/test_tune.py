@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import experiments.tune
-from experiments.rivals.page import candidates
+from experiments.baselines.page import candidates
 from experiments.tune import Tuning
 from nipq.train.config import check_config
 

@@ -2,7 +2,7 @@
 
 python experiments/write_results.py --pictures     # draws it, too
 
-Both panels are drawn from the records of ``experiments/rivals/fashion_mobilenet_v2.yaml``; nothing is trained.
+Both panels are drawn from the records of ``experiments/baselines/fashion_mobilenet_v2.yaml``; nothing is trained.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from scipy.stats import t
 
-from experiments.rivals.page import HERE, MAIN, records_of
+from experiments.baselines.page import HERE, MAIN, records_of
 from experiments.shown import PICTURES, Record
 from nipq.train.compare_table import final_state
 

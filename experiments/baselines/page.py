@@ -197,7 +197,7 @@ def calibrated_anew() -> str:
     return (
         f"nipq at 3/3, {len(new)} seeds, trained anew with today's calibration (and today's kernels): {spread(new)} % "
         f"instead of {spread(old)} %, mean and standard deviation on the test images. Records in "
-        "`experiments/rivals/results/calibration_fix.jsonl`, made like those of the first grid.\n"
+        "`experiments/baselines/results/calibration_fix.jsonl`, made like those of the first grid.\n"
     )
 
 
@@ -228,7 +228,7 @@ def tuning() -> str:
         "More was tried for the noise proxy than for LSQ: its start of bits came out of this table. The last of LSQ "
         "and the last four of nipq, the first of them the default once more, came after calibration was mended: on "
         "this network the cut of the epochs makes no difference; on MobileNet-v3 it does. "
-        "`python experiments/tune.py experiments/rivals/candidates.yaml --data FOLDER --runs RUNS`.\n"
+        "`python experiments/tune.py experiments/baselines/candidates.yaml --data FOLDER --runs RUNS`.\n"
     )
 
 

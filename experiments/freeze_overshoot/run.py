@@ -1,9 +1,9 @@
-"""How often does the snap exceed a budget? Random models, random bits, random budgets, counted anew.
+"""How often does the freeze exceed a budget? Random models, random bits, random budgets, counted anew.
 
-    python experiments/snap_overshoot/run.py
+    python experiments/freeze_overshoot/run.py
 
 Small random CNNs (with depthwise layers, fixed bit-widths and allowed sets), torchvision's ResNet-18 and MobileNet-v2;
-learned bits drawn at random instead of trained, for the snap must hold wherever training ends; one to four limits
+learned bits drawn at random instead of trained, for the freeze must hold wherever training ends; one to four limits
 at a random place of what is possible, the very lowest included. What a frozen model costs is counted here from its
 layers and from the bytes of its packed file, not by the code under test.
 """
@@ -135,7 +135,7 @@ def main() -> None:
             slack.append(-float(max(excess)))
         print(f"{network}: {pairs} pairs, {overshoots} above so far, {time.perf_counter() - started:.0f} s", flush=True)
     record = {
-        "command": f"python experiments/snap_overshoot/run.py --seed {arguments.seed}",
+        "command": f"python experiments/freeze_overshoot/run.py --seed {arguments.seed}",
         "seed": arguments.seed,
         "pairs": sum(NETWORKS.values()),
         "networks": NETWORKS,
