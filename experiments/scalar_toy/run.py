@@ -55,7 +55,7 @@ METHODS = (
     Method("uniform noise", noise="uniform"),
     Method("empirical noise", noise="empirical"),
     Method("stochastic-rounding noise", noise="stochastic"),
-    Method("uniform noise, tempered", noise="uniform", tempered=True),
+    Method("uniform noise, error mixed in", noise="uniform", tempered=True),
 )
 
 
