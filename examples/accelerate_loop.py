@@ -22,13 +22,14 @@ set_seed(0)
 train, test = data()
 model = trained_network(train)
 nipq.prepare_(model, train.tensors[0][:1])
-nipq.calibrate_(model, loader(train))
 optimizer = torch.optim.AdamW(nipq.param_groups(model, lr=1e-3, weight_decay=1e-2, bits_lr=0.05))
 
 model, optimizer, batches = accelerator.prepare(model, optimizer, loader(train))
 total = EPOCHS * -(-len(batches) // ACCUMULATE)
 budget = nipq.AverageBits(weights=3, activations=3)
-session = AcceleratedSession(accelerator, model, budget, total, optimizer=optimizer, loader=loader(train))
+session = AcceleratedSession(
+    accelerator, model, budget, total, optimizer=optimizer, loader=loader(train), loss_fn=cross_entropy
+)
 
 model.train()
 for _ in range(EPOCHS):

@@ -1,4 +1,4 @@
-"""What the examples start from: scikit-learn's digits, and a small network trained on them in floats."""
+"""Scikit-learn's digits, and a small network trained on them in floats: the start of the examples."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def trained_network(train: TensorDataset, epochs: int = 8) -> nn.Module:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, test: TensorDataset) -> float:
-    """Share of test images that are told right."""
+    """Share of test images that are classified correctly."""
     x, y = test.tensors
     model.eval()
     return float((model(x).argmax(1) == y).float().mean())

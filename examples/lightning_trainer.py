@@ -22,7 +22,6 @@ class Digits(pl.LightningModule):
         super().__init__()
         self.network = trained_network(train)
         nipq.prepare_(self.network, train.tensors[0][:1])
-        nipq.calibrate_(self.network, loader(train))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.network(x)
@@ -39,7 +38,7 @@ class Digits(pl.LightningModule):
 pl.seed_everything(0, verbose=False)
 train, test = data()
 model = Digits()
-callback = NipqCallback(nipq.AverageBits(weights=3, activations=3))
+callback = NipqCallback(nipq.AverageBits(weights=3, activations=3), loss_fn=cross_entropy)
 trainer = pl.Trainer(
     accelerator="cpu", max_epochs=5, callbacks=[callback], logger=False, enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, gradient_clip_val=5.0,

@@ -22,12 +22,13 @@ model = trained_network(train)
 print(f"float: {accuracy(model, test):.3f}")
 
 nipq.prepare_(model, train.tensors[0][:1])
-nipq.calibrate_(model, loader(train))
 optimizer = torch.optim.AdamW(nipq.param_groups(model, lr=1e-3, weight_decay=1e-2, bits_lr=0.05))
 total = EPOCHS * len(loader(train)) // ACCUMULATE
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
 budget = nipq.AverageBits(weights=3, activations=3)
-session = nipq.QATSession(model, budget, total, optimizer=optimizer, loader=loader(train))
+session = nipq.QATSession(
+    model, budget, total, loader=loader(train), loss_fn=cross_entropy, optimizer=optimizer, schedule=None
+)
 average = WeightAverage(model, decay=0.9)
 
 model.train()

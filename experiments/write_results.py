@@ -8,8 +8,9 @@
 A block stands in any Markdown page of the repository, between the lines ``<!-- results:NAME:begin -->`` and
 ``<!-- results:NAME:end -->``, once or several times. Names, by what they show:
 
-    readme                                five rows: float, nipq, its best rival, LSQ, PACT at 3/3 on Fashion-MNIST
+    readme                                five rows: float, nipq, the best other, LSQ, PACT at 3/3 on Fashion-MNIST
     readme-tasks                          five rows: one for each of five tasks and budgets, float, nipq and LSQ
+    front-door, post-training             the two calls: the README's training loop, and nipq.quantize
     digits, fashion-mnist, sensitivity, budgets-kept, oscillation
     fashion-baselines, fashion-bops, fashion-weights-only, fashion-ablations        one table for each budget of a grid
     fashion-ablations-validation, searches-off-budget, calibration-fix, baseline-candidates
@@ -41,6 +42,8 @@ from benchmarks import integrations_page, plots, scale_page, speed_page  # noqa:
 from experiments.demo import page as demo_page  # noqa: E402
 from experiments.export import page as export_page  # noqa: E402
 from experiments.fashion_mnist import page as fashion_page  # noqa: E402
+from experiments.front_door import page as front_door_page  # noqa: E402
+from experiments.post_training import page as post_training_page  # noqa: E402
 from experiments.rivals import page as rivals_page  # noqa: E402
 from experiments.rivals import readme_picture  # noqa: E402
 from experiments.robustness import page as robustness_page  # noqa: E402
@@ -52,6 +55,8 @@ from experiments.snap_overshoot import page as overshoot_page  # noqa: E402
 from experiments.tasks import page as tasks_page  # noqa: E402
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    **front_door_page.BLOCKS,
+    **post_training_page.BLOCKS,
     **rivals_page.BLOCKS,
     **fashion_page.BLOCKS,
     **demo_page.BLOCKS,

@@ -102,7 +102,7 @@ def rungs_of(result: VerifyResult) -> list[Record]:
     Args:
         result: of ``nipq.verify``.
     """
-    found: list[Record] = result.to_dict()["rungs"]
+    found: list[Record] = result.to_dict()["checks"]
     for rung in found:
         if rung["first_difference"] is not None:
             rung["first_difference"] = short(rung["first_difference"])

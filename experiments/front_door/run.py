@@ -287,16 +287,20 @@ def run(setting: Setting, seed: int, data: dict[str, Images], parts: list[str]) 
     return {"scores": scores, "costs": found, "seconds": round(seconds, 1)}
 
 
-def machine() -> dict[str, Any]:
-    """Processor and versions."""
+def origin() -> dict[str, Any]:
+    """Processor, and versions of packages."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return {
-        "processor": names[0] if names else platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("nipq", "torch", "scikit-learn", "numpy")},
+        "machine": {
+            "processor": names[0] if names else platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("nipq", "torch", "scikit-learn", "numpy")},
+        },
     }
 
 
@@ -328,10 +332,8 @@ def main() -> int:
                     continue
                 record = {"group": group, "name": name, "seed": seed, "setting": asdict(setting)}
                 record |= run(setting, seed, data[setting.task], parts)
-                record |= {
-                    "command": f"python experiments/front_door/run.py {shlex.quote(group)} --seeds {seed}",
-                    "machine": machine(),
-                }
+                command = f"python experiments/front_door/run.py {shlex.quote(group)} --seeds {seed}"
+                record |= {"command": command} | origin()
                 with RESULTS.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
                 last = {part: round(score, 2) for part, score in record["scores"]["final"].items()}

@@ -84,8 +84,8 @@ class Score:
     """Agreement and divergence of a network on the test tiles.
 
     Args:
-        original: The float network.
-        test: The tiles.
+        original: the float network.
+        test: the tiles.
     """
 
     def __init__(self, original: nn.Module, test: Tensor) -> None:
@@ -162,7 +162,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     original = pretrained(arguments.folder)
-    where = {"torch": torch.__version__, "machine": platform.machine(), "cores": os.cpu_count(), "threads": 1}
+    where = {
+        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "threads": 1},
+        "versions": {"python": platform.python_version(), "nipq": nipq.__version__, "torch": torch.__version__},
+    }
     score: Score | None = None
     for seed in arguments.seeds:
         loader, test = data(arguments.folder, seed)

@@ -49,7 +49,7 @@ def compared(grid: Path) -> Comparison:
 
 
 def readme(budget: str = "3/3") -> str:
-    """Five rows of the main grid: float, nipq, its best rival, LSQ and PACT.
+    """Five rows of the main grid: float, nipq, the best other method, LSQ and PACT.
 
     Args:
         budget: the label of the budget.
@@ -60,7 +60,11 @@ def readme(budget: str = "3/3") -> str:
     assert block.verdict is not None
     rows = {row.label: row for row in block.rows}
     shown = {"float": comparison.float_row, "nipq": rows["nipq"]}
-    shown |= {f"best rival: {block.verdict.rival}": rows[block.verdict.rival], "LSQ": rows["lsq"], "PACT": rows["pact"]}
+    shown |= {
+        f"best other: {block.verdict.other}": rows[block.verdict.other],
+        "LSQ": rows["lsq"],
+        "PACT": rows["pact"],
+    }
     lines = [
         [
             name,
@@ -74,7 +78,7 @@ def readme(budget: str = "3/3") -> str:
     difference = interval(block.verdict.difference, 2, sign=True)
     return (
         table(["Fashion-MNIST, MobileNet-v2", "test accuracy [%]", "minus float", "bits W / A", "seeds"], lines)
-        + f"\nMean and 95 % interval over seeds; nipq minus its best rival, paired by seed: {difference} points. "
+        + f"\nMean and 95 % interval over seeds; nipq minus the best other, paired by seed: {difference} points. "
         "46 thousand weights, trained on 20,000 images; same float start, teacher, epochs and average bits for all.\n"
     )
 

@@ -19,7 +19,7 @@ TUNED = [path.stem.removesuffix("_tuning") for path in sorted(HERE.glob("results
 
 
 def overview() -> str:
-    """One line for each task and budget: the float network, ours, LSQ, and the best rival."""
+    """One line for each task and budget: the float network, ours, LSQ, and the best other method."""
     lines = []
     for path in GRIDS:
         comparison = compared(path)
@@ -28,17 +28,17 @@ def overview() -> str:
             rows = {row.label: row for row in block.rows}
             if comparison.float_row is None or block.verdict is None:
                 continue
-            rival = rows[block.verdict.rival]
+            other = rows[block.verdict.other]
             shown = (comparison.float_row, rows["nipq"], rows.get("lsq"))
             direction = "" if comparison.metric.higher_is_better else ", lower is better"
             lines.append([
                 comparison.name, block.budget, comparison.metric.title + direction, str(len(rows["nipq"].seeds)),
                 *("-" if row is None else interval(row.score, digits) for row in shown),
-                f"{rival.label}: {interval(rival.score, digits)}",
+                f"{other.label}: {interval(other.score, digits)}",
                 interval(block.verdict.difference, digits, sign=True),
             ])  # fmt: skip
     headings = [
-        "task", "budget", "score", "seeds", "float", "nipq", "lsq", "best rival", "nipq minus best rival",
+        "task", "budget", "score", "seeds", "float", "nipq", "lsq", "best other method", "nipq minus best other method",
     ]  # fmt: skip
     return table(headings, lines) + "\nTest split, last state; mean and 95 % interval where there are several seeds.\n"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from nipq.budget.hessian import DENSE, curvature, float_twin, input_traces, weight_traces
+from nipq.budget.hessian import DENSE, curvature, float_copy, input_traces, weight_traces
 from nipq.config import Config
 from nipq.errors import ConfigError, MissingDependencyError
 from nipq.prepare.layer_table import set_phase_
@@ -99,7 +99,7 @@ def test_a_prepared_model_is_measured_at_its_quantized_weights() -> None:
     assert found == curvature(plain, batches, loss, probes=3)
     assert list(found.tensors) == ["0.weight", "3.weight", "7.weight"]
     float_found = curvature(model, batches, loss, probes=3, quantized=False)
-    assert float_found == curvature(float_twin(model, quantized=False), batches, loss, probes=3)
+    assert float_found == curvature(float_copy(model, quantized=False), batches, loss, probes=3)
     assert float_found.total.trace != found.total.trace
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == learned

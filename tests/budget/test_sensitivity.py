@@ -248,7 +248,14 @@ def not_finite(outputs: Tensor, _targets: Tensor) -> Tensor:
         (None, [], mse_loss, 4, ConfigError, "allocate_bits_: expected batches, found an empty loader"),
         (None, [batches()[0][0]], mse_loss, 4, ConfigError, r"expected batches \(inputs, targets\), found one without"),
         (None, batches(), not_finite, 4, NonFiniteError, r"0\.weight: expected finite gradients under noise"),
-        ("calibrated", batches(), mse_loss, 4, OrderError, r"0\.weight: expected a calibrated boundary, found none"),
+        (
+            "calibrated",
+            batches(),
+            mse_loss,
+            4,
+            OrderError,
+            r"0\.weight: expected a calibrated clipping range",
+        ),
     ],
 )
 def test_bad_calls_say_what_to_do(

@@ -31,7 +31,9 @@ class Run:
         if is_distributed():
             shard_(self.model)
         self.optimizer = torch.optim.AdamW(nipq.param_groups(self.model, lr=0.01))
-        self.session = nipq.QATSession(self.model, BUDGET, TOTAL, optimizer=self.optimizer, finetune=0.3)
+        self.session = nipq.QATSession(
+            self.model, BUDGET, TOTAL, optimizer=self.optimizer, finetune=0.3, calibration_batches=0
+        )
 
     def train(self, until: int) -> Run:
         while self.session.steps < until:

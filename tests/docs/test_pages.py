@@ -17,7 +17,6 @@ DOCS = ROOT / "docs"
 GUIDE = sorted((DOCS / "guide").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-PENDING = SITE["extra"]["pending"] or []
 
 
 def name_of(page: Path) -> str:
@@ -87,7 +86,7 @@ def test_every_name_of_the_library_exists(page: Path) -> None:
     """In running text and in tables: ``nipq.NAME`` and deeper."""
     prose = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
     wrong = []
-    for path in sorted(set(re.findall(r"`(nipq(?:\.[A-Za-z_]\w*)+)[`(]", prose)) - {*PENDING, "nipq.json"}):
+    for path in sorted(set(re.findall(r"`(nipq(?:\.[A-Za-z_]\w*)+)[`(]", prose)) - {"nipq.json"}):
         try:
             resolve(path)
         except (AttributeError, ImportError):
@@ -158,24 +157,11 @@ def entries(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=name_of)
 def test_what_the_reference_shows_exists(page: Path) -> None:
     for path in entries(page):
-        if path not in PENDING:
-            resolve(path)
-
-
-def test_pending_names_are_still_missing() -> None:
-    """Else they have to be taken off the list in ``mkdocs.yml``."""
-    found = []
-    for path in PENDING:
-        try:
-            resolve(path)
-        except (AttributeError, ImportError):
-            continue
-        found.append(path)
-    assert not found
+        resolve(path)
 
 
 def test_the_reference_has_every_public_name() -> None:
-    shown = {path.rpartition(".")[2] for path in entries(DOCS / "reference" / "nipq.md") if path not in PENDING}
+    shown = {path.rpartition(".")[2] for path in entries(DOCS / "reference" / "nipq.md")}
     assert shown == set(nipq.__all__) - {"__version__"}
 
 

@@ -13,7 +13,7 @@ from experiments.export.records import PATH
 from experiments.rivals.page import records_of
 from experiments.shown import PICTURES, ROOT, lines_of
 from nipq.train.compare import CompareFolder, expand, load_grid
-from nipq.train.config import check_config, renamed
+from nipq.train.config import check_config
 from nipq.train.run_folder import FREE_FIELDS, flat
 
 FILES = sorted((ROOT / "experiments").rglob("results*/*.jsonl")) + sorted((ROOT / "experiments").glob("*/*.jsonl"))
@@ -46,7 +46,7 @@ def test_every_record_is_a_cell_of_its_grid_as_the_grid_says_it(path: Path, tmp_
     for name, record in records_of(path).items():
         cell = cells[name]
         assert record["cell"] == cell.to_dict()
-        now, then = flat(folder.portable(check_config(cell.config))), flat(renamed(record["config"]))
+        now, then = flat(folder.portable(check_config(cell.config))), flat(record["config"])
         changed = {key for key in now.keys() & then.keys() if now[key] != then[key]}  # the library has new fields since
         assert changed <= {*FREE_FIELDS, ("verify_batches",)}, name
         assert "test" in list(record["results"]["states"].values())[-1]

@@ -8,7 +8,7 @@ import pytest
 import experiments.tune
 from experiments.rivals.page import candidates
 from experiments.tune import Tuning
-from nipq.train.config import check_config, renamed
+from nipq.train.config import check_config
 
 HERE = Path(experiments.tune.__file__).parent
 FILES = sorted(HERE.glob("*/*candidates.yaml"))
@@ -30,7 +30,7 @@ def test_every_candidate_is_a_valid_run_from_the_same_float_start(file: Path, tm
 def test_every_record_is_that_of_its_candidate_and_holds_no_test_score(file: Path, tmp_path: Path) -> None:
     tuning = Tuning(file, tmp_path, tmp_path)
     for name, record in tuning.results.read().items():
-        assert renamed(record["fields"]) == tuning.fields(name)
+        assert record["fields"] == tuning.fields(name)
         assert record.keys() == {"name", "method", "fields", "validation", "average_bits", "seconds"}
 
 

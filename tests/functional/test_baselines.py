@@ -1,4 +1,4 @@
-"""Gradients of the rivals against their papers' equations, in float64."""
+"""Gradients of the baselines against their papers' equations, in float64."""
 
 from __future__ import annotations
 

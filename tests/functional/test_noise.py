@@ -19,9 +19,9 @@ from nipq.functional.noise import (
     empirical_noise,
     error_table,
     gaussian_noise,
+    mixed_noise,
     stochastic_noise,
     table_noise,
-    tempered,
     true_error,
     uniform_noise,
 )
@@ -98,11 +98,11 @@ def test_stochastic_noise_lands_on_a_level_and_keeps_the_mean() -> None:
     assert float(stochastic_noise(torch.tensor([2.0, -1.0, 0.0]), alpha, bits, SIGNED).abs().max()) == 0
 
 
-def test_tempering_leads_from_the_noise_to_the_true_quantizer() -> None:
+def test_the_mix_leads_from_the_noise_to_the_true_quantizer() -> None:
     x, alpha, bits = torch.linspace(-4, 4, 101), torch.tensor([3.0]), torch.tensor([3.0])
     noise, error = uniform_noise(x), true_error(x, alpha, bits, SIGNED)
-    assert torch.equal(tempered(noise, error, 0.0), noise)
-    at_the_end = noise_proxy(x, alpha, bits, tempered(noise, error, 1.0), SIGNED)
+    assert torch.equal(mixed_noise(noise, error, 0.0), noise)
+    at_the_end = noise_proxy(x, alpha, bits, mixed_noise(noise, error, 1.0), SIGNED)
     assert torch.allclose(at_the_end, quantize(x, alpha, bits, SIGNED), atol=1e-6)
 
 

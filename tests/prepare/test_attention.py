@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import nipq
 from nipq.budget.budget import AverageBits, BitOps
 from nipq.budget.hawq import sensitivities
-from nipq.budget.hessian import float_twin, layers, stored_weights
+from nipq.budget.hessian import float_copy, layers, stored_weights
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, FileFormatError, NotQuantizableError
 from nipq.export.modules import deployed_products
@@ -249,6 +249,6 @@ def test_measurements_look_at_layers_and_leave_attention_alone() -> None:
     model = nn.Sequential(nn.Embedding(4, 16), Net())
     assert list(stored_weights(model)) == ["1.inner.qkv.weight", "1.inner.out.weight"]
     with torch.no_grad():
-        assert torch.allclose(float_twin(prepared(), quantized=False)(X), Net()(X), atol=1e-6)
+        assert torch.allclose(float_copy(prepared(), quantized=False)(X), Net()(X), atol=1e-6)
     with pytest.raises(ConfigError, match=rf"{SCORES}: expected attention of fixed bit-widths"):
         sensitivities(prepared(), [(X, X)], nn.functional.mse_loss)

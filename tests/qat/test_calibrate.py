@@ -140,7 +140,7 @@ def test_moving_inputs_keeps_their_form() -> None:
     x, cpu = torch.zeros(2), torch.device("cpu")
     assert to_device(x, cpu) is x
     assert to_device({"a": x, "b": 3}, cpu) == {"a": x, "b": 3}
-    assert to_device((x, "text"), cpu) == [x, "text"]
+    assert to_device((x, "text"), cpu) == (x, "text")
 
 
 def test_an_empty_loader_is_refused() -> None:

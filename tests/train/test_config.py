@@ -80,27 +80,6 @@ def test_override_below_a_value_is_refused(tmp_path: Path) -> None:
         load_config(path, {"seed.lr": 1})
 
 
-@pytest.mark.parametrize(
-    ("former", "present"),
-    [
-        ({"tempering": "cosine"}, {"noise_mix": "cosine"}),
-        ({"allocation": "learned", "bit_start": "middle"}, {"allocation": "middle"}),
-        ({"bit_start": "noise", "method": "lsq-learned"}, {"allocation": "noise", "method": "lsq-learned"}),
-        ({"allocation": "learned"}, {"allocation": "noise"}),
-        ({"allocation": "hawq", "bit_start": "noise"}, {"allocation": "hawq"}),
-        (
-            {"optimizer": {"boundary_lr": 0.2, "boundary_decay": 0.1, "boundary_momentum": 0.5}},
-            {"optimizer": {"range_lr": 0.2, "range_decay": 0.1, "range_momentum": 0.5}},
-        ),
-    ],
-    ids=str,
-)
-def test_run_folders_and_records_of_former_names_are_read(
-    former: dict[str, object], present: dict[str, object]
-) -> None:
-    assert check_config({**SMALL, **former}) == check_config({**SMALL, **present})
-
-
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_config(tmp_path / "absent.yaml")

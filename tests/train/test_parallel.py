@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.errors import ConfigError, NonFiniteError
+from nipq.errors import ConfigError, MissingDependencyError, NonFiniteError
 from nipq.train import optim
 from nipq.train.batches import TensorSplit, slice_of
 from nipq.train.checks import Tally, non_finite_loss
@@ -182,3 +183,9 @@ def test_another_engine_of_the_launcher_is_refused(make_config: Make, monkeypatc
     accelerator = SimpleNamespace(distributed_type=SimpleNamespace(name="DEEPSPEED"))
     with pytest.raises(ConfigError, match="found that they were launched with DEEPSPEED; launch them without it"):
         join_(nn.Linear(1, 1), make_config().parallel, accelerator)
+
+
+def test_a_missing_accelerate_is_named_with_its_extra(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(MissingDependencyError, match=r'needed for nipq train; .*pip install "nipq\[accelerate\]"'):
+        Trainer(make_config())

@@ -46,8 +46,8 @@ def allocate_bits_(
     or without labels, and solves the integer programme. Learned bit-widths start on the budget: the cost of the
     continuous bits is not above any limit, those at an end of their range kept ``MARGINS[0]`` bits away from it, or
     less where the budget leaves no room. (A budget that only the fewest bits keep is exceeded by a thousandth of the
-    range.) ``"hawq"`` uses the traces of the Hessian (:mod:`nipq.budget.hawq`; needs labels and the ``hawq`` extra) and
-    ``"uniform"`` gives all tensors one width; both freeze.
+    range.) ``"hawq"`` uses the traces of the Hessian (:mod:`nipq.budget.hawq`; needs labels and the ``analysis`` extra)
+    and ``"uniform"`` gives all tensors one width; both freeze.
 
     Call it after ``prepare_`` and ``calibrate_``, and calibrate again afterwards: clipping ranges belong to bit-widths.
     Modes, phases, weights and batch-norm statistics stay as they are. With several ranks each reads as many batches of
@@ -175,7 +175,7 @@ def uniform_bits_(model: nn.Module, budget: Budget) -> None:
     tensor that may not have the common bit-width takes the next lower one that it may. Fixed bit-widths stay.
 
     Args:
-        model: a prepared model; calibrate it afterwards, as boundaries are for the bit-widths of the moment.
+        model: a prepared model; calibrate it afterwards, as clipping ranges are for the bit-widths of the moment.
         budget: the limits.
 
     Raises:

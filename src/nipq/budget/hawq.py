@@ -28,7 +28,7 @@ from nipq.budget.hessian import (
     LabelledBatch,
     LossFn,
     Trace,
-    float_twin,
+    float_copy,
     input_samples,
     input_traces,
     labelled,
@@ -155,7 +155,7 @@ def sensitivities(
                 "Call nipq.calibrate_(model, loader) first; it also chooses the inputs' grids."
             )
     names = {module: name for name, module in model.named_modules()}
-    twin = float_twin(model, quantized=False)
+    copied = float_copy(model, quantized=False)
     weights: dict[str, nn.Parameter] = {}
     inputs: dict[str, nn.Module] = {}
     for row in rows:
@@ -166,17 +166,17 @@ def sensitivities(
                     "inputs of layers; found some to choose. Fix them, such as by Config(attention_bits=8)."
                 )
             continue
-        layer = twin.get_submodule(names[row.layer])
+        layer = copied.get_submodule(names[row.layer])
         if not row.weight.is_frozen:
             weights.setdefault(row.weight.name, float_weight(layer))
         if row.input is not None and not row.input.is_frozen:
             inputs[row.input.name] = layer
-    data = _first(loader, samples, next(twin.parameters()).device)
+    data = _first(loader, samples, next(copied.parameters()).device)
     batches = [(batch.inputs, batch.targets) for batch in data]
-    traces = input_traces(twin, batches, loss_fn, inputs, probes=probes, seed=seed)
+    traces = input_traces(copied, batches, loss_fn, inputs, probes=probes, seed=seed)
     if weights:
-        traces |= weight_traces(twin, batches, loss_fn, weights, probes=probes, seed=seed)
-    values: dict[str, Tensor] = {**weights, **_activations(twin, inputs, [batch.inputs for batch in data])}
+        traces |= weight_traces(copied, batches, loss_fn, weights, probes=probes, seed=seed)
+    values: dict[str, Tensor] = {**weights, **_activations(copied, inputs, [batch.inputs for batch in data])}
     open_ = [(q, choices) for q, choices in zip(table.quantizers, table.choices, strict=True) if not q.is_frozen]
     for quantizer, _ in open_:
         if quantizer.name not in traces:
@@ -195,10 +195,10 @@ def _sensitivity(quantizer: TensorQuantizer, trace: Trace, values: Tensor, choic
 
 @torch.no_grad()
 def squared_error(quantizer: TensorQuantizer, values: Tensor, bits: int) -> float:
-    """Mean squared error at so many bits with the boundary of least noise error, on the quantizer's grid.
+    """Mean squared error at so many bits with the clipping range of least noise error, on the quantizer's grid.
 
     Args:
-        quantizer: says on which grid and with how many boundaries.
+        quantizer: says on which grid and with how many clipping ranges.
         values: a tensor or a sample of it.
         bits: bit-width.
 

@@ -118,7 +118,7 @@ def curvature(
         ConfigError: if a name is not a parameter, or there is no batch.
         MissingDependencyError: without curvlinops.
     """
-    network = float_twin(model, quantized=quantized)
+    network = float_copy(model, quantized=quantized)
     chosen = stored_weights(network) if parameters is None else _named(network, parameters)
     tensors = list(chosen.values())
     data = labelled(batches, tensors[0].device)
@@ -457,7 +457,7 @@ def stored_weights(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def float_twin(model: nn.Module, *, quantized: bool = True) -> nn.Module:
+def float_copy(model: nn.Module, *, quantized: bool = True) -> nn.Module:
     """A copy of the network without quantizers, in evaluation mode, no parameter of which asks for gradients.
 
     Args:
@@ -467,16 +467,16 @@ def float_twin(model: nn.Module, *, quantized: bool = True) -> nn.Module:
     Returns:
         The copy; inputs are not quantized in it.
     """
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    if not is_quantized(twin):
-        return twin
-    set_phase_(twin, Phase.ROUND if quantized else Phase.FLOAT)
-    rows = weight_table(twin)
+    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    if not is_quantized(copied):
+        return copied
+    set_phase_(copied, Phase.ROUND if quantized else Phase.FLOAT)
+    rows = weight_table(copied)
     values = [weight(float_weight(row.layer)).clone() for row, weight in rows]
-    restore_(twin)
+    restore_(copied)
     for (row, _), value in zip(rows, values, strict=True):
         float_weight(row.layer).copy_(value)
-    return twin
+    return copied
 
 
 @contextmanager

@@ -171,7 +171,7 @@ def _probed(quantizers: list[TensorQuantizer], sign: float, seed: int) -> Iterat
     def probe(quantizer: TensorQuantizer, x: Tensor) -> Tensor:
         if not quantizer.calibrated:
             raise OrderError(
-                f"{quantizer.name}: expected a calibrated boundary, found none. Call nipq.calibrate_ before."
+                f"{quantizer.name}: expected a calibrated clipping range, found none. Call nipq.calibrate_ before."
             )
         alpha = quantizer.spread(quantizer.alpha.detach(), x.ndim)
         noise = sign * uniform_noise(x.detach(), generator)

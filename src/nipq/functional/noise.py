@@ -4,7 +4,7 @@
 rounding the very tensor would make, is what the theory of its section 5.2 asks for: where uniform noise is far from the
 truth (two bits, zero-heavy tensors, weights that have settled on the grid) it keeps the gradient of the clipping range
 right (T3 in ``docs/internals/paper-map.md``). Beyond the paper: ``gaussian_noise`` (DiffQ's), ``stochastic_noise``
-(LOTION's) and ``tempered`` noise.
+(LOTION's) and noise with a share of the true error (``mixed_noise``).
 """
 
 from __future__ import annotations
@@ -270,12 +270,12 @@ def true_error(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Te
     return integer_codes(x, step, *code_range(alpha, bits, grid)) - x / step
 
 
-def tempered(noise: Tensor, error: Tensor, share: Tensor | float) -> Tensor:
+def mixed_noise(noise: Tensor, error: Tensor, share: Tensor | float) -> Tensor:
     """A mixture of noise and true error that leads from the proxy to the quantizer.
 
     (1 - share) noise + share error: the proxy at share 0, exactly the true quantizer's value and gradients at 1.
 
-    Paper: noise tempering (arXiv 2212.05603) and soft-then-hard (arXiv 2104.05168); not in NIPQ's.
+    Paper: "noise tempering" (arXiv 2212.05603) and soft-then-hard (arXiv 2104.05168); not in NIPQ's.
 
     Args:
         noise: units of the step.

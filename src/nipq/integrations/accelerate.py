@@ -5,7 +5,7 @@
     nipq.prepare_(model, example_inputs)
     optimizer = torch.optim.AdamW(nipq.param_groups(model, lr=1e-3, bits_lr=1e-2))
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    session = AcceleratedSession(accelerator, model, budget, total_steps, optimizer=optimizer)
+    session = AcceleratedSession(accelerator, model, budget, total_steps, optimizer=optimizer, loader=samples)
     for x, y in loader:
         with accelerator.accumulate(model):
             accelerator.backward(criterion(model(x), y) + session.penalty())
@@ -48,7 +48,8 @@ class AcceleratedSession(QATSession):
         budget: the limits.
         total_steps: optimizer steps of search and fine-tuning together, not micro-batches.
         optimizer: the optimizer that it prepared, or all of them.
-        **settings: of :class:`nipq.QATSession`; the ``loader`` for batch norms among them.
+        **settings: of :class:`nipq.QATSession`; among them the ``loader`` for calibration, the
+            first bits and batch norms, and ``schedule``, which is None here.
 
     Raises:
         OrderError: if the accelerator has a session already, or model or optimizer came before ``nipq.prepare_``.

@@ -22,7 +22,7 @@ from nipq.functional.bitwidth import bits_from_raw, round_bits, stochastic_round
 from nipq.functional.clipping import alpha_from_raw, spread_along
 from nipq.functional.counter_rng import is_dense, unit_draw
 from nipq.functional.grid import Grid, GridKind
-from nipq.functional.noise import ErrorTable, draw_noise, error_table, table_noise, tempered, true_error
+from nipq.functional.noise import ErrorTable, draw_noise, error_table, mixed_noise, table_noise, true_error
 from nipq.functional.uniform import widened
 from nipq.kernels import cpu
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
@@ -264,7 +264,7 @@ def plain_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings)
     else:
         noise = table_noise(seen, ErrorTable(tensors.table, tensors.table_count), tensors.key)
     if tensors.error_share is not None:
-        noise = tempered(noise, true_error(seen, *fixed), tensors.error_share)
+        noise = mixed_noise(noise, true_error(seen, *fixed), tensors.error_share)
     out = proxy.noise_proxy(
         wide, alpha, bits, noise, settings.grid,
         clip_after_noise=settings.clip_after_noise, correct_range=settings.range_correction,

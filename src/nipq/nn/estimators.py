@@ -27,7 +27,7 @@ from nipq.functional.baselines import (
 from nipq.functional.bitwidth import stochastic_round_bits
 from nipq.functional.clipping import max_range
 from nipq.functional.counter_rng import unit_draw
-from nipq.functional.noise import draw_noise, tempered, true_error
+from nipq.functional.noise import draw_noise, mixed_noise, true_error
 from nipq.functional.uniform import widened
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.dispatch import backend, noise_proxy, quantize
@@ -277,7 +277,7 @@ class DiffQ(Estimator):
         seen, fixed = wide.detach(), (alpha.detach(), bits.detach(), grid)
         noise = draw_noise(self.noise, seen, *fixed, key)
         if quantizer.error_share is not None:
-            noise = tempered(noise, true_error(seen, *fixed), quantizer.error_share)
+            noise = mixed_noise(noise, true_error(seen, *fixed), quantizer.error_share)
         return untruncated_proxy(wide, alpha, bits, noise, grid).to(x.dtype)
 
 

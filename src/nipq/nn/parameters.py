@@ -99,7 +99,8 @@ class QuantizerParameters(nn.Module):
 
     bit_raw: nn.Parameter
     bits_frozen: Tensor
-    #: Share of the true error in the noise, 0 to 1, shape (1,); None stands for 0 at no cost. See ``temper_``.
+    #: Share of the true error in the noise, 0 to 1, shape (1,); None stands for 0 at no cost. See
+    #: ``set_noise_mix_``.
     error_share: Tensor | None
     #: Upper end of the ReLU6 that the tensor comes from, see ``nipq.nn.relu``.
     cap: float = math.inf

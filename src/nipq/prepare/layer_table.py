@@ -174,10 +174,10 @@ def phase_of(model: nn.Module) -> Phase:
 def set_noise_mix_(model: nn.Module, share: float) -> None:
     """Set the share of the true rounding error in the noise: 0 is the noise proxy, 1 the true quantizer.
 
-    eps_t = (1 - share) eps + share e in every quantizer, for methods with noise. Raised from 0 to 1 in the session of
-    training it leads from pseudo-quantization to quantization without a jump.
+    eps_t = (1 - share) eps + share e in every quantizer, for methods with noise. Raised from 0 to 1 over the
+    search it leads from pseudo-quantization to quantization without a jump.
 
-    Paper: not in it; noise tempering (arXiv 2212.05603).
+    Paper: not in it; "noise tempering" (arXiv 2212.05603).
 
     Args:
         model: a prepared model.

@@ -38,7 +38,7 @@ _FIRST_GRIDS: dict[GridChoice, Grid] = {
 }
 
 #: From so many fixed bits on, the clipping range of the model's own input stays as calibration set it.
-FIXED_BOUNDARY_BITS = 8
+FIXED_RANGE_BITS = 8
 
 
 def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> nn.Module:
@@ -180,7 +180,7 @@ def _input_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config:
     assert isinstance(layer.weight, Tensor)
     bits, learns = plan.activation_bits, True
     if spec.is_input:
-        few = bits.fixed is None or bits.fixed < FIXED_BOUNDARY_BITS
+        few = bits.fixed is None or bits.fixed < FIXED_RANGE_BITS
         learns = few if config.learn_input_range is None else config.learn_input_range
     return _operand(f"{spec.name}.input", bits, plan.grid, config, learns=learns).to(layer.weight.device)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nipq.budget.allocate import allocate_bits_, start_bits_, uniform_bits
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible, costs
-from nipq.budget.distance import Judgement, OutputJudge, floats_in
+from nipq.budget.distance import Judgement, OutputJudge, floats_in, output_distance
 from nipq.budget.freeze import freeze_to_
 from nipq.budget.sensitivity import LossFn, check_scalar, targets_of
 from nipq.config import Config, Phase
@@ -36,15 +36,20 @@ from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.ptq.report import QuantizationReport, Stage
 from nipq.ptq.samples import Samples, cut, read_samples, sample_count
-from nipq.ptq.train import train_
 from nipq.qat.batchnorm import batchnorms, reestimate_bn_, reestimate_bn_if_better_
 from nipq.qat.calibrate import calibrate_
+from nipq.qat.optim import param_groups
+from nipq.qat.session import QATSession
 from nipq.report.summary import summary
 from nipq.verify.api import Artifact, verify
 from nipq.verify.result import VerifyResult
 
 #: Settings of post-training quantization: clipping ranges of weights per output channel, and the defaults.
 CONFIG = Config(granularity="channel")
+
+#: Learning rate of AdamW for weights and ranges. Ten times as much served a small network for digits better, and
+#: ruined a pretrained EfficientNet-Lite0 within 32 steps; see experiments/post_training/README.md.
+LR = 1e-4
 
 #: How often sensitivities are measured: in the middle of the range or at one width, then at the first assignment.
 ROUNDS = 2
@@ -136,7 +141,7 @@ def quantize(
         config: settings of ``prepare_``; the default is :data:`CONFIG`.
         example_inputs: what ``prepare_`` traces the model with; the first sample if left out.
         samples: how many samples to read for all measurements.
-        epochs: passes over the whole loader to train afterwards, with the settings of :mod:`nipq.ptq.train`.
+        epochs: passes over the whole loader to train afterwards, with AdamW at :data:`LR` and a cosine.
         loss_fn: loss of outputs and targets to train with; if left out, the distance from the float model's outputs,
             and no targets are needed.
         lr: learning rate of the training, if not the default's.
@@ -264,7 +269,7 @@ class _Stages:
         note = f"{epochs} epoch{'s' if epochs > 1 else ''} {'towards float' if loss_fn is None else 'by loss_fn'}"
         self._stage(
             "training",
-            lambda: train_(self.model, teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr, seed=self.seed),
+            lambda: _train_(self.model, teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr, seed=self.seed),
             note=note,
         )
         self._keep_last(kept=loss_fn is not None or self.stages[-1].distance < nearest)
@@ -348,3 +353,67 @@ def _check_loss(model: nn.Module, samples: Samples, loss_fn: LossFn, device: tor
         raise NonFiniteError(
             f"loss_fn: expected a finite loss of the float model, found {float(loss.detach())}. Look at targets."
         )
+
+
+def _train_(
+    model: nn.Module,
+    teacher: nn.Module,
+    loader: Iterable[Any],
+    budget: Budget | None,
+    *,
+    epochs: int,
+    loss_fn: LossFn | None = None,
+    lr: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Train a quantized model with frozen bits, in place, by a QAT session with settings that need no tuning.
+
+    Weights and clipping ranges are trained with fake quantization (rounding with the straight-through estimator), by
+    AdamW and the session's cosine. Batch norms keep their statistics: those of a few calibration samples are worse than
+    the ones that the network came with. It ends in evaluation mode.
+
+    Args:
+        model: a prepared model with frozen bits and calibrated ranges.
+        teacher: the float model in evaluation mode, whose outputs are the targets where there is no ``loss_fn``.
+        loader: batches, read once an epoch.
+        budget: the limits, which the frozen bits keep.
+        epochs: passes over the loader.
+        loss_fn: of outputs and targets; if left out, the distance from the teacher's outputs.
+        lr: learning rate; :data:`LR` if left out.
+        seed: of torch's generators meanwhile, which are restored.
+
+    Raises:
+        NonFiniteError: if the loss is not finite.
+        ConfigError: if ``loss_fn`` returns no scalar.
+    """
+    steps = epochs * (len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader))
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.0), lr=lr or LR)
+    session = QATSession(model, budget, steps, optimizer=optimizer, finetune=1.0, batchnorm_batches=0)
+    norms = batchnorms(model).values()
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        torch.manual_seed(seed)
+        model.train()
+        for norm in norms:
+            norm.eval()
+        for _ in range(epochs):
+            for batch in loader:
+                inputs = to_device(inputs_of(batch), device)
+                outputs = call_model(model, inputs)
+                if loss_fn is None:
+                    with torch.no_grad():
+                        truth = floats_in(call_model(teacher, inputs))
+                    loss = output_distance(outputs, truth)
+                else:
+                    loss = loss_fn(outputs, to_device(targets_of(batch), device))
+                    check_scalar(loss)
+                if not bool(torch.isfinite(loss)):
+                    raise NonFiniteError(
+                        f"training: expected a finite loss, found {float(loss.detach())} at step {session.steps}. "
+                        "Lower lr."
+                    )
+                (loss + session.penalty()).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                optimizer.zero_grad()
+                session.step()
+    session.finish()

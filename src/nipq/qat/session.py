@@ -84,7 +84,8 @@ class QATSession:
         allocation: where the first bit-widths come from, see :func:`nipq.allocate_bits_`. ``"noise"``: they are
             learned from there on. ``"hawq"``, ``"uniform"``: they are frozen at once. None: learned, from the middle of
             their range.
-        calibration_batches: batches read for clipping ranges.
+        calibration_batches: batches read for clipping ranges; 0 starts nothing, for a model that loads a checkpoint
+            after the session was built.
         allocation_batches: batches read for the allocation.
         batchnorm_batches: batches read for each re-estimation of batch norms; 0 leaves the statistics of training.
         finetune_phase: ``"round"``, or ``"noise"`` to fine-tune with the method's own noise.
@@ -162,7 +163,8 @@ class QATSession:
             check_feasible(self.model, budget)
         has_batchnorm = any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in self.model.modules())
         self._loader, self._batches = loader, batchnorm_batches if has_batchnorm else 0
-        self._check_loader()
+        starts = calibration_batches > 0 and not is_calibrated(self.model)
+        self._check_loader(starts=starts)
         self.total_steps, self.finetune, self.noise_mix, self.finetune_phase = (
             total_steps, finetune, noise_mix, finetune_phase
         )  # fmt: skip
@@ -181,7 +183,7 @@ class QATSession:
         # Of all of these DDP waits for a gradient, of those that the allocation freezes, too.
         self._former = list(dict.fromkeys(q.bit_raw for q in quantizers(self.model) if not q.is_frozen))
         self.sensitivity: dict[str, float] | None = None
-        if not is_calibrated(self.model):
+        if starts:
             assert loader is not None  # checked above
             self.sensitivity = calibrate_and_allocate_(
                 self.model, loader, budget, loss_fn, allocation=allocation, calibration_batches=calibration_batches,
@@ -470,9 +472,9 @@ class QATSession:
     def _note_step(self, *_: object) -> None:
         self._stepped = True
 
-    def _check_loader(self) -> None:
+    def _check_loader(self, *, starts: bool) -> None:
         """Refuse a missing loader, or one that can be read once only."""
-        if self._loader is None and (self._batches or not is_calibrated(self.model)):
+        if self._loader is None and (self._batches or starts):
             raise ConfigError(
                 f"{type(self.model).__name__}: expected a loader to calibrate the model and to re-estimate its batch "
                 "norms, found none. Give loader=...; a calibrated model needs none with batchnorm_batches=0."

@@ -42,14 +42,14 @@ class LayerFacts:
         spec: name, class and counts per sample.
         weight_bits: allowed bit-widths of the weight.
         input_bits: allowed bit-widths of the input, empty when it stays float.
-        boundaries: how many clipping ranges the weight has.
+        ranges: how many clipping ranges the weight has.
         shares_weight_with: the layer whose weight it shares and that comes first, or None.
     """
 
     spec: LayerSpec
     weight_bits: tuple[int, ...]
     input_bits: tuple[int, ...]
-    boundaries: int
+    ranges: int
     shares_weight_with: str | None
 
 
@@ -143,7 +143,7 @@ class Inspection:
             table.add_row(
                 spec.name + (f" = {layer.shares_weight_with}" if layer.shares_weight_with else ""),
                 spec.kind,
-                _choices(layer.weight_bits) + (f" x{layer.boundaries}" if layer.boundaries > 1 else ""),
+                _choices(layer.weight_bits) + (f" x{layer.ranges}" if layer.ranges > 1 else ""),
                 "-" if spec.is_table else _choices(layer.input_bits) + (" (image)" if spec.is_input else ""),
                 f"{spec.weight_count:,}",
                 f"{spec.activation_count:,}",
@@ -245,7 +245,7 @@ def _facts(row: LayerRow, first: str) -> LayerFacts:
         spec=row.spec,
         weight_bits=row.weight.bit_range.choices,
         input_bits=() if row.input is None else row.input.bit_range.choices,
-        boundaries=row.weight.alpha_raw.numel(),
+        ranges=row.weight.alpha_raw.numel(),
         shares_weight_with=None if first == row.name else first,
     )
 

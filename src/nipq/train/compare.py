@@ -74,8 +74,8 @@ class Grid(Settings):
         methods: rows of the table by label: the word of a ``method``, a ``budgets`` list where the row is not for all
             of them, and any fields of the config. A plain list of words is short for rows of these names.
         seeds: one column of cells each.
-        baseline: the row that is set against its rivals; the first one if left out.
-        rivals: the rows that it is set against; all others if left out.
+        baseline: the row that is compared with the others; the first one if left out.
+        against: the rows that it is compared with; all others if left out.
 
     Raises:
         ConfigError: if a field is wrong, or a label names nothing or two things.
@@ -88,7 +88,7 @@ class Grid(Settings):
     methods: dict[str, Tree] = Field(min_length=1)
     seeds: tuple[int, ...] = Field(min_length=1)
     baseline: str = ""
-    rivals: tuple[str, ...] | None = None
+    against: tuple[str, ...] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -116,7 +116,7 @@ class Grid(Settings):
         rows, faults = list(self.methods), []
         if FLOAT in rows:
             faults.append(f"expected no row of the name {FLOAT!r}, which is the float cells'; name it otherwise")
-        for where, labels in (("baseline", [self.baseline]), ("rivals", self.rivals or ())):
+        for where, labels in (("baseline", [self.baseline]), ("against", self.against or ())):
             faults += [f"{where}: {_unknown(label, 'row', rows)}" for label in labels if label not in rows]
         sections: dict[str, Tree] = {"base": self.base, "float": self.float}
         sections |= {f"row {label!r}": row for label, row in self.methods.items()}

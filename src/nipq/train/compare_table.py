@@ -101,14 +101,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The baseline against its best rival at one budget: of those that share most seeds, the one least behind.
+    """The baseline against the best other method at one budget: of those that share most seeds, the one least behind.
 
     The difference is paired by seed; the outcome is ``better`` or ``worse`` where its interval excludes 0, else
     ``open``.
     """
 
     baseline: str
-    rival: str
+    other: str
     difference: Estimate
     outcome: str
 
@@ -252,16 +252,16 @@ def _mean(values: Series[float]) -> float | None:
 
 
 def _verdict(grid: Grid, rows: Sequence[Row], metric: Metric) -> Verdict | None:
-    rivals = [label for label in grid.methods if label != grid.baseline] if grid.rivals is None else grid.rivals
-    found = [(row.label, row.behind) for row in rows if row.label in rivals and row.behind is not None]
+    others = [label for label in grid.methods if label != grid.baseline] if grid.against is None else grid.against
+    found = [(row.label, row.behind) for row in rows if row.label in others and row.behind is not None]
     if not found:
         return None
     sign = 1 if metric.higher_is_better else -1
     most = max(behind.count for _, behind in found)
-    rival, difference = min(
+    other, difference = min(
         ((label, behind) for label, behind in found if behind.count == most), key=lambda pair: sign * pair[1].mean
     )
-    return Verdict(grid.baseline, rival, difference, {1: "better", 0: "open", -1: "worse"}[sign * difference.side()])
+    return Verdict(grid.baseline, other, difference, {1: "better", 0: "open", -1: "worse"}[sign * difference.side()])
 
 
 def headings(comparison: Comparison) -> list[str]:
@@ -319,14 +319,14 @@ def prefixed(value: float) -> str:
 
 
 def verdict_line(block: Block, comparison: Comparison) -> str | None:
-    """The baseline against its best rival, in words; ``None`` without one."""
+    """The baseline against the best other method, in words; ``None`` without one."""
     verdict, metric = block.verdict, comparison.metric
     if verdict is None:
         return None
     difference = verdict.difference
     number = interval(difference, _digits(comparison), sign=True)
     unit = "points" if metric.unit == "%" else metric.unit
-    text = f"{verdict.baseline} minus the best rival, {verdict.rival}: {number} {unit}".rstrip()
+    text = f"{verdict.baseline} minus the best other method, {verdict.other}: {number} {unit}".rstrip()
     if difference.half is None:
         return f"{text} (one seed, no interval)"
     said = {"better": "better", "worse": "worse", "open": "not decided, the interval holds 0"}[verdict.outcome]
@@ -360,7 +360,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         table = Table(title=f"{comparison.name}, budget {block.budget}", title_justify="left", box=SIMPLE_HEAD)
         for number, heading in enumerate(headings(comparison)):
             table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
-        best = block.verdict.rival if block.verdict else None
+        best = block.verdict.other if block.verdict else None
         for row in (*_first(comparison), *block.rows):
             style = "bold" if row.label == comparison.baseline else "italic" if row.label == best else None
             table.add_row(*cells_of(row, comparison), style=style)

@@ -283,7 +283,7 @@ class TrainConfig(Settings):
     @classmethod
     def _method(cls, fields: Any) -> Any:  # noqa: ANN401 - whatever is to become a config
         """Put the settings of the method under the given ones."""
-        return with_method(renamed(fields)) if isinstance(fields, Mapping) else fields
+        return with_method(fields) if isinstance(fields, Mapping) else fields
 
     @model_validator(mode="after")
     def _shardable(self) -> Self:
@@ -302,31 +302,6 @@ class TrainConfig(Settings):
                 f"{self.quantization.method!r}; choose one of {', '.join(NOISY)}, or leave noise_mix out"
             )
         return self
-
-
-#: Former names of fields by section, which run folders and recorded results may hold.
-FORMER = {
-    "optimizer": {
-        "boundary_lr": "range_lr",
-        "boundary_decay": "range_decay",
-        "boundary_momentum": "range_momentum",
-    },
-    "quantization": {"boundary_correction": "range_correction", "learn_input_boundary": "learn_input_range"},
-}
-
-
-def renamed(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a run's config under their present names, whatever names they were written with."""
-    found = dict(fields)
-    for section, names in FORMER.items():
-        if isinstance(found.get(section), Mapping):
-            found[section] = {names.get(key, key): value for key, value in found[section].items()}
-    if "tempering" in found:
-        found["noise_mix"] = found.pop("tempering")
-    start, allocation = found.pop("bit_start", None), found.get("allocation")
-    if allocation == "learned" or (start is not None and allocation not in ("uniform", "hawq")):
-        found["allocation"] = start or "noise"
-    return found
 
 
 # ---------------------------------------------------------------------- methods

@@ -73,7 +73,7 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
     Raises:
         ConfigError: if the folder holds another run, or config, data and model do not fit each other.
         BudgetError: if the budget is out of reach.
-        NonFiniteError: if a loss or boundary stops being finite; the last checkpoint stays.
+        NonFiniteError: if a loss or clipping range stops being finite; the last checkpoint stays.
         FileFormatError: if a checkpoint cannot be read.
         DistributedError: if another process is gone, or holds another model.
     """

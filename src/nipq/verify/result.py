@@ -55,8 +55,8 @@ class VerifyResult:
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; the checks are under ``"rungs"``, the name in files written so far."""
-        return {"passed": bool(self), "rungs": [asdict(check) for check in self.checks]}
+        """Plain numbers and strings, for JSON."""
+        return {"passed": bool(self), "checks": [asdict(check) for check in self.checks]}
 
     def table(self) -> Table:
         """The table that ``print`` shows, for a rich console of any width."""

@@ -12,7 +12,7 @@ from nipq.errors import ConfigError
 from nipq.train.compare import Grid, expand, load_grid
 from nipq.train.config import METHODS, check_config, merged
 
-GRIDS = sorted((Path(__file__).parents[2] / "configs" / "grids").glob("*.yaml"))
+GRIDS = sorted((Path(__file__).parents[3] / "configs" / "grids").glob("*.yaml"))
 MakeGrid = Callable[..., Grid]
 
 BASE = {
@@ -128,7 +128,7 @@ def test_every_fault_is_named_with_its_row_and_field(
     ("changes", "message"),
     [
         ({"baseline": "hers"}, "baseline: expected a known row (ours, rival), found 'hers'"),
-        ({"rivals": ["rifal"]}, "rivals: expected a known row (ours, rival), found 'rifal'; did you mean 'rival'?"),
+        ({"against": ["rifal"]}, "against: expected a known row (ours, rival), found 'rifal'; did you mean 'rival'?"),
         ({"methods": {"float": "nipq"}}, "expected no row of the name 'float'"),
         ({"methods": {"a": {"method": "nipq", "seed": 1}}}, "row 'a': expected no 'seed', found 1"),
         ({"methods": {"a": {"method": "nipq", "model": {}}}}, "row 'a': expected no 'model'"),

@@ -84,17 +84,17 @@ def test_the_verdict_needs_an_interval_without_zero(
     assert verdict.outcome == outcome
 
 
-def test_where_lower_is_better_the_best_rival_is_the_lowest(make_grid: MakeGrid, table: Table) -> None:
+def test_where_lower_is_better_the_best_other_method_is_the_lowest(make_grid: MakeGrid, table: Table) -> None:
     grid = make_grid(methods=dict.fromkeys(("ours", "a", "b"), "nipq"))
     found = table(grid, {"ours": [1.0, 1.1], "a": [2.0, 2.11], "b": [1.5, 1.61]}, metric=PSNR)
     verdict = found.blocks[0].verdict
     assert verdict is not None
-    assert (verdict.rival, verdict.outcome) == ("b", "better")
+    assert (verdict.other, verdict.outcome) == ("b", "better")
     assert verdict.difference.mean == pytest.approx(-0.505)
     assert "lower is better" in " ".join(notes(found))
     higher = table(grid, {"ours": [1.0, 1.1], "a": [2.0, 2.11], "b": [1.5, 1.61]})
     assert higher.blocks[0].verdict is not None
-    assert (higher.blocks[0].verdict.rival, higher.blocks[0].verdict.outcome) == ("a", "worse")
+    assert (higher.blocks[0].verdict.other, higher.blocks[0].verdict.outcome) == ("a", "worse")
 
 
 def test_missing_seeds_are_marked_and_left_out_of_pairs(make_grid: MakeGrid, table: Table) -> None:
@@ -108,18 +108,18 @@ def test_missing_seeds_are_marked_and_left_out_of_pairs(make_grid: MakeGrid, tab
     assert "fewer seeds" not in markdown(table(make_grid(), {"ours": [80, 81], "rival": [79, 80]}))
 
 
-def test_a_rival_with_fewer_seeds_is_not_the_best_because_of_it(make_grid: MakeGrid, table: Table) -> None:
+def test_a_method_with_fewer_seeds_is_not_the_best_because_of_it(make_grid: MakeGrid, table: Table) -> None:
     grid = make_grid(methods=dict.fromkeys(("ours", "all", "one"), "nipq"))
     found = table(grid, {"ours": [80, 81, 82], "all": [79, 80, 80], "one": [None, None, 95]})
     assert found.blocks[0].verdict is not None
-    assert found.blocks[0].verdict.rival == "all"
+    assert found.blocks[0].verdict.other == "all"
 
 
-def test_named_rivals_only(make_grid: MakeGrid, table: Table) -> None:
-    grid = make_grid(methods=dict.fromkeys(("ours", "variant", "rival"), "nipq"), rivals=["rival"])
+def test_named_rows_only(make_grid: MakeGrid, table: Table) -> None:
+    grid = make_grid(methods=dict.fromkeys(("ours", "variant", "rival"), "nipq"), against=["rival"])
     verdict = table(grid, {"ours": [80, 81], "variant": [85, 86], "rival": [70, 72]}).blocks[0].verdict
     assert verdict is not None
-    assert verdict.rival == "rival"
+    assert verdict.other == "rival"
     assert table(grid, {"ours": [80, 81], "variant": [85, 86]}).blocks[0].verdict is None
 
 
@@ -177,7 +177,9 @@ def test_nothing_finished_is_refused(make_grid: MakeGrid, tmp_path: Path) -> Non
 def test_the_verdict_in_words(make_grid: MakeGrid, table: Table) -> None:
     found = table(make_grid(), {"ours": [90.0, 91.0], "rival": [80.0, 81.1]})
     line = verdict_line(found.blocks[0], found)
-    assert line == "ours minus the best rival, rival: +9.95 ± 0.64 points (95 % interval, 2 seeds paired): better"
+    assert (
+        line == "ours minus the best other method, rival: +9.95 ± 0.64 points (95 % interval, 2 seeds paired): better"
+    )
     single = table(make_grid(), {"ours": [90.0], "rival": [80.0]})
     assert str(verdict_line(single.blocks[0], single)).endswith("+10.00 points (one seed, no interval)")
 
