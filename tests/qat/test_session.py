@@ -173,7 +173,7 @@ SETTINGS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Loop(finetune_phase="int"), ConfigError, "finetune_phase 'round' or 'noise', found 'int'"),
     (lambda: Loop(noise_mix="Linear"), ConfigError, "noise_mix 'none' or 'linear' or 'cosine', found 'Linear'"),
     (lambda: Loop(batchnorm_batches=-1), ConfigError, "batchnorm_batches of at least 0, found -1"),
-    (lambda: Loop(calibration_batches=0), ConfigError, "calibration_batches of at least 1, found 0"),
+    (lambda: Loop(calibration_batches=-1), ConfigError, "calibration_batches of at least 0, found -1"),
     (lambda: QATSession(net(), BUDGET, TOTAL, loader=[X], schedule="step"), ConfigError, "found 'step'"),
     (lambda: QATSession(net(), AverageBits(weights=1.5), TOTAL, loader=[X]), BudgetError, "average weight bits"),
     (lambda: QATSession(plain(), BUDGET, TOTAL), OrderError, "expected a prepared model"),

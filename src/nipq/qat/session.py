@@ -145,7 +145,7 @@ class QATSession:
             raise ConfigError(f"QATSession: expected total_steps of 0 or more, found {total_steps}.")
         _check_choices(finetune_phase=(finetune_phase, ("round", "noise")), noise_mix=(noise_mix, get_args(NoiseMix)))
         for name, count, least in (
-            ("calibration_batches", calibration_batches, 1),
+            ("calibration_batches", calibration_batches, 0),
             ("allocation_batches", allocation_batches, 1),
             ("batchnorm_batches", batchnorm_batches, 0),
         ):
