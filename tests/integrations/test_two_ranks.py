@@ -82,6 +82,26 @@ def plain(find_unused: bool) -> dict[str, Any]:
     return outcome(model, session)
 
 
+def started(allocation: Any) -> dict[str, Any]:
+    """Everything from a model that nobody calibrated, with bits that may be frozen after DDP has seen them."""
+    model = prepare_(net(), X[:1])
+    optimizer = torch.optim.SGD(param_groups(model), lr=1e-2)
+    wrapped = DistributedDataParallel(model).train()
+    own = slice(rank(), None, 2)
+    session = QATSession(
+        wrapped, BUDGET, 6, optimizer=optimizer, loader=[(X[own], Y[own])], loss_fn=cross_entropy,
+        allocation=allocation,
+    )  # fmt: skip
+    for step in range(6):
+        torch.manual_seed(rank_seed(step))
+        (cross_entropy(wrapped(X[own]), Y[own]) + session.penalty()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        session.step()
+    session.finish()
+    return outcome(model, session)
+
+
 def sharded() -> dict[str, Any]:
     model = shard_(prepared())
     torch.manual_seed(rank_seed(5))
@@ -201,6 +221,11 @@ def lit(folder: str, resume: str | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize("find_unused", [False, True])
 def test_a_plain_loop(ranks: Ranks, find_unused: bool) -> None:
     agree(*ranks(plain, find_unused))
+
+
+@pytest.mark.parametrize("allocation", ["noise", "uniform", None])
+def test_a_plain_loop_from_a_model_that_is_not_calibrated(ranks: Ranks, allocation: Any) -> None:
+    agree(*ranks(started, allocation))
 
 
 def test_a_plain_loop_with_sharded_weights(ranks: Ranks) -> None:

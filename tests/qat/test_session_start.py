@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,6 +122,77 @@ def test_a_second_scheduler_is_refused() -> None:
     torch.optim.lr_scheduler.StepLR(optimizer, 5)
     with pytest.raises(OrderError, match="without a learning-rate scheduler"):
         QATSession(model, BUDGET, TOTAL, loader=BATCHES, optimizer=optimizer)
+
+
+LATER: list[Any] = [
+    partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=lambda _: 0.9),
+    partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9),
+]
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_a_scheduler_that_comes_after_the_session_is_refused_at_its_first_step(kind: Any) -> None:
+    loop, free = Plain(), Plain(schedule=None)
+    scheduler = kind(loop.optimizer)
+    (cross_entropy(loop.model(X), Y) + loop.session.penalty()).backward()
+    loop.optimizer.step()
+    scheduler.step()
+    with pytest.raises(OrderError, match=r"that its schedule set, 0\.02, found 0\.018\. Pass schedule=None"):
+        loop.session.step()
+    kind(free.optimizer)
+    assert free.steps(2).session.steps == 2
+
+
+def test_a_refused_scheduler_leaves_the_model_alone() -> None:
+    model = fresh()
+    optimizer = torch.optim.SGD(param_groups(model), lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 5)
+    with pytest.raises(OrderError, match="without a learning-rate scheduler"):
+        QATSession(model, BUDGET, TOTAL, loader=BATCHES, optimizer=optimizer)
+    assert not is_calibrated(model)
+
+
+def test_the_length_of_the_run_that_is_continued_holds_for_the_schedule_too() -> None:
+    first = Plain().steps(3)
+    again = Plain()
+    again.model.load_state_dict(first.model.state_dict())
+    again.session = QATSession(
+        again.model, BUDGET, 5 * TOTAL, loader=BATCHES, finetune=0.3, schedule="cosine",
+        optimizer=torch.optim.SGD(param_groups(again.model), lr=0.02, momentum=0.9),
+    )  # fmt: skip
+    again.optimizer = again.session._optimizers[0]
+    again.session.load_state_dict(first.session.state_dict())
+    for loop in (first, again):
+        loop.steps(4)
+    assert again.optimizer.param_groups[0]["lr"] == first.optimizer.param_groups[0]["lr"]
+
+
+def test_a_search_in_evaluation_mode_is_refused() -> None:
+    loop = Plain()
+    loop.model.eval()
+    (cross_entropy(loop.model(X), Y) + loop.session.penalty()).backward()
+    loop.optimizer.step()
+    with pytest.raises(OrderError, match=r"expected training mode when .* found evaluation mode.*model\.train"):
+        loop.session.step()
+    loop = Plain()
+    loop.model.train()[1].eval()  # a batch norm may keep its statistics
+    (cross_entropy(loop.model(X), Y) + loop.session.penalty()).backward()
+    loop.optimizer.step()
+    loop.model.eval()  # and the model may be evaluated before the session's step
+    loop.session.step()
+    assert loop.session.steps == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.5}], ids=str)
+def test_fine_tuning_alone_goes_on_with_the_batch_norms_that_it_had(settings: dict[str, Any]) -> None:
+    first = Plain(finetune=1.0, **settings).steps(5)
+    model = prepare_(plain(), X[:1])
+    model.load_state_dict(first.model.state_dict())
+    again = Plain(model, finetune=1.0, **settings)
+    again.session.load_state_dict(first.session.state_dict())
+    assert equal(again.model.state_dict(), first.model.state_dict())
+    with pytest.raises(OrderError, match="state of a session after its freeze"):
+        again.session.load_state_dict(Plain(**settings).session.state_dict())
 
 
 def test_a_ratio_of_rates_is_applied_once() -> None:

@@ -118,6 +118,15 @@ def test_resume_with_noise_mix_and_oscillations_is_exact(make_config: Make, tmp_
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
 
 
+def test_resume_where_there_is_no_search_is_exact(make_config: Make, tmp_path: Path) -> None:
+    stages = {"float": {"epochs": 1}, "search": {"epochs": 0}, "finetune": {"epochs": 2}}
+    config = make_config(stages=stages, data=DATA, allocation="uniform", ema_decay=0.9)
+    expected = trained(config, tmp_path / "checkpoint.pt", set())
+    found = trained(config, tmp_path / "checkpoint.pt", {5, 8, 10})
+    assert found.progress.states == expected.progress.states
+    assert {"frozen", "bn"} < found.progress.states.keys()
+
+
 def test_uniform_bits_need_no_search(make_config: Make, tmp_path: Path) -> None:
     budget = {"average_bits": {"weights": 3.5, "activations": 4}}
     stages = {**SHORT, "finetune": {"epochs": 0}}

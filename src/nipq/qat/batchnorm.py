@@ -49,8 +49,17 @@ class BatchNormUpdate:
 
     def __init__(self, before: dict[str, tuple[_BatchNorm, dict[str, Tensor]]], batches: int) -> None:
         self._before = before
+        self._after = {name: _values(module) for name, (module, _) in before.items()}
         self.batches = batches
         self.shifts = tuple(_shift(name, module, values) for name, (module, values) in before.items())
+
+    def is_current(self) -> bool:
+        """Whether the statistics are still those that it left (reads values)."""
+        return all(
+            torch.equal(getattr(module, name), value)
+            for norm, (module, _) in self._before.items()
+            for name, value in self._after[norm].items()
+        )
 
     @torch.no_grad()
     def undo(self) -> None:

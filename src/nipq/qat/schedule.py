@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -63,31 +64,71 @@ def schedulers(schedule: Schedule, optimizers: Sequence[Optimizer], total_steps:
         ConfigError: if the schedule is of another kind.
         OrderError: if an optimizer has a scheduler already.
     """
+    check_schedule(schedule, optimizers)
     if schedule is None:
         return []
+    factor = cosine(total_steps) if schedule == "cosine" else schedule
+    return [LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+
+def check_schedule(schedule: Schedule, optimizers: Sequence[Optimizer]) -> None:
+    """Refuse what :func:`schedulers` cannot attach.
+
+    Args:
+        schedule: see there.
+        optimizers: those of the training loop.
+
+    Raises:
+        ConfigError: if the schedule is of another kind.
+        OrderError: if an optimizer has a scheduler already.
+    """
+    if schedule is None:
+        return
     if schedule != "cosine" and not callable(schedule):
         raise ConfigError(
             f"QATSession: expected schedule 'cosine', a function of the number of steps, or None; found {schedule!r}."
         )
-    factor = cosine(total_steps) if schedule == "cosine" else schedule
     for optimizer in optimizers:
         if getattr(optimizer.step, "_wrapped_by_lr_sched", False):
             raise OrderError(
                 "QATSession: expected an optimizer without a learning-rate scheduler, found one that has one. Pass "
                 "schedule=None to keep yours, or build the session with a new optimizer and no scheduler."
             )
-    return [LambdaLR(optimizer, factor) for optimizer in optimizers]
 
 
-def resume_(schedulers: Sequence[LambdaLR], steps: int) -> None:
+def check_rates(schedulers: Sequence[LambdaLR]) -> None:
+    """Refuse learning rates that somebody else changed, such as a scheduler that was built after the session.
+
+    Rates that are tensors are not looked at, as that would wait for the device.
+
+    Args:
+        schedulers: what :func:`schedulers` returned.
+
+    Raises:
+        OrderError: if a learning rate is not what the schedule set.
+    """
+    for scheduler in schedulers:
+        for group, expected in zip(scheduler.optimizer.param_groups, scheduler.get_last_lr(), strict=False):
+            if not isinstance(group["lr"], Tensor) and group["lr"] != expected:
+                raise OrderError(
+                    f"QATSession: expected the learning rate that its schedule set, {expected:.6g}, found "
+                    f"{group['lr']:.6g}. Pass schedule=None to use a scheduler of your own or to set rates by hand."
+                )
+
+
+def resume_(schedulers: Sequence[LambdaLR], steps: int, factor: Factor | None = None) -> None:
     """Set schedules and learning rates to where they are after a number of steps.
 
     Args:
         schedulers: what :func:`schedulers` returned.
         steps: optimizer steps that were made.
+        factor: of the run that is continued, if another one than was attached.
     """
     for scheduler in schedulers:
         scheduler.last_epoch = steps
+        if factor is not None:
+            scheduler.lr_lambdas = [factor for _ in scheduler.lr_lambdas]
         bases = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, rate, factor in bases:
-            group["lr"] = rate * factor(steps)
+        for group, rate, own in bases:
+            group["lr"] = rate * own(steps)
+        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]

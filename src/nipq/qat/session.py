@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,12 @@ from nipq.distributed import check_same_, is_sharded
 from nipq.distributed.fsdp import check_wrapper, unwrapped, waits_for_all
 from nipq.errors import ConfigError, OrderError
 from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
-from nipq.qat.batchnorm import reestimate_bn_
+from nipq.qat.batchnorm import BatchNormUpdate, reestimate_bn_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.ema import WeightAverage
 from nipq.qat.optim import check_float32, check_optimizer, drop_frozen_, drop_frozen_on_load_, scale_rates_
 from nipq.qat.oscillation import Oscillations
-from nipq.qat.schedule import Schedule, resume_, schedulers
+from nipq.qat.schedule import Schedule, check_rates, check_schedule, cosine, resume_, schedulers
 from nipq.qat.search import Search
 
 StageName: TypeAlias = Literal["search", "finetune", "done"]
@@ -143,6 +143,14 @@ class QATSession:
             raise ConfigError(f"QATSession: expected finetune from 0 to 1, a share of total_steps; found {finetune}.")
         if total_steps < 0:
             raise ConfigError(f"QATSession: expected total_steps of 0 or more, found {total_steps}.")
+        _check_choices(finetune_phase=(finetune_phase, ("round", "noise")), noise_mix=(noise_mix, get_args(NoiseMix)))
+        for name, count, least in (
+            ("calibration_batches", calibration_batches, 0),
+            ("allocation_batches", allocation_batches, 1),
+            ("batchnorm_batches", batchnorm_batches, 0),
+        ):
+            if count < least:
+                raise ConfigError(f"QATSession: expected {name} of at least {least}, found {count}.")
         self.model, self.budget = unwrapped(model), budget
         check_float32(self.model)
         check_wrapper(model)
@@ -150,6 +158,7 @@ class QATSession:
         self._optimizers = _listed(optimizer)
         if self._optimizers:
             check_optimizer(self.model, *self._optimizers)
+        check_schedule(schedule, self._optimizers)
         if budget is not None:
             check_feasible(self.model, budget)
         has_batchnorm = any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in self.model.modules())
@@ -168,6 +177,11 @@ class QATSession:
         self._attach = waits_for_all(model)
         self._stepped = not self._optimizers
         self._hooks: list[RemovableHandle] = []
+        self._measured: BatchNormUpdate | None = None
+        self._evaluated = False
+        self._schedule = schedule
+        # Of all of these DDP waits for a gradient, of those that the allocation freezes, too.
+        self._former = list(dict.fromkeys(q.bit_raw for q in quantizers(self.model) if not q.is_frozen))
         self.sensitivity: dict[str, float] | None = None
         if starts:
             assert loader is not None  # checked above
@@ -181,9 +195,9 @@ class QATSession:
         for one in self._optimizers:
             drop_frozen_(one, self.model)  # bits that the allocation froze
             self._hooks += [one.register_step_post_hook(self._note_step), drop_frozen_on_load_(one, self.model)]
-        self._former = [q.bit_raw for q in quantizers(self.model) if not q.is_frozen]
+        learned = any(not quantizer.is_frozen for quantizer in quantizers(self.model))
         self.search: Search | None = None
-        if budget is not None and self._former and self.search_steps:
+        if budget is not None and learned and self.search_steps:
             self.search = Search(self.model, budget, self.search_steps, penalty=penalty, ramp=ramp)
         self._limits = {} if budget is None else {x.name: float(x.target) for x in budget.limits(self.model)}
         self.oscillations = None if oscillation is None else Oscillations(self.model, total_steps, **oscillation)
@@ -201,7 +215,8 @@ class QATSession:
     @property
     def learned_bits(self) -> list[nn.Parameter]:
         """Bit parameters that are learned now, for gradient clipping to leave them out."""
-        return self._former if self.stage == "search" else []
+        own = (q.bit_raw for q in quantizers(self.model) if not q.is_frozen) if self.stage == "search" else ()
+        return list(dict.fromkeys(own))
 
     # ------------------------------------------------------------------ in the loop
 
@@ -216,6 +231,8 @@ class QATSession:
         Raises:
             NonFiniteError: if a bit-width is not finite.
         """
+        if self.stage == "search":
+            self._evaluated = not self.model.training and not any(q.training for q in quantizers(self.model))
         if self.search is not None:
             term = self.search.penalty()
         else:
@@ -226,9 +243,21 @@ class QATSession:
         return term if self.oscillations is None else term + self.oscillations.penalty()
 
     def step(self) -> None:
-        """Advance by one step, if the optimizer made one since the last call; see the class about skipped ones."""
+        """Advance by one step, if the optimizer made one since the last call; see the class about skipped ones.
+
+        Raises:
+            OrderError: if the loss of a search was computed in evaluation mode, in which there is no noise; or if a
+                learning rate is not what the schedule set, as where the optimizer got another scheduler.
+        """
         if not self._stepped or self.stage == "done":
             return
+        if self.stage == "search" and self._evaluated:
+            raise OrderError(
+                f"{type(self.model).__name__}: expected training mode when session.penalty() was called, found "
+                "evaluation mode, in which quantizers round and nothing learns from noise. Call model.train() before "
+                "the loop and after every evaluation."
+            )
+        check_rates(self._schedulers)
         self._stepped = not self._optimizers
         self.steps += 1
         for scheduler in self._schedulers:
@@ -343,7 +372,7 @@ class QATSession:
             ConfigError: if it is of another model, budget or setting.
             OrderError: if it is of a search, and this session is past its own.
         """
-        if state["bits"] is None and self.bits is not None and self.search_steps:
+        if state["bits"] is None and self.bits is not None:
             raise OrderError(
                 "QATSession: expected the state of a session after its freeze, as this one's, found one from its "
                 "search. Build model and session afresh and load it there."
@@ -357,8 +386,10 @@ class QATSession:
                     f"QATSession: expected a state {'without' if own is None else 'with'} {name}, as this session's, "
                     "found another. Build it with the same settings."
                 )
-        if state["bits"] is not None and self.bits is None:
+        if state["bits"] is not None and self.bits != state["bits"]:
             self._freeze_to(state["bits"])
+        if self.steps == 0 and self._measured is not None and self._measured.is_current():
+            self._measured.undo()  # a model in fine-tuning was loaded, and the freeze at step 0 measured it anew
         if self.search is not None and state["search"] is not None:
             controller = {n: torch.tensor(v, dtype=torch.float64) for n, v in state["search"]["controller"].items()}
             self.search.load_state_dict(state["search"] | {"controller": controller})
@@ -370,7 +401,7 @@ class QATSession:
             state["total_steps"], state["finetune"], state["sensitivity"]
         )  # fmt: skip
         self.stage, self.steps = state["stage"], state["steps"]
-        resume_(self._schedulers, self.steps)
+        resume_(self._schedulers, self.steps, cosine(self.total_steps) if self._schedule == "cosine" else None)
         if self.stage == "search":
             self._mix_noise()
 
@@ -427,7 +458,7 @@ class QATSession:
     def _reestimate_batchnorm(self) -> bool:
         if self._batches:
             assert self._loader is not None
-            reestimate_bn_(self.model, self._loader, self._batches)
+            self._measured = reestimate_bn_(self.model, self._loader, self._batches)
         return bool(self._batches)
 
     def _mix_noise(self) -> None:
@@ -506,6 +537,13 @@ def calibrate_and_allocate_(
 def is_calibrated(model: nn.Module) -> bool:
     """Whether every clipping range of a prepared model was calibrated."""
     return all(quantizer.calibrated for quantizer in quantizers(model))
+
+
+def _check_choices(**settings: tuple[object, Sequence[object]]) -> None:
+    for name, (found, choices) in settings.items():
+        if found not in choices:
+            expected = " or ".join(map(repr, choices))
+            raise ConfigError(f"QATSession: expected {name} {expected}, found {found!r}.")
 
 
 def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:

@@ -278,7 +278,7 @@ class Trainer:
             batchnorm_batches=config.batchnorm_batches, finetune_phase=stages.finetune.phase,
             noise_mix=config.noise_mix, penalty=config.penalty, ema_decay=config.ema_decay,
             oscillation=None if config.oscillation is None else config.oscillation.model_dump(), seed=seed,
-            on_state=self._record_session,
+            on_state=partial(self._record_session, resumed=checkpoint is not None),
         )  # fmt: skip
         if checkpoint is not None and checkpoint.session is not None:
             load_states_(self.optimizers, checkpoint.optimizers or [])
@@ -303,8 +303,9 @@ class Trainer:
 
     # ------------------------------------------------------------------ scores
 
-    def _record_session(self, name: str) -> None:
-        if name != "calibrated":
+    def _record_session(self, name: str, *, resumed: bool) -> None:
+        """Score a state that the session tells of, but not again those that it is in when a run is resumed."""
+        if name != "calibrated" and not (resumed and self.session is None):
             self._record(name)
 
     def _record(self, name: str) -> None:
