@@ -97,7 +97,7 @@ def check_schedule(schedule: Schedule, optimizers: Sequence[Optimizer]) -> None:
 
 
 def check_rates(schedulers: Sequence[LambdaLR]) -> None:
-    """Refuse learning rates that somebody else changed, such as a scheduler that was built after the session.
+    """Refuse learning rates that were changed from outside, such as a scheduler that was built after the session.
 
     Rates that are tensors are not looked at, as that would wait for the device.
 
