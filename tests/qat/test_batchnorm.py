@@ -104,6 +104,24 @@ def test_what_cannot_be_measured_is_refused_and_changes_nothing() -> None:
         reestimate_bn_(Net(), BATCHES)
 
 
+@pytest.mark.parametrize("sizes", [(5, 1, 6), (1, 5, 6), (1,) * 12])
+def test_a_batch_of_one_value_for_each_channel_counts_like_any_other(sizes: tuple[int, ...]) -> None:
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    calibrate_(prepare_(model, x[:2]), [x])
+    update = reestimate_bn_(model, x.split(sizes))
+    values = model[0].eval()(x).double()
+    torch.testing.assert_close(model[1].running_mean.double(), values.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[1].running_var.double(), values.var(0), rtol=1e-5, atol=1e-6)
+    assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
+    assert all(norm.training and norm.momentum == 0.1 for norm in (model[1], model[4]))
+    update.undo()
+    one, all_ = (reestimate_bn_(model, batches, statistics="relative") for batches in (x.split(sizes), [x]))
+    assert [shift.std for shift in one.shifts] == pytest.approx([shift.std for shift in all_.shifts], rel=0.2)
+    with pytest.raises(ConfigError, match="expected two values of each channel at least, found one"):
+        reestimate_bn_(model, [x[:1]])
+
+
 def test_a_norm_that_no_batch_reaches_is_refused() -> None:
     model = net()
     model.register_module("unused", nn.BatchNorm2d(3))

@@ -91,19 +91,31 @@ class _Pooled:
         self.squares = torch.zeros_like(self.mean)
 
     def join(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Join the mean and the unbiased variance of ``count`` values of each channel."""
+        """Join the mean and the unbiased variance, of two values or more, of ``count`` values of each channel."""
         delta = mean.double() - self.mean
         total = self.count + count
-        self.squares += var.double() * (count - 1) + delta**2 * (self.count * count / total)
+        within = var.double() * (count - 1) if count > 1 else torch.zeros_like(delta)
+        self.squares += within + delta**2 * (self.count * count / total)
         self.mean += delta * (count / total)
         self.count = total
+
+    def prepare(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Let a batch of one value for each channel, which has no variance, be normalised by what was pooled before."""
+        module.training = self._size(args[0]) > 1
+        if not module.training and self.count > 1:
+            _store(self.module, self.mean, self.var)
 
     def add(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
         """Join one batch, whose statistics the module just stored (its momentum is 1)."""
         mean, var = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert var is not None
-        self.join(mean, var, round(args[0].numel() // args[0].shape[1] * self.ranks))
+        size = self._size(args[0])
+        self.join(mean if size > 1 else args[0].detach().reshape(-1), var, size)
+
+    def _size(self, x: Tensor) -> int:
+        """Values of each channel that all ranks have together."""
+        return round(x.numel() // x.shape[1] * self.ranks)
 
     def reduce_(self) -> None:
         """Join what the ranks have pooled, each of its own batches."""
@@ -142,7 +154,8 @@ class _Relative:
         """Note a batch of the float network, or move the statistics for the same batch of the quantized one."""
         x = args[0].detach().float()
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        mean, var, count = x.mean(axes), x.var(axes), x.numel() // x.shape[1]
+        mean, count = x.mean(axes), x.numel() // x.shape[1]
+        var = x.var(axes) if count > 1 else torch.zeros_like(mean)
         if not self.quantizing:
             self._floats.append((mean, var))
             self.float.join(mean, var, count)
@@ -323,6 +336,7 @@ def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
     pooled = [_Pooled(norm) for norm in norms]
     momenta = [norm.momentum for norm in norms]
     handles = [statistics.module.register_forward_hook(statistics.add) for statistics in pooled]
+    handles += [statistics.module.register_forward_pre_hook(statistics.prepare) for statistics in pooled]
     device = next(model.parameters()).device
     read = 0
     try:
@@ -342,6 +356,11 @@ def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
             norm.momentum = momentum
     for statistics in pooled if read else ():
         _check_reached(statistics)
+        if statistics.count < 2:
+            raise ConfigError(
+                "reestimate_bn_: expected two values of each channel at least, found one, which has no variance. "
+                "Give more samples."
+            )
         _store(statistics.module, statistics.mean, statistics.var)
         if statistics.module.num_batches_tracked is not None:
             statistics.module.num_batches_tracked.fill_(read)
