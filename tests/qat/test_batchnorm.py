@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -122,11 +124,26 @@ def test_a_batch_of_one_value_for_each_channel_counts_like_any_other(sizes: tupl
         reestimate_bn_(model, [x[:1]])
 
 
-def test_a_norm_that_no_batch_reaches_is_refused() -> None:
-    model = net()
-    model.register_module("unused", nn.BatchNorm2d(3))
-    with pytest.raises(OrderError, match="expected the batches to reach every batch norm"):
-        reestimate_bn_(model, BATCHES)
+@pytest.mark.parametrize("statistics", ["absolute", "relative"])
+def test_a_norm_that_no_batch_reaches_stays(statistics: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = net(), net()
+    expected.load_state_dict(model.state_dict())
+    model.register_module("training_only", nn.BatchNorm2d(3))
+    before = {name: value.clone() for name, value in model.training_only.state_dict().items()}
+    reestimate_bn_(model, BATCHES, statistics=statistics)
+    reestimate_bn_(expected, BATCHES, statistics=statistics)
+    assert torch.equal(model.norm2.running_var, expected.norm2.running_var)
+    assert all(torch.equal(before[name], value) for name, value in model.training_only.state_dict().items())
+    assert caplog.messages == ["1 of 3 batch norms were not reached and stay as they are"]
+
+
+def test_batches_that_reach_no_norm_are_refused() -> None:
+    model = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+    calibrate_(model, [torch.randn(4, 2)])
+    model.register_module("training_only", nn.Identity())
+    model.training_only.register_module("norm", nn.BatchNorm1d(2))
+    with pytest.raises(OrderError, match="expected the batches to reach batch norms, found that none did"):
+        reestimate_bn_(model, [torch.randn(4, 2)])
 
 
 # ---------------------------------------------------------------------- relative statistics, and the guard

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from nipq.prepare.layer_table import quantizers
 
 #: Statistics of the batches themselves, or the present ones moved by what quantization changes on the batches.
 Statistics = Literal["absolute", "relative"]
+
+logger = logging.getLogger(__name__)
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -186,6 +189,9 @@ class _Relative:
         self.module.running_var.copy_(self.before[1] * ((var + eps) / (float_var + eps)))
 
 
+Statistic = TypeVar("Statistic", _Pooled, _Relative)
+
+
 @torch.no_grad()
 def reestimate_bn_(
     model: nn.Module,
@@ -203,7 +209,8 @@ def reestimate_bn_(
     quantized and the float network on the same samples, which leaves alone how these samples differ from the training
     data: mean + m_q - m_f, and variance (v_q + eps) / (v_f + eps). Use it with few samples, or others than in training.
 
-    Modes and phases are restored. With several ranks a batch is what all of them give at once (relative statistics are
+    Modes and phases are restored. Batch norms that no batch reaches, such as in a head that is there in training only,
+    stay as they are. With several ranks a batch is what all of them give at once (relative statistics are
     of each rank's batches, joined at the end), and the rank with the fewest batches says how many are read.
 
     Paper: the batch-norm update, Q15 and Q20 in docs/internals/paper-map.md; relative statistics are not in it.
@@ -218,8 +225,9 @@ def reestimate_bn_(
         A handle with the shift of each layer and ``undo()``.
 
     Raises:
-        OrderError: if the model is not prepared.
-        ConfigError: if the model has no batch norm with running statistics, or the loader is empty.
+        OrderError: if the model is not prepared, or no batch norm is reached.
+        ConfigError: if the model has no batch norm with running statistics, or the loader is empty, or holds one value
+            of each channel.
         DistributedError: if ranks hold different models, or one of them failed or is gone.
     """
     if statistics not in get_args(Statistics):
@@ -354,8 +362,7 @@ def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
             handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    for statistics in pooled if read else ():
-        _check_reached(statistics)
+    for statistics in _reached([one.count for one in pooled], pooled) if read else ():
         if statistics.count < 2:
             raise ConfigError(
                 "reestimate_bn_: expected two values of each channel at least, found one, which has no variance. "
@@ -386,18 +393,24 @@ def _relative(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
     finally:
         for handle in handles:
             handle.remove()
-    for one in moved if read else ():
-        _check_reached(one.quantized)
+    for one in _reached([one.quantized.count for one in moved], moved) if read else ():
         one.store()
     return read
 
 
-def _check_reached(statistics: _Pooled) -> None:
-    if statistics.count == 0:
+def _reached(counts: Sequence[int], norms: Sequence[Statistic]) -> list[Statistic]:
+    """Those that saw values; the others, such as of a head that is there in training only, stay as they are."""
+    found = [norm for count, norm in zip(counts, norms, strict=True) if count]
+    if not found:
         raise OrderError(
-            "reestimate_bn_: expected the batches to reach every batch norm, found one that none did. "
+            "reestimate_bn_: expected the batches to reach batch norms, found that none did. "
             "Give batches that use the whole model."
         )
+    if len(found) < len(norms):
+        logger.warning(
+            "%d of %d batch norms were not reached and stay as they are", len(norms) - len(found), len(norms)
+        )
+    return found
 
 
 def _store(module: _BatchNorm, mean: Tensor, var: Tensor) -> None:
