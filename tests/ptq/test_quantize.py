@@ -343,6 +343,7 @@ LABELLED = [(batch, torch.zeros(len(batch), 3)) for batch in rows()]
         (mlp, [torch.full((4, 6), float("nan"))], {}, NonFiniteError, "expected finite samples, found NaN"),
         (mlp, rows(), {"samples": 1}, ConfigError, "expected samples of at least 2, found 1"),
         (mlp, rows(), {"epochs": -1}, ConfigError, "expected epochs of 0 or more, found -1"),
+        (lambda: mlp().half(), rows(), {"epochs": 1}, ConfigError, "in float32 or bfloat16 to train, found float16"),
         (mlp, iter(rows()), {"epochs": 1}, ConfigError, "expected a loader that can be read several times"),
         (mlp, rows(), {"budget": AverageBits(weights=1.5)}, BudgetError, "expected average weight bits within 2 to 8"),
         (_prepared, images(), {}, OrderError, "expected a float model, found one that is quantized already"),

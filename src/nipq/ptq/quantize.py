@@ -164,6 +164,11 @@ def quantize(
     _check_model(model)
     if epochs < 0:
         raise ConfigError(f"quantize: expected epochs of 0 or more, found {epochs}.")
+    if epochs and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__}: expected parameters in float32 or bfloat16 to train, found float16, in which "
+            "AdamW divides by zero. Give model.float(), or leave epochs out."
+        )
     if epochs and isinstance(loader, Iterator):
         raise ConfigError(
             f"quantize: expected a loader that can be read several times to train with, found a "
