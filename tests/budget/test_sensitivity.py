@@ -180,6 +180,7 @@ def test_distances_of_any_structure_count_each_tensor_alike() -> None:
     assert float(output_distance((r + 1, {"more": s, "place": torch.arange(2)}), [r, s])) == pytest.approx(0.5)
     assert float(output_distance([s.flip(1)], [s])) == pytest.approx(4)
     assert float(output_distance(torch.zeros(3), [torch.zeros(3)])) == 0
+    assert float(output_distance(torch.tensor(3.0), [torch.tensor(2.0)])) == pytest.approx(0.25)  # no variance
     with pytest.raises(ConfigError, match=r"expected outputs of the shapes of the float model's, \[\[2\]\]; found"):
         output_distance(torch.zeros(3), [r])
     with pytest.raises(ConfigError, match="expected a model that returns floating-point tensors"):
@@ -226,6 +227,14 @@ def test_nothing_else_changes() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.get_rng_state(), random)
     model.train()(loader[0][0])  # quantizers do again what they did
+
+
+def test_gradients_may_be_switched_off_around_it() -> None:
+    loader = batches()
+    model = prepared(two_layers(), loader)
+    expected = noise_losses(model, quantizers(model), loader, batches=4)
+    with torch.no_grad():
+        assert noise_losses(model, quantizers(model), loader, batches=4) == expected
 
 
 def test_equal_seeds_give_equal_starts() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +198,61 @@ def test_models_with_several_inputs_and_outputs() -> None:
     assert found.model(**loader[0]).keys() == {"sum", "more"}
 
 
+class Masked(nn.Module):
+    """A causal mask as many models keep one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.register_buffer("mask", torch.full((6, 6), -torch.inf).triu(1))
+        self.layer = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x @ self.mask.softmax(-1))
+
+
+def test_a_mask_may_hold_infinity(tmp_path: Path) -> None:
+    found = quantize(Masked(), rows(), AverageBits(weights=6))
+    assert found.verify(rows(), found.save(tmp_path / "model.nipq.safetensors"))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_gradients_may_be_switched_off_around_it(mode: Any) -> None:
+    expected = quantize(mlp(), rows(), BUDGET, epochs=1)
+    with mode():
+        found = quantize(mlp(), rows(), BUDGET, epochs=1)
+        assert torch.is_grad_enabled() is False
+    assert found.report.distance == expected.report.distance
+
+
+def test_batches_of_one_sample() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+    for loader in ([torch.cat(rows(43))], list(torch.cat(rows()).split(1))):
+        assert quantize(model, loader, BUDGET).report.distance < 0.1
+
+
+class Stream(torch.utils.data.IterableDataset[Tensor]):
+    """Samples whose number nobody knows."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from torch.cat(rows())
+
+
+def test_training_counts_the_batches_of_a_loader_without_a_length() -> None:
+    found = quantize(mlp(), torch.utils.data.DataLoader(Stream(), 10), BUDGET, epochs=2)
+    expected = quantize(mlp(), rows(), BUDGET, epochs=2)
+    assert found.report.distance == expected.report.distance
+
+
+def test_a_network_without_gradients_trains_its_ranges() -> None:
+    loader = [(x, torch.arange(len(x)) % 3) for x in rows()]
+    found = quantize(mlp().requires_grad_(False), loader, BUDGET, epochs=1, loss_fn=cross_entropy)
+    assert torch.equal(found.model[0].parametrizations.weight.original, mlp()[0].weight)
+    with pytest.raises(ConfigError, match=r"expected a scalar tensor .* found float"):
+        quantize(mlp().requires_grad_(False), loader, BUDGET, loss_fn=lambda *_: 1.0)
+
+
 def test_training_towards_float_is_kept_only_if_nearer() -> None:
     found = quantize(cnn(), images(), AverageBits(weights=3, activations=3), epochs=4, lr=1e-3)
     stage = found.report.stages[-1]
@@ -288,6 +343,7 @@ LABELLED = [(batch, torch.zeros(len(batch), 3)) for batch in rows()]
         (mlp, [torch.full((4, 6), float("nan"))], {}, NonFiniteError, "expected finite samples, found NaN"),
         (mlp, rows(), {"samples": 1}, ConfigError, "expected samples of at least 2, found 1"),
         (mlp, rows(), {"epochs": -1}, ConfigError, "expected epochs of 0 or more, found -1"),
+        (lambda: mlp().half(), rows(), {"epochs": 1}, ConfigError, "in float32 or bfloat16 to train, found float16"),
         (mlp, iter(rows()), {"epochs": 1}, ConfigError, "expected a loader that can be read several times"),
         (mlp, rows(), {"budget": AverageBits(weights=1.5)}, BudgetError, "expected average weight bits within 2 to 8"),
         (_prepared, images(), {}, OrderError, "expected a float model, found one that is quantized already"),

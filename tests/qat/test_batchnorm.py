@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -104,11 +106,44 @@ def test_what_cannot_be_measured_is_refused_and_changes_nothing() -> None:
         reestimate_bn_(Net(), BATCHES)
 
 
-def test_a_norm_that_no_batch_reaches_is_refused() -> None:
-    model = net()
-    model.register_module("unused", nn.BatchNorm2d(3))
-    with pytest.raises(OrderError, match="expected the batches to reach every batch norm"):
-        reestimate_bn_(model, BATCHES)
+@pytest.mark.parametrize("sizes", [(5, 1, 6), (1, 5, 6), (1,) * 12])
+def test_a_batch_of_one_value_for_each_channel_counts_like_any_other(sizes: tuple[int, ...]) -> None:
+    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2), nn.BatchNorm1d(2))
+    calibrate_(prepare_(model, x[:2]), [x])
+    update = reestimate_bn_(model, x.split(sizes))
+    values = model[0].eval()(x).double()
+    torch.testing.assert_close(model[1].running_mean.double(), values.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model[1].running_var.double(), values.var(0), rtol=1e-5, atol=1e-6)
+    assert all(bool(buffer.isfinite().all()) for buffer in model.buffers())
+    assert all(norm.training and norm.momentum == 0.1 for norm in (model[1], model[4]))
+    update.undo()
+    one, all_ = (reestimate_bn_(model, batches, statistics="relative") for batches in (x.split(sizes), [x]))
+    assert [shift.std for shift in one.shifts] == pytest.approx([shift.std for shift in all_.shifts], rel=0.2)
+    with pytest.raises(ConfigError, match="expected two values of each channel at least, found one"):
+        reestimate_bn_(model, [x[:1]])
+
+
+@pytest.mark.parametrize("statistics", ["absolute", "relative"])
+def test_a_norm_that_no_batch_reaches_stays(statistics: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, expected = net(), net()
+    expected.load_state_dict(model.state_dict())
+    model.register_module("training_only", nn.BatchNorm2d(3))
+    before = {name: value.clone() for name, value in model.training_only.state_dict().items()}
+    reestimate_bn_(model, BATCHES, statistics=statistics)
+    reestimate_bn_(expected, BATCHES, statistics=statistics)
+    assert torch.equal(model.norm2.running_var, expected.norm2.running_var)
+    assert all(torch.equal(before[name], value) for name, value in model.training_only.state_dict().items())
+    assert caplog.messages == ["1 of 3 batch norms were not reached and stay as they are"]
+
+
+def test_batches_that_reach_no_norm_are_refused() -> None:
+    model = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
+    calibrate_(model, [torch.randn(4, 2)])
+    model.register_module("training_only", nn.Identity())
+    model.training_only.register_module("norm", nn.BatchNorm1d(2))
+    with pytest.raises(OrderError, match="expected the batches to reach batch norms, found that none did"):
+        reestimate_bn_(model, [torch.randn(4, 2)])
 
 
 # ---------------------------------------------------------------------- relative statistics, and the guard

@@ -183,6 +183,17 @@ def test_a_search_in_evaluation_mode_is_refused() -> None:
     assert loop.session.steps == 1
 
 
+def test_fine_tuning_alone_may_load_its_checkpoint_after_the_session_was_built() -> None:
+    first, again = Plain(finetune=1.0).steps(5), Plain(finetune=1.0, calibration_batches=0)
+    again.model.load_state_dict(first.model.state_dict())
+    again.session.load_state_dict(first.session.state_dict())
+    assert again.session.state_dict() == first.session.state_dict()
+    for loop in (first, again):
+        loop.optimizer.state.clear()
+        loop.steps(2)
+    assert equal(again.model.state_dict(), first.model.state_dict())
+
+
 @pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.5}], ids=str)
 def test_fine_tuning_alone_goes_on_with_the_batch_norms_that_it_had(settings: dict[str, Any]) -> None:
     first = Plain(finetune=1.0, **settings).steps(5)

@@ -64,7 +64,8 @@ def output_distance(outputs: Any, reference: list[Tensor]) -> Tensor:  # noqa: A
     """Squared error of outputs relative to the variance of the float network's: 0 is equal, 1 is a constant guess.
 
     For each tensor sum (y - r)^2 / sum (r - mean r)^2 over all of its elements, and the mean of these over tensors, so
-    that each counts alike whatever its unit. It is 1 / SQNR and needs to know nothing about what the outputs mean.
+    that each counts alike whatever its unit. It is 1 / SQNR and needs to know nothing about what the outputs mean. A
+    tensor of one element has no variance and is divided by its own square.
 
     Args:
         outputs: what the quantized network returned.
@@ -91,8 +92,8 @@ def output_distance(outputs: Any, reference: list[Tensor]) -> Tensor:  # noqa: A
 
 
 def _relative_error(y: Tensor, r: Tensor) -> Tensor:
-    variance = (r - r.mean()).square().mean().clamp(min=LEAST_VARIANCE)
-    return (y - r).square().mean() / variance
+    centre = r.mean() if r.numel() > 1 else 0.0
+    return (y - r).square().mean() / (r - centre).square().mean().clamp(min=LEAST_VARIANCE)
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,8 @@ def noise_losses(
         DistributedError: if ranks read different numbers of batches, or one of them failed.
     """
     found: list[list[float]] = []
-    with evaluating(model), all_or_none("allocate_bits_"):  # batch norms evaluate, so that their statistics stay
+    # Batch norms evaluate, so that their statistics stay.
+    with evaluating(model), torch.enable_grad(), all_or_none("allocate_bits_"):
         for number, batch in enumerate(islice(loader, batches)):
             found.append(_slopes(inner(model), quantizers, batch, loss_fn, rank_seed(seed + number)))
         if not found:

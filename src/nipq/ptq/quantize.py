@@ -108,6 +108,8 @@ class QuantizedModel:
         return str(self.report)
 
 
+@torch.inference_mode(mode=False)  # whatever the caller's mode is, sensitivities are gradients
+@torch.enable_grad()
 def quantize(
     model: nn.Module,
     loader: Iterable[Any],
@@ -162,6 +164,11 @@ def quantize(
     _check_model(model)
     if epochs < 0:
         raise ConfigError(f"quantize: expected epochs of 0 or more, found {epochs}.")
+    if epochs and any(parameter.dtype == torch.float16 for parameter in model.parameters()):
+        raise ConfigError(
+            f"{type(model).__name__}: expected parameters in float32 or bfloat16 to train, found float16, in which "
+            "AdamW divides by zero. Give model.float(), or leave epochs out."
+        )
     if epochs and isinstance(loader, Iterator):
         raise ConfigError(
             f"quantize: expected a loader that can be read several times to train with, found a "
@@ -329,8 +336,11 @@ def _check_model(model: nn.Module) -> None:
         )
     if next(model.parameters(), None) is None:
         raise ConfigError(f"{name}: expected a model with parameters, found none. Give a trained model.")
+    learned = {key for key, _ in model.named_parameters(remove_duplicate=False)}
     for key, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+        if not isinstance(tensor, Tensor):
+            continue
+        if bool(tensor.isnan().any()) or (key in learned and bool(tensor.isinf().any())):  # masks may hold infinity
             raise NonFiniteError(f"{key}: expected finite numbers, found NaN or infinity. Give a trained model.")
 
 
@@ -348,7 +358,8 @@ def _check_loss(model: nn.Module, samples: Samples, loss_fn: LossFn, device: tor
             f"loss_fn: expected a function of the model's outputs ({type(outputs).__name__}) and the targets, found "
             f"that it fails on them: {error}. Try loss_fn(model(x), y) on a batch of the loader."
         ) from error
-    check_scalar(loss)
+    learns = any(parameter.requires_grad for parameter in model.parameters())  # else clipping ranges alone will
+    check_scalar(loss if learns or not isinstance(loss, Tensor) else loss.detach().requires_grad_())
     if not bool(torch.isfinite(loss)):
         raise NonFiniteError(
             f"loss_fn: expected a finite loss of the float model, found {float(loss.detach())}. Look at targets."
@@ -386,12 +397,12 @@ def _train_(
         NonFiniteError: if the loss is not finite.
         ConfigError: if ``loss_fn`` returns no scalar.
     """
-    steps = epochs * (len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader))
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(param_groups(model, weight_decay=0.0), lr=lr or LR)
-    session = QATSession(model, budget, steps, optimizer=optimizer, finetune=1.0, batchnorm_batches=0)
     norms = batchnorms(model).values()
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]):
+        steps = epochs * _batches_in(loader)
+        session = QATSession(model, budget, steps, optimizer=optimizer, finetune=1.0, batchnorm_batches=0)
         torch.manual_seed(seed)
         model.train()
         for norm in norms:
@@ -417,3 +428,13 @@ def _train_(
                 optimizer.zero_grad()
                 session.step()
     session.finish()
+
+
+def _batches_in(loader: Iterable[Any]) -> int:
+    """Batches of one pass; counted where the loader does not know."""
+    if isinstance(loader, Sized):
+        try:
+            return len(loader)
+        except TypeError:  # a DataLoader over an iterable without a length
+            pass
+    return sum(1 for _ in loader)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from nipq.prepare.layer_table import quantizers
 
 #: Statistics of the batches themselves, or the present ones moved by what quantization changes on the batches.
 Statistics = Literal["absolute", "relative"]
+
+logger = logging.getLogger(__name__)
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -91,19 +94,31 @@ class _Pooled:
         self.squares = torch.zeros_like(self.mean)
 
     def join(self, mean: Tensor, var: Tensor, count: int) -> None:
-        """Join the mean and the unbiased variance of ``count`` values of each channel."""
+        """Join the mean and the unbiased variance, of two values or more, of ``count`` values of each channel."""
         delta = mean.double() - self.mean
         total = self.count + count
-        self.squares += var.double() * (count - 1) + delta**2 * (self.count * count / total)
+        within = var.double() * (count - 1) if count > 1 else torch.zeros_like(delta)
+        self.squares += within + delta**2 * (self.count * count / total)
         self.mean += delta * (count / total)
         self.count = total
+
+    def prepare(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Let a batch of one value for each channel, which has no variance, be normalised by what was pooled before."""
+        module.training = self._size(args[0]) > 1
+        if not module.training and self.count > 1:
+            _store(self.module, self.mean, self.var)
 
     def add(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
         """Join one batch, whose statistics the module just stored (its momentum is 1)."""
         mean, var = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert var is not None
-        self.join(mean, var, round(args[0].numel() // args[0].shape[1] * self.ranks))
+        size = self._size(args[0])
+        self.join(mean if size > 1 else args[0].detach().reshape(-1), var, size)
+
+    def _size(self, x: Tensor) -> int:
+        """Values of each channel that all ranks have together."""
+        return round(x.numel() // x.shape[1] * self.ranks)
 
     def reduce_(self) -> None:
         """Join what the ranks have pooled, each of its own batches."""
@@ -142,7 +157,8 @@ class _Relative:
         """Note a batch of the float network, or move the statistics for the same batch of the quantized one."""
         x = args[0].detach().float()
         axes = [axis for axis in range(x.ndim) if axis != 1]
-        mean, var, count = x.mean(axes), x.var(axes), x.numel() // x.shape[1]
+        mean, count = x.mean(axes), x.numel() // x.shape[1]
+        var = x.var(axes) if count > 1 else torch.zeros_like(mean)
         if not self.quantizing:
             self._floats.append((mean, var))
             self.float.join(mean, var, count)
@@ -173,6 +189,9 @@ class _Relative:
         self.module.running_var.copy_(self.before[1] * ((var + eps) / (float_var + eps)))
 
 
+Statistic = TypeVar("Statistic", _Pooled, _Relative)
+
+
 @torch.no_grad()
 def reestimate_bn_(
     model: nn.Module,
@@ -190,7 +209,8 @@ def reestimate_bn_(
     quantized and the float network on the same samples, which leaves alone how these samples differ from the training
     data: mean + m_q - m_f, and variance (v_q + eps) / (v_f + eps). Use it with few samples, or others than in training.
 
-    Modes and phases are restored. With several ranks a batch is what all of them give at once (relative statistics are
+    Modes and phases are restored. Batch norms that no batch reaches, such as in a head that is there in training only,
+    stay as they are. With several ranks a batch is what all of them give at once (relative statistics are
     of each rank's batches, joined at the end), and the rank with the fewest batches says how many are read.
 
     Paper: the batch-norm update, Q15 and Q20 in docs/internals/paper-map.md; relative statistics are not in it.
@@ -205,8 +225,9 @@ def reestimate_bn_(
         A handle with the shift of each layer and ``undo()``.
 
     Raises:
-        OrderError: if the model is not prepared.
-        ConfigError: if the model has no batch norm with running statistics, or the loader is empty.
+        OrderError: if the model is not prepared, or no batch norm is reached.
+        ConfigError: if the model has no batch norm with running statistics, or the loader is empty, or holds one value
+            of each channel.
         DistributedError: if ranks hold different models, or one of them failed or is gone.
     """
     if statistics not in get_args(Statistics):
@@ -323,6 +344,7 @@ def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
     pooled = [_Pooled(norm) for norm in norms]
     momenta = [norm.momentum for norm in norms]
     handles = [statistics.module.register_forward_hook(statistics.add) for statistics in pooled]
+    handles += [statistics.module.register_forward_pre_hook(statistics.prepare) for statistics in pooled]
     device = next(model.parameters()).device
     read = 0
     try:
@@ -340,8 +362,12 @@ def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
             handle.remove()
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
-    for statistics in pooled if read else ():
-        _check_reached(statistics)
+    for statistics in _reached([one.count for one in pooled], pooled) if read else ():
+        if statistics.count < 2:
+            raise ConfigError(
+                "reestimate_bn_: expected two values of each channel at least, found one, which has no variance. "
+                "Give more samples."
+            )
         _store(statistics.module, statistics.mean, statistics.var)
         if statistics.module.num_batches_tracked is not None:
             statistics.module.num_batches_tracked.fill_(read)
@@ -367,18 +393,24 @@ def _relative(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
     finally:
         for handle in handles:
             handle.remove()
-    for one in moved if read else ():
-        _check_reached(one.quantized)
+    for one in _reached([one.quantized.count for one in moved], moved) if read else ():
         one.store()
     return read
 
 
-def _check_reached(statistics: _Pooled) -> None:
-    if statistics.count == 0:
+def _reached(counts: Sequence[int], norms: Sequence[Statistic]) -> list[Statistic]:
+    """Those that saw values; the others, such as of a head that is there in training only, stay as they are."""
+    found = [norm for count, norm in zip(counts, norms, strict=True) if count]
+    if not found:
         raise OrderError(
-            "reestimate_bn_: expected the batches to reach every batch norm, found one that none did. "
+            "reestimate_bn_: expected the batches to reach batch norms, found that none did. "
             "Give batches that use the whole model."
         )
+    if len(found) < len(norms):
+        logger.warning(
+            "%d of %d batch norms were not reached and stay as they are", len(norms) - len(found), len(norms)
+        )
+    return found
 
 
 def _store(module: _BatchNorm, mean: Tensor, var: Tensor) -> None:

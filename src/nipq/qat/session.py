@@ -456,10 +456,11 @@ class QATSession:
             copy.use_buffers = False
 
     def _reestimate_batchnorm(self) -> bool:
-        if self._batches:
+        measures = self._batches > 0 and is_calibrated(self.model)  # else a checkpoint is loaded later
+        if measures:
             assert self._loader is not None
             self._measured = reestimate_bn_(self.model, self._loader, self._batches)
-        return bool(self._batches)
+        return measures
 
     def _mix_noise(self) -> None:
         """Raise the share of the true rounding error from 0 at the first step of the search to 1 at its last."""
