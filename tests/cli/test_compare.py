@@ -75,7 +75,9 @@ def call_json(*arguments: str | Path) -> tuple[int, dict[str, Any]]:
 def test_a_finished_grid_is_a_table(grid: Path, folder: Path) -> None:
     status, output = call(grid, "--run", folder)
     assert status == 0
-    assert "ours minus the best other method, rival: +9.00 ± 0.00 points (95 % interval, 2 seeds paired): better" in output
+    assert (
+        "ours minus the best other method, rival: +9.00 ± 0.00 points (95 % interval, 2 seeds paired): better" in output
+    )
     assert "89.50 ± 6.35" in output
     assert "89.50 ± 6.35" in (folder / "table.md").read_text(encoding="utf-8")
     assert (folder / "plots" / "accuracy_against_bops.png").is_file()

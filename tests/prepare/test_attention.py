@@ -224,7 +224,7 @@ def test_a_target_says_what_it_makes_of_attention(target: str, bits: Any, said: 
 
 
 @pytest.mark.parametrize("method", ["lsq", "lsq+", "pact", "diffq", "ste"])
-def test_rivals_quantize_attention_too(method: str) -> None:
+def test_other_methods_quantize_attention_too(method: str) -> None:
     bits = dict.fromkeys(("weight_bits", "activation_bits", "attention_bits"), 4)
     model = prepared(Config(method=method, **bits)).train()
     model(X).square().mean().backward()
