@@ -229,6 +229,19 @@ def test_nothing_else_changes() -> None:
     model.train()(loader[0][0])  # quantizers do again what they did
 
 
+def test_a_negative_slope_on_the_only_batch_counts_by_its_size() -> None:
+    """It says that the noise is as large as that, not that the tensor needs no bits."""
+    loader = batches(1)
+    model = prepared(nn.Sequential(nn.Linear(8, 4)), loader)
+    (row,) = layer_table(model)
+    losses = [noise_losses(model, [row.weight], loader, loss, batches=1) for loss in (squared, _negated)]
+    assert losses[0][row.weight.name] == losses[1][row.weight.name] > 1e-6
+
+
+def _negated(outputs: Tensor, targets: Tensor) -> Tensor:
+    return -squared(outputs, targets)
+
+
 def test_gradients_may_be_switched_off_around_it() -> None:
     loader = batches()
     model = prepared(two_layers(), loader)

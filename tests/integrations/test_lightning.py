@@ -303,3 +303,28 @@ def test_a_part_is_called_for_batch_norms(fit: Callable[..., Any]) -> None:
     fit(model, ours={"module": "net", "loader": [X[:16]]}, max_epochs=2, limit_val_batches=0)
     assert sum(calls) == 2  # at the freeze and at the finish
     assert keeps(model)
+
+
+class Uncounted(Net):
+    """A module that asks nothing of its trainer."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(param_groups(self, 1e-2))
+
+
+@pytest.mark.parametrize(
+    ("ours", "settings"), [({}, {"max_steps": 7, "max_epochs": -1}), ({"total_steps": 7}, {"max_epochs": 2})]
+)
+def test_the_trainers_loader_is_found_where_nobody_counted_its_batches(
+    fit: Callable[..., Any], ours: dict[str, Any], settings: dict[str, Any]
+) -> None:
+    trainer = fit(Uncounted(), ours=ours, **settings)
+    assert trainer.callbacks[0].session.total_steps == 7
+    assert trainer.callbacks[0].session.stage == "done"
+
+
+def test_a_network_in_evaluation_mode_which_the_trainer_leaves_in_it_is_refused(fit: Callable[..., Any]) -> None:
+    model = Net()
+    model.net.eval()
+    with pytest.raises(OrderError, match=r"expected training mode when session\.penalty\(\) was called"):
+        fit(model)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from nipq.budget.budget import AverageBits, ModelSize, costs
-from nipq.config import Config
+from nipq.config import Config, Phase
 from nipq.errors import ConfigError, OrderError
 from nipq.prepare.layer_table import phase_of, quantizers
 from nipq.prepare.prepare import prepare_
@@ -192,6 +192,18 @@ def test_fine_tuning_alone_may_load_its_checkpoint_after_the_session_was_built()
         loop.optimizer.state.clear()
         loop.steps(2)
     assert equal(again.model.state_dict(), first.model.state_dict())
+
+
+def test_a_state_of_a_finished_session_finishes_this_one() -> None:
+    first = Plain(finetune_phase="noise").steps(TOTAL)
+    first.session.finish()
+    model = prepare_(plain(), X[:1])
+    model.load_state_dict(first.model.state_dict())
+    again = Plain(model, finetune_phase="noise")
+    again.session.load_state_dict(first.session.state_dict())
+    assert (again.session.stage, phase_of(model), model.training) == ("done", Phase.ROUND, False)
+    assert not again.optimizer._optimizer_step_post_hooks
+    assert torch.equal(model(X), first.model(X))
 
 
 @pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.5}], ids=str)

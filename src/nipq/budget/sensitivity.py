@@ -50,7 +50,8 @@ def noise_losses(
 ) -> dict[str, float]:
     """Loss that the noise of each tensor adds at its present bits, -E[dL / db] / (2 ln 2), by the tensor's name.
 
-    A mean below its own standard error over batches counts as the standard error, so none is 0 or negative. Modes,
+    A mean below its own standard error over batches counts as the standard error, and the only batch's as its size, so
+    none is 0 or negative. Modes,
     phases, weights and batch-norm statistics stay as they are.
 
     Args:
@@ -159,8 +160,9 @@ def check_scalar(loss: object) -> None:
 def _charge(name: str, values: list[float]) -> float:
     if not np.isfinite(values).all():
         raise NonFiniteError(f"{name}: expected finite gradients under noise, found NaN or infinity. Check the model.")
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return max(float(np.mean(values)), error, 1e-12)
+    mean = float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else abs(mean)
+    return max(mean, error, 1e-12)
 
 
 @contextmanager

@@ -130,6 +130,7 @@ class NipqCallback(_library.Callback):  # type: ignore[misc, name-defined]  # kn
 
     def on_fit_start(self, trainer: Given, pl_module: Given) -> None:
         """Build the session: optimizers exist, the model is where it will be trained."""
+        trainer.fit_loop.setup_data()  # the trainer has done so only where it had to count batches
         total = trainer.estimated_stepping_batches if self._total is None else self._total
         if not 0 < total < float("inf"):
             raise ConfigError(f"NipqCallback: expected a fit of known length, found {total} steps. Give total_steps=.")

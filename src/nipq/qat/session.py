@@ -180,8 +180,9 @@ class QATSession:
         self._measured: BatchNormUpdate | None = None
         self._evaluated = False
         self._schedule = schedule
+        self._quantizers = quantizers(self.model)
         # Of all of these DDP waits for a gradient, of those that the allocation freezes, too.
-        self._former = list(dict.fromkeys(q.bit_raw for q in quantizers(self.model) if not q.is_frozen))
+        self._former = list(dict.fromkeys(q.bit_raw for q in self._quantizers if not q.is_frozen))
         self.sensitivity: dict[str, float] | None = None
         if starts:
             assert loader is not None  # checked above
@@ -195,7 +196,7 @@ class QATSession:
         for one in self._optimizers:
             drop_frozen_(one, self.model)  # bits that the allocation froze
             self._hooks += [one.register_step_post_hook(self._note_step), drop_frozen_on_load_(one, self.model)]
-        learned = any(not quantizer.is_frozen for quantizer in quantizers(self.model))
+        learned = any(not quantizer.is_frozen for quantizer in self._quantizers)
         self.search: Search | None = None
         if budget is not None and learned and self.search_steps:
             self.search = Search(self.model, budget, self.search_steps, penalty=penalty, ramp=ramp)
@@ -215,7 +216,7 @@ class QATSession:
     @property
     def learned_bits(self) -> list[nn.Parameter]:
         """Bit parameters that are learned now, for gradient clipping to leave them out."""
-        own = (q.bit_raw for q in quantizers(self.model) if not q.is_frozen) if self.stage == "search" else ()
+        own = (q.bit_raw for q in self._quantizers if not q.is_frozen) if self.stage == "search" else ()
         return list(dict.fromkeys(own))
 
     # ------------------------------------------------------------------ in the loop
@@ -232,7 +233,7 @@ class QATSession:
             NonFiniteError: if a bit-width is not finite.
         """
         if self.stage == "search":
-            self._evaluated = not self.model.training and not any(q.training for q in quantizers(self.model))
+            self._evaluated = not any(quantizer.training for quantizer in self._quantizers)
         if self.search is not None:
             term = self.search.penalty()
         else:
@@ -287,6 +288,9 @@ class QATSession:
                 self._ema.copy_to_(self.model)
             self._reestimate_batchnorm()
             self._tell("finetuned")
+        self._end()
+
+    def _end(self) -> None:
         self.stage, self._ema = "done", None
         set_phase_(self.model, Phase.ROUND)
         self.model.eval()
@@ -404,6 +408,8 @@ class QATSession:
         resume_(self._schedulers, self.steps, cosine(self.total_steps) if self._schedule == "cosine" else None)
         if self.stage == "search":
             self._mix_noise()
+        if self.stage == "done":
+            self._end()
 
     # ------------------------------------------------------------------ the freeze
 
