@@ -63,7 +63,8 @@ def test_a_run_under_a_launcher_ends_with_a_proven_model(tmp_path: Path, launche
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As process 1 of 2, on a port where nobody answers."""
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+    launcher = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "OMP_NUM_THREADS": "1"}
+    for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
 

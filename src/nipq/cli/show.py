@@ -77,7 +77,7 @@ def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: J
                 f"{folder}: {config.model.factory}, not finished; last complete: {done}. Continue it with --resume."
             )
             return
-        console.print(results_table(results, title=f"{folder}: {config.model.factory}"))
+        console.print(results_table(results, title=f"{folder.name}: {config.model.factory}"))
         table = _layer_table(layers)
         needed = Console(width=MOST_COLUMNS).measure(table).maximum
         Console(width=max(console.width, needed)).print(table)
