@@ -1,7 +1,7 @@
 // One pass forward and one pass backward for the noise proxy and for the true quantizer, on a CPU.
 //
 // The formulas are those of nipq.functional, which the tests hold these files to, bit for bit. Compiled on first use by
-// nipq.kernels.library; no header of torch is needed. Keep -ffp-contract=off: a multiply and an add fused into one would
+// nipq.kernels.cpu; no header of torch is needed. Keep -ffp-contract=off: a multiply and an add fused into one would
 // round once where torch rounds twice.
 
 #include "proxy.hpp"
