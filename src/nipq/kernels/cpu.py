@@ -111,7 +111,7 @@ def _compiler() -> str:
 
 
 def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompilerError(f"{Path(command[0]).name} failed: {done.stderr.strip()[-300:]}")
     return done.stdout
