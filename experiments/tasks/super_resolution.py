@@ -17,7 +17,8 @@ from torch.nn.functional import l1_loss
 
 from experiments.tasks.cache import Arrays
 from experiments.tasks.photos import cached, pixels, tiles
-from nipq.train.batches import Batch, Sources, Split, seed_of
+from nipq.functional.counter_rng import seed_of
+from nipq.train.batches import Batch, Sources, Split
 from nipq.train.task import Task, predictions
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from nipq.errors import ConfigError
-from nipq.train.batches import Sources, Split, TensorSplit, seed_of, tensor_splits
+from nipq.functional.counter_rng import seed_of
+from nipq.train.batches import Sources, Split, TensorSplit, tensor_splits
 from nipq.train.config import DataConfig
 from nipq.train.data import load_data
 

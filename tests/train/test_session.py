@@ -12,13 +12,14 @@ from torch.nn.functional import cross_entropy
 from nipq.budget.budget import AverageBits, costs
 from nipq.config import Phase
 from nipq.errors import ConfigError
+from nipq.functional.counter_rng import seed_of
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat import session
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups
 from nipq.qat.session import QATSession, calibrate_and_allocate_
-from nipq.train.batches import Few, moved, seed_of
+from nipq.train.batches import Few, moved
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.config import TrainConfig
 from nipq.train.data import load_data

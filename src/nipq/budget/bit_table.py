@@ -181,7 +181,7 @@ class Limit:
         return Fraction(total, self.denominator)
 
     def allows(self, cost: Fraction) -> bool:
-        """Whether a cost is not above the limit; the limit is read as it is written, 4.1 is 41/10."""
+        """Return whether a cost is not above the limit; the limit is read as it is written, 4.1 is 41/10."""
         return cost <= Fraction(str(self.target))
 
     def _whole(self, coefficient: float) -> int:

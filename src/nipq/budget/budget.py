@@ -34,7 +34,11 @@ from nipq.export.packed_write import fixed_bytes
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import LayerRow, layer_table
 
-_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+#: Decimal prefixes of units and their factors, ascending.
+SI_PREFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+#: Prefixes that a budget may have, in lower case, binary ones too.
+_PREFIXES = {"": 1} | {name.lower(): factor for name, factor in SI_PREFIXES.items()}
+_PREFIXES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 def stored_rows(rows: Sequence[LayerRow]) -> list[LayerRow]:

@@ -419,7 +419,7 @@ def _curvlinops() -> ModuleType:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether ``prepare_`` has changed any layer of the model."""
+    """Return whether ``prepare_`` has changed any layer of the model."""
     return any(is_prepared(module) for module in model.modules())
 
 

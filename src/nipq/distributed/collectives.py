@@ -28,7 +28,7 @@ PATIENCE = 1800.0
 
 
 def is_distributed() -> bool:
-    """Whether there is a process group with more than one rank."""
+    """Return whether there is a process group with more than one rank."""
     return world_size() > 1
 
 
@@ -189,7 +189,7 @@ def _initialised() -> bool:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a ``DTensor``, of which a rank may hold a part only."""
+    """Return whether a tensor is a ``DTensor``, of which a rank may hold a part only."""
     return hasattr(tensor, "full_tensor")  # told by its method: importing the class takes longer than importing nipq
 
 

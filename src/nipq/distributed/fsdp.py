@@ -151,7 +151,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def waits_for_all(model: nn.Module) -> bool:
-    """Whether a wrapper may wait for a gradient of every parameter that it was built with.
+    """Return whether a wrapper may wait for a gradient of every parameter that it was built with.
 
     ``DistributedDataParallel`` does. With ``find_unused_parameters=True`` it looks for unused ones in what ``forward``
     returns, and refuses a gradient that one of them gets from elsewhere.

@@ -275,7 +275,7 @@ def behind_moves(file: OnnxFile, name: str, layer: str) -> NodeProto | None:
 
 
 def _limits_codes(file: OnnxFile, quantize: NodeProto) -> bool:
-    """Whether a Clip of floats before this node limits its codes, as with 16 bits; other Clips are activations."""
+    """Return whether a Clip of floats before this node limits its codes (16 bits); other Clips are activations."""
     zero_point = file.initialisers.get(quantize.input[2]) if len(quantize.input) > 2 else None
     return zero_point is not None and zero_point.data_type in (4, 5)
 

@@ -59,7 +59,7 @@ class PortableInput:
 
     @property
     def fills_container(self) -> bool:
-        """Whether saturation of the container alone is the truncation."""
+        """True if saturation of the container alone is the truncation."""
         info = torch.iinfo(self.dtype)
         return (self.low, self.high) == (info.min, info.max)
 

@@ -101,7 +101,7 @@ def call_arguments(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict
 
 
 def open_batch(program: torch.export.ExportedProgram) -> bool:
-    """Whether the program takes batches of any size."""
+    """Return whether the program takes batches of any size."""
     wanted = set(program.graph_signature.user_inputs)
     given = [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in wanted]
     # A size that the model turned out to fix is still a symbol, but one that prints as a number.

@@ -110,7 +110,7 @@ def unit_draw(key: Tensor) -> Tensor:
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in torch's usual layouts.
+    """Return whether the elements fill a stretch of memory, in torch's usual layouts.
 
     Args:
         x: any tensor.

@@ -45,7 +45,7 @@ class ProxySettings:
 
     @property
     def is_fused(self) -> bool:
-        """Whether the fused kernels have these settings; plain operations have all."""
+        """True if the fused kernels have these settings; plain operations have all."""
         return self.noise in ("uniform", "empirical") and not (self.clip_after_noise or self.range_correction)
 
 

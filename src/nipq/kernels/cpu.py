@@ -63,12 +63,12 @@ def library() -> ctypes.CDLL | None:
 
 
 def available() -> bool:
-    """Whether there are compiled kernels; a constant to ``torch.compile``."""
+    """Return whether there are compiled kernels; a constant to ``torch.compile``."""
     return library() is not None
 
 
 # All that ``torch.compiler.assume_constant_result`` does, but for importing the compiler, which takes two seconds.
-available._dynamo_marked_constant = True  # type: ignore[attr-defined]
+available._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch's decorator sets
 
 
 def _compiled() -> Path:
@@ -168,7 +168,7 @@ class Call(ctypes.Structure):
 
 
 def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:
-    """Whether there is a kernel for such a tensor.
+    """Return whether there is a kernel for such a tensor.
 
     Args:
         x: what is to be quantized.

@@ -44,7 +44,7 @@ def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 -- Triton ships no
 
 
 def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:  # noqa: ARG001 -- any axis will do
-    """Whether there is a kernel for such a tensor.
+    """Return whether there is a kernel for such a tensor.
 
     Args:
         x: what is to be quantized.
@@ -62,7 +62,7 @@ def supported(x: Tensor, alpha: Tensor, channel_axis: int) -> bool:  # noqa: ARG
 
 @cache
 def interpreting() -> bool:
-    """Whether the kernels run in Triton's interpreter, on tensors of the CPU; settled when this file is imported."""
+    """Return whether the kernels run in Triton's interpreter, on the CPU; settled when this file is imported."""
     return triton is not None and not isinstance(mixed, triton.runtime.JITFunction)
 
 

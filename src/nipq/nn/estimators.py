@@ -58,15 +58,15 @@ class Estimator:
     range_correction: bool = False
 
     def learns_range(self, role: Role) -> bool:  # noqa: ARG002 -- for subclasses
-        """Whether the clipping range of a weight, or of an input, is a parameter that an optimizer moves."""
+        """Return whether the clipping range of a weight, or of an input, is a parameter that an optimizer moves."""
         return True
 
     def follows(self, role: Role) -> bool:  # noqa: ARG002 -- for subclasses
-        """Whether the clipping range of a weight, or of an input, is taken from the tensor itself by :meth:`follow`."""
+        """Return whether the range of a weight, or of an input, is taken from the tensor itself by :meth:`follow`."""
         return False
 
     def is_fused(self, quantizer: QuantizerParameters, x: Tensor) -> bool:  # noqa: ARG002 -- for subclasses
-        """Whether fused kernels do both phases of training, a ReLU in front included; see ``nipq.nn.relu``."""
+        """Return whether fused kernels do both phases of training, a ReLU in front included; see ``nipq.nn.relu``."""
         return False
 
     def follow(self, quantizer: QuantizerParameters, x: Tensor) -> Tensor | None:  # noqa: ARG002 -- for subclasses
@@ -136,7 +136,7 @@ class NoiseProxy(Estimator):
     method: ClassVar[Method] = "nipq"
 
     def is_fused(self, quantizer: QuantizerParameters, x: Tensor) -> bool:
-        """Whether there is a kernel for the tensor, and nothing was added to the paper's method."""
+        """Return whether there is a kernel for the tensor, and nothing was added to the paper's method."""
         plain = quantizer.error_share is not None or not self._settings(quantizer).is_fused
         return not plain and backend(x, quantizer.alpha_raw, quantizer.channel_axis) is not None
 

@@ -68,7 +68,7 @@ def fold(
 
 @torch.no_grad()
 def needs_float64(weight_codes: Tensor, low: Tensor | int, high: Tensor | int, channel_axis: int = 0) -> bool:
-    """Whether float32 might not be exact.
+    """Return whether float32 might not be exact.
 
     A sum may pass 2^24 in the worst case when ``sum |w| per output channel * max |code| >= 2^24``, and a code above 256
     may be rounded by a float32 kernel that works in reduced precision.

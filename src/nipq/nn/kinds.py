@@ -68,23 +68,23 @@ def kind_of(module: nn.Module) -> type[nn.Module] | None:
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether the weight of a module can be quantized."""
+    """Return whether the weight of a module can be quantized."""
     return kind_of(module) is not None
 
 
 def is_table(module: nn.Module) -> bool:
-    """Whether a layer is looked up instead of multiplied with."""
+    """Return whether a layer is looked up instead of multiplied with."""
     return isinstance(module, nn.Embedding)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a layer is the transformers library's linear layer."""
+    """Return whether a layer is the transformers library's linear layer."""
     kind = kind_of(module)
     return kind is not None and kind.__name__ == Conv1D.__name__
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a supported layer runs the forward of its kind, not one of its own."""
+    """Return whether a supported layer runs the forward of its kind, not one of its own."""
     kind = kind_of(layer)
     return kind is not None and type(layer).forward is kind.forward
 

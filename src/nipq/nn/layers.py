@@ -57,7 +57,7 @@ class LayerSpec:
 
     @property
     def is_product(self) -> bool:
-        """Whether two computed tensors are multiplied, so that there is no weight to store."""
+        """True if two computed tensors are multiplied, so that there is no weight to store."""
         return self.weight_count == 0
 
 
@@ -112,7 +112,7 @@ def quantization(layer: nn.Module) -> LayerQuantization:
 
 
 def is_prepared(layer: nn.Module) -> bool:
-    """Whether :func:`attach` was called on this very layer."""
+    """Return whether :func:`attach` was called on this very layer."""
     return isinstance(getattr(layer, "quantization", None), LayerQuantization)
 
 

@@ -135,7 +135,7 @@ class QuantizerParameters(nn.Module):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the bit-width is a whole number that no optimizer sees."""
+        """True if the bit-width is a whole number that no optimizer sees."""
         return "bits_frozen" in self._buffers
 
     @property

@@ -149,7 +149,7 @@ class InputQuantizer(TensorQuantizer):
         self.grid_choice = grid_choice
 
     def replaces_relu(self, x: Tensor) -> bool:
-        """Whether a ReLU in front would change nothing about what the next call gives; see ``nipq.nn.relu``.
+        """Return whether a ReLU in front would change nothing about what the next call gives; see ``nipq.nn.relu``.
 
         Args:
             x: what the ReLU is given.

@@ -23,7 +23,7 @@ class ReluQuantizer(Protocol):
     cap: float
 
     def replaces_relu(self, x: Tensor) -> bool:
-        """Whether the next call does what the ReLU would do."""
+        """Return whether the next call does what the ReLU would do."""
 
 
 def cap_of(module: nn.Module) -> float | None:
@@ -36,7 +36,7 @@ def cap_of(module: nn.Module) -> float | None:
 
 
 def reads_in_sequence(model: nn.Module, first: str, second: str) -> bool:
-    """Whether the result of one module goes to another because they follow each other in ``nn.Sequential`` containers.
+    """Return whether the result of one module goes to another as neighbours in ``nn.Sequential`` containers.
 
     True where only ``nn.Sequential`` containers decide what comes after the first. Then no other branch can read the
     result in training that did not in evaluation, such as an auxiliary head.

@@ -423,7 +423,7 @@ def _train_(
                         f"training: expected a finite loss, found {float(loss.detach())} at step {session.steps}. "
                         "Lower lr."
                     )
-                (loss + session.penalty()).backward()  # type: ignore[no-untyped-call]
+                (loss + session.penalty()).backward()  # type: ignore[no-untyped-call]  # torch gives it no type
                 optimizer.step()
                 optimizer.zero_grad()
                 session.step()

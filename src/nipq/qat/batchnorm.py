@@ -57,7 +57,7 @@ class BatchNormUpdate:
         self.shifts = tuple(_shift(name, module, values) for name, (module, values) in before.items())
 
     def is_current(self) -> bool:
-        """Whether the statistics are still those that it left (reads values)."""
+        """Return whether the statistics are still those that it left (reads values)."""
         return all(
             torch.equal(getattr(module, name), value)
             for norm, (module, _) in self._before.items()

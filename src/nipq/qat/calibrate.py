@@ -27,7 +27,7 @@ from nipq.functional.clipping import SAMPLE_SIZE, even_stride
 from nipq.nn.init import start_input_range_, start_weight_range_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import call_model, in_step, inputs_of, to_device
+from nipq.prepare.batches import call_model, evaluating, in_step, inputs_of, to_device
 from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
 
 
@@ -72,23 +72,20 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
         samples[quantizer].append(flat[start::stride].clone())
 
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
     phase = phase_of(model)
     handles = [quantizer.register_forward_pre_hook(keep) for quantizer in samples]
     try:
-        model.eval()
-        set_phase_(model, Phase.FLOAT)
-        if any(is_sharded(parameter) for parameter in model.parameters()):  # every forward needs all ranks
-            _read(model, (inputs for inputs, _ in in_step(islice(loader, batches), "calibrate_")), batches)
-        else:
-            with all_or_none("calibrate_"):
-                _read(inner(model), loader, batches)
+        with evaluating(model):
+            set_phase_(model, Phase.FLOAT)
+            if any(is_sharded(parameter) for parameter in model.parameters()):  # every forward needs all ranks
+                _read(model, (inputs for inputs, _ in in_step(islice(loader, batches), "calibrate_")), batches)
+            else:
+                with all_or_none("calibrate_"):
+                    _read(inner(model), loader, batches)
     finally:
         for handle in handles:
             handle.remove()
         set_phase_(model, phase)
-        for module, training in modes.items():
-            module.training = training
     for row, weight in weight_table(model):
         start_weight_range_(weight, whole(float_weight(row.layer)))
     for quantizer, kept in samples.items():

@@ -542,7 +542,7 @@ def calibrate_and_allocate_(
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every clipping range of a prepared model was calibrated."""
+    """Return whether every clipping range of a prepared model was calibrated."""
     return all(quantizer.calibrated for quantizer in quantizers(model))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError
+from nipq.functional.counter_rng import seed_of
 
 if TYPE_CHECKING:
     from nipq.train.config import DataConfig
@@ -24,28 +24,6 @@ Nested = Tensor | Mapping[str, Tensor]
 Batch = tuple[Any, Any]
 #: Inputs of a training batch and a generator -> inputs to train with.
 Augment = Callable[[Any, torch.Generator], Any]
-
-
-def seed_of(*parts: int | str) -> int:
-    """Seed in [0, 2**63) made of what the randomness is for.
-
-    No generator state is saved or restored: every step starts from a seed made of the run's seed, the stage, the epoch
-    and the step, so a resumed run draws what an uninterrupted one would have drawn.
-
-    Args:
-        parts: purpose of the randomness, e.g. ``(seed, "search", epoch, step)``; each part and its place counts.
-
-    Returns:
-        The seed.
-
-    Example:
-        >>> seed_of(0, "search", 1) == seed_of(0, "search", 1)
-        True
-        >>> seed_of(0, "search", 1) == seed_of(0, "float", 1)
-        False
-    """
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 # ---------------------------------------------------------------------- tensors and mappings of tensors

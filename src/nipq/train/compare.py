@@ -187,7 +187,7 @@ class Cell:
 
     @property
     def is_float(self) -> bool:
-        """Whether it trains the float network of its seed."""
+        """True if it trains the float network of its seed."""
         return self.budget is None
 
     @property
@@ -393,7 +393,7 @@ class Outcome:
 
     @property
     def ok(self) -> bool:
-        """Whether the cell has its result."""
+        """True if the cell has its result."""
         return self.state in ("skipped", "done")
 
 

@@ -13,6 +13,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from scipy import stats
 
+from nipq.budget.budget import SI_PREFIXES
 from nipq.errors import ConfigError, require
 from nipq.train.compare import FLOAT, Cell, CompareFolder, Grid
 from nipq.train.records import Record
@@ -28,7 +29,8 @@ FINAL = ("float", "frozen", "bn", "finetuned")
 FEWER = "*"
 #: Columns that the table needs, for an output that does not say or is narrower: long lines beat folded numbers.
 WIDTH = 130
-PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+#: Factors and decimal prefixes, descending.
+PREFIXES = tuple((float(factor), name) for name, factor in reversed(SI_PREFIXES.items()))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from nipq.errors import ConfigError, require
-from nipq.train.batches import Batch, Sources, Split, seed_of, slice_of, stratified, tensor_splits
+from nipq.functional.counter_rng import seed_of
+from nipq.train.batches import Batch, Sources, Split, slice_of, stratified, tensor_splits
 from nipq.train.factory import import_callable
 
 if TYPE_CHECKING:

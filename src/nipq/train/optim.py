@@ -105,7 +105,7 @@ def _build(config: OptimizerConfig, groups: list[dict[str, Any]]) -> Optimizer:
 
 
 def _fused(groups: list[dict[str, Any]]) -> bool | None:
-    """Whether to ask for one kernel a step, which can be told on the device to change nothing; else torch's choice."""
+    """Return True for a fused optimizer, which can skip a step on the device; None leaves the choice to torch."""
     return True if all(p.device.type in FUSED for group in groups for p in group["params"]) else None
 
 

@@ -29,12 +29,12 @@ ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_launched() -> bool:
-    """Whether a launcher started several processes."""
+    """Return whether a launcher started several processes."""
     return all(name in os.environ for name in ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 def is_first() -> bool:
-    """Whether this process is the first, before, in and after the group."""
+    """Return whether this process is the first, before, in and after the group."""
     return rank() == 0 and (not is_launched() or os.environ["RANK"] == "0")
 
 
@@ -85,7 +85,7 @@ def make_accelerator(config: TrainConfig) -> Any:  # noqa: ANN401 - an optional 
 
 
 def _has_cuda(name: str) -> bool:
-    """Whether this process can train on a GPU; of several GPUs it takes the one that the launcher gave to it."""
+    """Return whether this process can train on a GPU; of several GPUs it takes the one that the launcher gave to it."""
     if not torch.cuda.is_available():
         if name == "cuda":
             raise ConfigError("expected a CUDA device, found none; set device to auto or cpu")

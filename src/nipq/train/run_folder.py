@@ -67,7 +67,7 @@ class RunFolder:
         write_text(self.config, dump_config(config))
 
     def holds_run(self) -> bool:
-        """Whether a run was started here."""
+        """Return whether a run was started here."""
         return self.config.is_file()
 
     def read_config(self) -> TrainConfig:

@@ -21,12 +21,13 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from nipq.distributed import all_or_none, check_same_, from_rank_zero, is_distributed, rank_seed
 from nipq.errors import ConfigError, DistributedError, NonFiniteError
+from nipq.functional.counter_rng import seed_of
 from nipq.prepare.batches import call_model
 from nipq.prepare.prepare import prepare_
 from nipq.qat.ema import WeightAverage
 from nipq.qat.schedule import resume_, schedulers
 from nipq.qat.session import QATSession, calibrate_and_allocate_
-from nipq.train.batches import Batch, Few, Nested, Split, count_of, moved, pick, seed_of
+from nipq.train.batches import Batch, Few, Nested, Split, count_of, moved, pick
 from nipq.train.checkpoint import Checkpoint, Progress, whole_state
 from nipq.train.checks import Tally, check_state, make_budget, non_finite_loss, preflight
 from nipq.train.data import load_data

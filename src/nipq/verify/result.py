@@ -51,7 +51,7 @@ class VerifyResult:
         return f"{failed.artifact}: {failed.first_difference}"
 
     def __bool__(self) -> bool:
-        """Whether every check passed."""
+        """Return whether every check passed."""
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
