@@ -112,7 +112,7 @@ def curves(rows: Rows, metric: str, name: Callable[[str], Path]) -> None:
         save(figure, axes, name("corruption"))
     figure, axes = grid(2, 2)
     drawn = [
-        panel(axis, rows, lowered_curve(way), f"boundaries {way}", "bits taken from every tensor [bit]", metric)
+        panel(axis, rows, lowered_curve(way), f"clipping ranges {way}", "bits taken from every tensor [bit]", metric)
         for axis, way in zip(axes, ("kept", "refit"), strict=True)
     ]
     for axis in axes:
