@@ -1,4 +1,4 @@
-"""What one element costs, and what one call costs: the quantizer against a copy, an add, a ReLU and torch's fake-quant.
+"""Times one element and one call of the quantizer, against a copy, an add, a ReLU and torch's fake-quant.
 
 python -m benchmarks.elements --overwrite        # results/elements.jsonl, in about four minutes
 
@@ -60,7 +60,7 @@ def _plain(module: nn.Module) -> Function:
 
 
 def functions(names: Collection[str] | None = None) -> dict[str, tuple[Function, list[Tensor]]]:
-    """What is timed, with the parameters that get a gradient besides x; all, or those of some names."""
+    """Functions to time, with the parameters that get a gradient besides x; all, or those of some names."""
     modules = {
         "ReLU": nn.ReLU(),
         "nipq": quantizer(),

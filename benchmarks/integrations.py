@@ -1,4 +1,4 @@
-"""What the integrations add to a training step: each trainer with nipq's integration, and with the search by hand.
+"""Overhead of the integrations in a training step: each trainer with nipq's integration, and with the search by hand.
 
 python -m benchmarks.integrations
 
@@ -59,7 +59,7 @@ class Task(nn.Module):
         self.rows = [{"x": image, "labels": int(label)} for image, label in zip(x, y, strict=True)]
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What transformers' Trainer wants."""
+        """Return the loss in a dictionary, as transformers' Trainer expects."""
         self._turns.step()
         return {"loss": cross_entropy(self.network(x), labels)}
 

@@ -17,7 +17,7 @@ def page() -> str:
 
 
 def overhead(content: Record) -> str:
-    """What each integration adds to a step, seen where little else takes time, against a step that does more."""
+    """Table of what each integration adds to a step, measured on a short step and set against a longer one."""
     step = content["small_step"]
     rows = []
     for trainer, row in content["rows"].items():

@@ -1,4 +1,4 @@
-"""What each further quantizer costs a training step, from 10 to 2,000 of them on layers with next to no work.
+"""Cost of each further quantizer in a training step, from 10 to 2,000 of them on layers with next to no work.
 
 python -m benchmarks.many_quantizers --overwrite        # results/many_quantizers.jsonl, in about two minutes
 
@@ -102,7 +102,7 @@ def per_quantizer(samples: dict[int, Samples]) -> dict[str, dict[str, list[float
 
 
 def growth(costs: dict[str, list[float]]) -> float:
-    """How many times more a quantizer costs among many than among 200; 1 when nothing is looked at twice.
+    """Ratio of the cost of a quantizer among many to that among 200; 1 when nothing is looked at twice.
 
     Args:
         costs: microseconds for each quantizer, by number of quantizers.

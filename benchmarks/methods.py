@@ -1,4 +1,4 @@
-"""What a training step of each method costs, on the network of the grid of baselines.
+"""Cost of a training step of each method, on the network of the grid of baselines.
 
 python -m benchmarks.methods --overwrite        # results/methods.jsonl, in about two minutes
 

@@ -55,7 +55,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 
 
 def origin(load: tuple[float, float, float] | None = None) -> dict[str, Any]:
-    """Where numbers come from, without a path or a name of this machine.
+    """Origin of the numbers (machine, versions, revision), without a path or a name of this machine.
 
     Args:
         load: load averages before the measurement.

@@ -28,7 +28,7 @@ def number(quartiles: list[float]) -> str:
 
 
 def origin(content: Record) -> str:
-    """How a file was made: one line."""
+    """Origin of a results file, in one line."""
     versions = ", ".join(f"{name} {number}" for name, number in content["versions"].items())
     machine = content["machine"]
     load = machine["load_before"]
@@ -141,7 +141,7 @@ def _element_cell(row: Record | None) -> str:
 
 
 def many_quantizers(content: Record) -> str:
-    """What each further quantizer costs."""
+    """Table of the cost of each further quantizer."""
     costs = content["microseconds"]
     counts = list(next(iter(costs.values())))
     rows = [[part, *(number(found[count]) for count in counts)] for part, found in costs.items()]

@@ -39,7 +39,7 @@ def faster_layout(network: Network) -> str:
 
 
 def trainings(network: Network, variants: list[str], faster: str) -> tuple[dict[Key, Training], list[str]]:
-    """What there is to time, by variant and layout, and notes on peers that are missing or fail."""
+    """Trainings to time, by variant and layout, and notes on peers that are missing or fail."""
     found: dict[Key, Training] = {}
     notes = []
     for variant in variants:

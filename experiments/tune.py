@@ -46,7 +46,7 @@ class Tuning:
         self.results = Records(file.parent / self._chosen["results"], lambda record: str(record["name"]))
 
     def fields(self, name: str) -> dict[str, Any]:
-        """What one run changes of its grid."""
+        """Settings that one run changes of its grid."""
         method, _, number = name.rpartition("-")
         return self._chosen["candidates"][method][int(number)] if method else {}
 

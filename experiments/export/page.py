@@ -104,7 +104,7 @@ def groups() -> dict[str, list[Record]]:
 
 
 def passed(records: Sequence[Record], name: str, artifact: str) -> str:
-    """How many runs hold a rung, of those that climb it."""
+    """Count the runs that pass a check, of those that make it."""
     found = [one for record in records if (one := rung(record, name, artifact)) is not None]
     return f"{sum(one['passed'] for one in found)} of {len(found)}" if found else ""
 
@@ -148,7 +148,7 @@ def commands(records: Sequence[Record]) -> str:
 
 
 def runtimes() -> str:
-    """How far each runtime is from the deployed model, and the task's metric there."""
+    """Table of the distance of each runtime from the deployed model, and the task's metric there."""
     rows = []
     every = []
     for group, records in groups().items():
@@ -209,7 +209,7 @@ def _needed(record: Record) -> float:
 
 
 def above(record: Record) -> float:
-    """What the packed file has beside bits, scales and what stays float, as a share of them."""
+    """Overhead of the packed file beside bits, scales and what stays float, as a share of them."""
     return next(iter(record["files"].values())) / _needed(record) - 1
 
 

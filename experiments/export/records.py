@@ -45,7 +45,7 @@ def parser(text: str | None, kind: str, timeout: int) -> argparse.ArgumentParser
 
 
 def origin(command: str, seconds: float) -> Record:
-    """Where numbers come from, without a path or a name of this machine.
+    """Origin of the numbers (command, machine, versions), without a path or a name of this machine.
 
     Args:
         command: what a reader types to get the same.

@@ -72,7 +72,7 @@ def trained_run(place: RunFolder, samples: int) -> tuple[nn.Module, Batches, Met
 
 @torch.no_grad()
 def differences(reference: nn.Module, others: dict[str, nn.Module], batches: Batches, metric: Metric) -> Record:
-    """What the logits of others are away from those of the deployed model, in units of its largest, and their metric.
+    """Distance of the logits of others from those of the deployed model, in units of its largest, and their metric.
 
     Args:
         reference: the deployed model.

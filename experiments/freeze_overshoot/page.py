@@ -1,4 +1,4 @@
-"""How often a frozen model exceeded its budget, from the record; for ``experiments/write_results.py``."""
+"""Sentence on how often a frozen model exceeded its budget, from the record; for ``experiments/write_results.py``."""
 
 from __future__ import annotations
 

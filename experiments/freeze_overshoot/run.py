@@ -1,4 +1,4 @@
-"""How often does the freeze exceed a budget? Random models, random bits, random budgets, counted anew.
+"""Counts how often the freeze exceeds a budget: random models, random bits, random budgets, counted anew.
 
     python experiments/freeze_overshoot/run.py
 
@@ -95,7 +95,7 @@ def random_budget(model: nn.Module, draw: random.Random) -> tuple[Budget, dict[s
 
 
 def count(model: nn.Module, name: str) -> Fraction:
-    """What a frozen model costs, counted from its layers (all inputs are quantized, no weight is shared)."""
+    """Cost of a frozen model, counted from its layers (all inputs are quantized, no weight is shared)."""
     rows = layer_table(model)
     assert len({row.weight for row in rows}) == len(rows)
     if name == KINDS[0]:

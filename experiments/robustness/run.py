@@ -1,4 +1,4 @@
-"""How robust are the trained networks of a comparison? Measured for every method, budget and seed.
+"""Robustness of the trained networks of a comparison, measured for every method, budget and seed.
 
     python -m experiments.robustness.run --runs FOLDER [--data DATA] [--images 2000] [--only PATTERN]
 

@@ -39,7 +39,7 @@ SHOWN = 0.3  # the target whose trajectories are drawn
 
 @dataclass(frozen=True)
 class Method:
-    """How a weight is trained: through rounding, unless ``noise`` is given."""
+    """A way to train a weight: through rounding, unless ``noise`` is given."""
 
     label: str
     noise: str | None = None
@@ -60,7 +60,7 @@ METHODS = (
 
 
 class Runs(NamedTuple):
-    """How training went; tensors of shape (schedule, seed, target) unless said otherwise."""
+    """Course of training; tensors of shape (schedule, seed, target) unless said otherwise."""
 
     x: Tensor
     missed: Tensor  # |Q(x) - t| at the end

@@ -10,7 +10,7 @@ from torch.nn.functional import max_pool2d
 
 
 class Found(NamedTuple):
-    """What a detector found in an image, surest first.
+    """Detections in an image, surest first.
 
     Attributes:
         boxes: Left, upper, right and lower side in pixels, [N, 4].
@@ -66,7 +66,7 @@ def overlap(first: Tensor, second: Tensor) -> Tensor:
 
 
 def hits(boxes: Tensor, truth: Tensor, least: float = 0.5) -> Tensor:
-    """Which boxes are right: each true box is given to the first that overlaps it enough.
+    """Mark the boxes that are right: each true box is given to the first that overlaps it enough.
 
     Args:
         boxes: Of one class in one image, surest first, [N, 4].

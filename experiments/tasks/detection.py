@@ -195,7 +195,7 @@ class Detection(FloatAnswers):
 
 
 def distance(outputs: Maps, answers: Maps) -> Tensor:
-    """How far maps are from those of the float network, where that sees objects.
+    """Distance of maps from those of the float network, where that sees objects.
 
     With the float network's heat ``p`` and ``w`` its largest over the classes::
 

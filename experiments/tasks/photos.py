@@ -94,7 +94,7 @@ def tiles(photo: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
 
 
 def textured(squares: np.ndarray[Any, Any], deviation: float) -> np.ndarray[Any, Any]:
-    """Which tiles are not flat.
+    """Mark the tiles that are not flat.
 
     Args:
         squares: [N, size, size, 3].

@@ -1,4 +1,6 @@
-"""Which photo? From which of 71 photographs is a 32x32 crop? 21,300 crops to train on, 4,260 to test on, 60 per class.
+"""Task "which photo?": tell which of 71 photographs a 32x32 crop is from.
+
+21,300 crops to train on, 4,260 to test on, 60 per class.
 
 The left 70 % of each photograph gives training crops and the right 25 % test crops, so no pixel is shared. A network
 has to recognise a scene by the colours and textures of a part of it that it never saw.
@@ -73,7 +75,7 @@ def data(config: DataConfig, seed: int) -> Sources:
 
 
 def strips(labels: Tensor, lefts: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
-    """Which crops lie in the right end of their photograph's training side, and which lie left of it.
+    """Mark the crops in the right end of their photograph's training side, and those left of it.
 
     Args:
         labels: Photograph of each crop, [N].

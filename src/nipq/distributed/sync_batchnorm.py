@@ -22,7 +22,7 @@ from nipq.distributed import all_present, is_distributed
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """Sum over ranks; what each rank's loss says about the sum is summed as well."""
+    """Sum over ranks; its gradients are summed over ranks as well."""
 
     @staticmethod
     def forward(_ctx: FunctionCtx, x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def unsync_(model: nn.Module) -> None:
 
 @contextmanager
 def synced(model: nn.Module) -> Iterator[None]:
-    """:func:`sync_` for a while.
+    """Context in which :func:`sync_` holds; it is undone at the end.
 
     Args:
         model: any model; batch norms that were synchronised before stay so.

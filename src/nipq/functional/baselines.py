@@ -35,7 +35,7 @@ SAWB = {2: (2.542, 1.623), 3: (6.952, 6.316), 4: (11.798, 11.830), 5: (16.653, 1
 
 
 class _ScaleGradient(torch.autograd.Function):
-    """The value as it is, its gradient times a factor; value * factor / factor would not be the value."""
+    """Identity whose gradient is multiplied by a factor; value * factor / factor would not be the value."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, factor: Tensor) -> Tensor:  # noqa: ANN401 -- torch documents no type for it

@@ -64,8 +64,9 @@ class Grid:
             )
 
 
-#: The two grids without settings.
+#: Signed grid, codes -n..n.
 SIGNED = Grid("signed")
+#: Unsigned grid, codes 0..n.
 UNSIGNED = Grid("unsigned")
 
 

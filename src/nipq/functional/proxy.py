@@ -15,7 +15,7 @@ UNIFORM_VARIANCE = 1 / 12
 
 
 class _NoiseInside(torch.autograd.Function):
-    """Truncation, plus noise * step strictly inside; see ``noise_proxy``.
+    """Autograd function of ``noise_proxy``: truncation, plus noise * step strictly inside.
 
     Plain operations under autograd give the same, at three times the time and memory. Keeps x and the noise.
     """

@@ -47,7 +47,7 @@ class CompilerError(Exception):
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no working C++ compiler (said once, as a warning).
 
-    The compiler is ``$CXX``, or the first of c++, g++, clang++ on the path. Compiling takes a second, once a machine.
+    The compiler is ``$CXX``, or the first of c++, g++, clang++ on the path. It is done once a machine.
     """
     if os.environ.get(SWITCH) == "0":
         return None
@@ -67,7 +67,7 @@ def available() -> bool:
     return library() is not None
 
 
-# All that ``torch.compiler.assume_constant_result`` does, but for importing the compiler, which takes two seconds.
+# All that ``torch.compiler.assume_constant_result`` does, but for importing the compiler, which is slow.
 available._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch's decorator sets
 
 

@@ -324,7 +324,7 @@ def fused_noise_proxy(x: Tensor, tensors: ProxyTensors, settings: ProxySettings,
 
 
 class _FusedProxy(torch.autograd.Function):
-    """See ``fused_noise_proxy``. Saves its result, which the layer behind it saves anyway, and nothing else."""
+    """Autograd function of ``fused_noise_proxy``; saves its result only, which the layer behind saves anyway."""
 
     @staticmethod
     def forward(

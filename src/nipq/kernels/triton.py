@@ -39,7 +39,7 @@ TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def jit(function: Callable[..., Any]) -> Any:  # noqa: ANN401 -- Triton ships no types
-    """A function for the device; left as it is where there is no Triton."""
+    """Compile a function for the device by ``triton.jit``; without Triton it stays as it is."""
     return triton.jit(function) if triton else function
 
 
@@ -190,7 +190,7 @@ def sum_of(
     sums: tl.tensor, plane: tl.tensor, channel: tl.tensor, channels: tl.tensor, chunks: tl.tensor,
     tile_channels: tl.constexpr, tile_chunks: tl.constexpr,
 ) -> tl.tensor:  # fmt: skip
-    """One plane added up over its chunks, in float64 and always in one order."""
+    """Sum of one plane over its chunks, in float64 and always in one order."""
     start = sums + plane * (tl.cast(chunks, tl.int64) * channels)
     total = tl.zeros([tile_chunks, tile_channels], tl.float64)
     for first in range(0, chunks, tile_chunks):
@@ -203,7 +203,7 @@ def sum_of(
 
 @jit
 def sigmoid(raw: tl.tensor) -> tl.tensor:
-    """Of a number in float64."""
+    """Logistic sigmoid of a float64 number."""
     return 1.0 / (1.0 + tl.exp(-raw))
 
 
@@ -284,7 +284,7 @@ def finish_kernel(
     least: tl.constexpr, most: tl.constexpr, choices: tl.constexpr, stochastic: tl.constexpr, kind: tl.constexpr,
     tile_channels: tl.constexpr, tile_chunks: tl.constexpr,
 ) -> None:  # fmt: skip
-    """From the sums to the gradients of clipping ranges and bits, or of the parameters behind them; one program.
+    """Turn the sums into the gradients of clipping ranges and bits, or of the parameters behind them; one program.
 
     The step is alpha / n; the ends are -alpha and alpha, 0 and alpha, or -zero step and alpha - zero step, where zero
     counts as constant.

@@ -76,17 +76,17 @@ class Tiling:
 
     @property
     def grid(self) -> tuple[int]:
-        """Programs to launch."""
+        """Number of programs to launch."""
         return (self.chunks * self.groups,)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of every launch: threads, and a multiply and an add that round twice, as in torch."""
+        """Options of every launch: threads, and a multiply and an add that round twice, as in torch."""
         return {"num_warps": self.warps, "enable_fp_fusion": False}
 
     @property
     def arguments(self) -> dict[str, int]:
-        """Of a kernel that goes over the elements."""
+        """Arguments of a kernel that goes over the elements."""
         names = ("rows", "channels", "inner", "tile_rows", "tile_channels", "tile_inner")
         return dict(zip(names, self.size + self.shape, strict=True)) | {
             "tiles": self.tiles, "tiles_inner": self.tiles_inner, "share": self.share, "chunks": self.chunks,
@@ -94,7 +94,7 @@ class Tiling:
 
     @property
     def sum_arguments(self) -> dict[str, int]:
-        """Of a kernel that adds up what the programs found."""
+        """Arguments of a kernel that adds up the sums of the programs."""
         channels = min(_power(self.size[1]), 128)
         return {
             "channels": self.size[1], "chunks": self.chunks,

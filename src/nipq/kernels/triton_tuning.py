@@ -46,13 +46,13 @@ class Tuned:
     file: Path
 
     def __str__(self) -> str:
-        """One line."""
+        """The result in one line."""
         was, now = sum(self.usual), sum(self.found)
         return f"{self.gpu}: {self.sizes}, {now:.3f} ms where the usual sizes take {was:.3f}; kept in {self.file}"
 
 
 def tune() -> Tuned:
-    """Find and keep the sizes for the present GPU; takes a minute, most of it to compile.
+    """Find and keep the sizes for the present GPU; most of the time is compiling.
 
     Returns:
         The sizes, and what they save.
@@ -73,7 +73,7 @@ def tune() -> Tuned:
 def search(
     steps: tuple[Callable[[], object], Callable[[], object]], milliseconds: Stopwatch
 ) -> tuple[Sizes, tuple[float, float], tuple[float, float]]:
-    """One size after the other, each at its best value so far: 12 timings instead of 375.
+    """Search one size after the other, each at its best value so far: 12 timings instead of 375.
 
     Args:
         steps: work with one clipping range, and with several.

@@ -208,15 +208,15 @@ class PACT(Estimator):
     method: ClassVar[Method] = "pact"
 
     def learns_range(self, role: Role) -> bool:
-        """Inputs only."""
+        """Return True for inputs only: a weight's range follows its moments."""
         return role == "input"
 
     def follows(self, role: Role) -> bool:
-        """Weights only."""
+        """Return True for weights only: an input's range is learned."""
         return role == "weight"
 
     def follow(self, quantizer: QuantizerParameters, x: Tensor) -> Tensor | None:
-        """SAWB, for weights."""
+        """Clipping range of a weight by SAWB."""
         if quantizer.role != "weight":
             return None
         return sawb_range(x, quantizer.bits_rounded, channel_axis=quantizer.range_axis)
@@ -253,11 +253,11 @@ class DiffQ(Estimator):
     method: ClassVar[Method] = "diffq"
 
     def learns_range(self, role: Role) -> bool:  # noqa: ARG002 -- for neither
-        """Never: it is the largest magnitude."""
+        """Return False: the range is the largest magnitude."""
         return False
 
     def follows(self, role: Role) -> bool:  # noqa: ARG002 -- for both
-        """Always."""
+        """Return True: the range is the largest magnitude of the tensor itself."""
         return True
 
     def follow(self, quantizer: QuantizerParameters, x: Tensor) -> Tensor | None:
@@ -271,7 +271,7 @@ class DiffQ(Estimator):
         return quantizer.bits
 
     def search(self, quantizer: QuantizerParameters, x: Tensor, key: Tensor) -> Tensor:
-        """Noise without truncation."""
+        """DiffQ's pseudo-quantization: noise without truncation."""
         wide, bits = widened(x), self.training_bits(quantizer, key)
         alpha, grid = quantizer.alpha_for(x), quantizer.grid
         seen, fixed = wide.detach(), (alpha.detach(), bits.detach(), grid)
@@ -291,7 +291,7 @@ class STE(Estimator):
     method: ClassVar[Method] = "ste"
 
     def learns_range(self, role: Role) -> bool:  # noqa: ARG002 -- for neither
-        """Never: calibration sets it."""
+        """Return False: calibration sets the range."""
         return False
 
 

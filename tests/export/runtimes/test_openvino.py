@@ -78,7 +78,7 @@ def test_another_batch_size_is_compiled_when_it_comes(trained: Any, folder: Path
 
 @pytest.mark.slow
 def test_a_deep_net_with_residual_sums_agrees(tmp_path: Path) -> None:
-    """With an open batch size the logits move by a quarter, with a fixed one not (guide on OpenVINO)."""
+    """With an open batch size the logits move by more than a tenth, with a fixed one not (guide on OpenVINO)."""
     models = pytest.importorskip("torchvision").models
     runtime = pytest.importorskip("openvino")
     x = torch.randn(4, 3, 96, 96)
