@@ -47,7 +47,7 @@ class CompilerError(Exception):
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no working C++ compiler (said once, as a warning).
 
-    The compiler is ``$CXX``, or the first of c++, g++, clang++ on the path. It is done once a machine.
+    The compiler is ``$CXX``, or the first of c++, g++, clang++ on the path. Kernels are compiled once a machine.
     """
     if os.environ.get(SWITCH) == "0":
         return None
