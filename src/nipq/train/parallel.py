@@ -63,7 +63,7 @@ def accelerated(config: TrainConfig) -> Iterator[Any]:
 
 def make_accelerator(config: TrainConfig) -> Any:  # noqa: ANN401 - an optional package's class
     """Accelerate's view of this process; see :func:`accelerated`."""
-    library = require("accelerate", extra="accelerate", purpose="nipq train")
+    library = require("accelerate", extra="train", purpose="nipq train")
     settings = {
         "cpu": config.device == "cpu" or not _has_cuda(config.device),
         "mixed_precision": config.amp or "no",
