@@ -93,6 +93,16 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = "correct its 
     return f"did you mean {close[0]!r}?" if close else otherwise
 
 
+def first_line(error: BaseException) -> str:
+    r"""The first line of an error's message, or the name of its class if it has no message.
+
+    Example:
+        >>> first_line(OSError("disk full\nand more")), first_line(TimeoutError())
+        ('disk full', 'TimeoutError')
+    """
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @dataclass(frozen=True)
 class Diagnostic:
     """A fact about a model that ``prepare_`` would refuse, leave float, or do in a way worth knowing.

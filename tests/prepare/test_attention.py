@@ -102,9 +102,9 @@ def test_from_search_to_file(tmp_path: Path) -> None:
     assert [check.name[:2] for check in result.checks] == ["E0", "E1", "E2", "E3"]
     assert torch.equal(nipq.load(path, Net())(X), deployed(X))
     assert path.stat().st_size == result.checks[0].numbers["bytes_promised"]
-    twin = prepared()
-    twin.load_state_dict(model.state_dict(), strict=True)
-    assert torch.equal(twin.eval()(X), model.eval()(X))
+    copied = prepared()
+    copied.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(copied.eval()(X), model.eval()(X))
 
 
 @pytest.mark.parametrize("part", ["step", "bits"])

@@ -56,7 +56,7 @@ def quantizers_of(model: nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
     return {row.name: (row.weight.bit_range.choices, row.weight.alpha_raw.numel()) for row in layer_table(model)}
 
 
-def test_a_table_has_eight_bits_and_one_boundary_unless_told_otherwise() -> None:
+def test_a_table_has_eight_bits_and_one_clipping_range_unless_told_otherwise() -> None:
     learned = tuple(range(2, 9))
     assert quantizers_of(prepared())["words"] == ((8,), 1)
     assert quantizers_of(prepared(Config(granularity="channel")))["words"] == ((8,), 1)
@@ -194,9 +194,9 @@ def test_a_float_checkpoint_loads_strictly_and_a_frozen_state_too() -> None:
     model = prepared(tied=True)
     model.load_state_dict(Language(tied=True).state_dict(), strict=True)
     set_bits_(model, 4)
-    twin = prepared(tied=True)
-    twin.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
-    assert torch.equal(twin.eval()(IDS), model.eval()(IDS))
+    copied = prepared(tied=True)
+    copied.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
+    assert torch.equal(copied.eval()(IDS), model.eval()(IDS))
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.qonnx.onnx", "model.npz", "model.pt2"])

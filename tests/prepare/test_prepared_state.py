@@ -37,11 +37,11 @@ def test_state_dict_round_trip_without_pickle(small_net: Build, model: nn.Module
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
-    twin = prepare_(small_net(), x)
-    twin.load_state_dict(torch.load(file, weights_only=True), strict=True)
-    assert torch.equal(twin(x), model(x))  # frozen ones and learned ones, calibrated, with their grids
-    assert [q.is_frozen for q in quantizers(twin)] == [q.is_frozen for q in quantizers(model)]
-    assert [q.grid for q in quantizers(twin)] == [q.grid for q in quantizers(model)]
+    copied = prepare_(small_net(), x)
+    copied.load_state_dict(torch.load(file, weights_only=True), strict=True)
+    assert torch.equal(copied(x), model(x))  # frozen ones and learned ones, calibrated, with their grids
+    assert [q.is_frozen for q in quantizers(copied)] == [q.is_frozen for q in quantizers(model)]
+    assert [q.grid for q in quantizers(copied)] == [q.grid for q in quantizers(model)]
 
 
 def test_a_float_checkpoint_loads_strictly_after_prepare(small_net: Build, x: Tensor) -> None:
@@ -55,20 +55,20 @@ def test_a_float_checkpoint_loads_strictly_after_prepare(small_net: Build, x: Te
 def test_a_deep_copy_is_independent(model: nn.Module, x: Tensor, phase: str) -> None:
     set_phase_(model, phase)
     expected = model(x)
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     with torch.no_grad():
-        for parameter in twin.parameters():
+        for parameter in copied.parameters():
             parameter.mul_(1.5)
-        twin.stem_norm.running_mean.add_(1)
-    changed = twin(x)
+        copied.stem_norm.running_mean.add_(1)
+    changed = copied(x)
     assert torch.equal(model(x), expected)
     assert not torch.equal(changed, expected)
     with torch.no_grad():
-        for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        for parameter, other in zip(model.parameters(), copied.parameters(), strict=True):
             parameter.copy_(other)
         model.stem_norm.running_mean.add_(1)
     assert torch.equal(model(x), changed)
-    restore_(twin)
+    restore_(copied)
     assert torch.equal(model(x), changed)
 
 
@@ -104,8 +104,8 @@ def test_tied_weights_share_one_quantizer_and_stay_tied() -> None:
     stored = prepared.first.parametrizations.weight
     assert stored.original is prepared.second.parametrizations.weight.original
     assert stored is prepared.again.parametrizations.weight
-    twin = copy.deepcopy(prepared)
-    assert layer_table(twin)[0].weight is layer_table(twin)[1].weight
+    copied = copy.deepcopy(prepared)
+    assert layer_table(copied)[0].weight is layer_table(copied)[1].weight
     restored = restore_(prepared)
     assert restored.first.weight is restored.second.weight
     assert restored.first is restored.again

@@ -1,4 +1,4 @@
-"""``Config(shared_bits=...)``: one bit-width for layers that read the same tensor, learned, snapped and frozen once."""
+"""``Config(shared_bits=...)``: one bit-width for layers that read the same tensor, learned, rounded and frozen once."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_one_parameter_gets_the_gradients_of_all() -> None:
     assert torch.equal(keys.bits, values.bits)
 
 
-def test_the_snap_decides_once_for_a_group_and_keeps_the_budget() -> None:
+def test_freezing_decides_once_for_a_group_and_keeps_the_budget() -> None:
     model = prepared()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -132,15 +132,15 @@ def test_groups_with_a_weight_in_common_become_one() -> None:
 
 def test_bits_fixed_for_one_are_fixed_for_all_and_states_and_copies_keep_the_group() -> None:
     model = prepared()
-    twin = copy.deepcopy(model)
+    copied = copy.deepcopy(model)
     set_bits_(model, {"1.key": {"weights": 3}})
     assert [bits_of(model)[f"1.{name}"][0] for name in ("query", "key", "value", "gate")] == [3, 3, 3, 5]
-    assert bits_of(twin)["1.key"][0] == 5
+    assert bits_of(copied)["1.key"][0] == 5
     fresh = prepared()
     fresh.load_state_dict(model.state_dict(), strict=True)
     assert bits_of(fresh) == bits_of(model)
-    set_bits_(twin, {"2.value": {"activations": 7}})
-    assert bits_of(twin)["2.query"][1] == 7
+    set_bits_(copied, {"2.value": {"activations": 7}})
+    assert bits_of(copied)["2.query"][1] == 7
 
 
 def test_the_start_at_the_budget_measures_the_whole_group() -> None:

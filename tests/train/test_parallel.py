@@ -187,5 +187,5 @@ def test_another_engine_of_the_launcher_is_refused(make_config: Make, monkeypatc
 
 def test_a_missing_accelerate_is_named_with_its_extra(make_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
-    with pytest.raises(MissingDependencyError, match=r'needed for nipq train; .*pip install "nipq\[accelerate\]"'):
+    with pytest.raises(MissingDependencyError, match=r'needed for nipq train; .*pip install "nipq\[train\]"'):
         Trainer(make_config())

@@ -146,3 +146,11 @@ def test_model_that_does_not_take_the_inputs_is_refused(tmp_path: Path) -> None:
     model = {"factory": "nipq.train.models:digits_net"}
     with pytest.raises(ConfigError, match=r"cannot take inputs of shape \{'x': \(1,\), 'y': \(1,\)\}"):
         run(check_config({**BASE, "model": model}), tmp_path / "run", quiet=True)
+
+
+def test_predictions_run_where_a_model_of_buffers_alone_is_and_give_every_module_its_mode_back() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2, affine=False), nn.Dropout()).to("meta")
+    model[0].eval()
+    [(outputs, targets)] = predictions(model, [(torch.zeros(3, 2), torch.zeros(3))])
+    assert outputs.device.type == targets.device.type == "meta"
+    assert [module.training for module in model.modules()] == [True, False, True]

@@ -46,7 +46,7 @@ def bias_on_a_coarse_grid(graph: Graph) -> None:
     graph.put("depthwise.bias", (np.rint(graph.value("depthwise.bias") / step) * step).astype(np.float32))
 
 
-def shift_not_snapped(graph: Graph) -> None:
+def shift_not_whole(graph: Graph) -> None:
     """The trained zero point as a float shift around codes that start at 0, off by a fraction of a step."""
     quantize = graph.node("QuantizeLinear", "two.input_scale")
     dequantize = next(
@@ -95,7 +95,7 @@ def one_code(graph: Graph) -> None:
         (input_scale_one_ulp, "two", "step of the input", True),
         (dropped_clip, "one", "highest code", False),
         (bias_on_a_coarse_grid, "depthwise", "bias: 8 of 8 differ", False),
-        (shift_not_snapped, "two", "step of the input: only trained", False),
+        (shift_not_whole, "two", "step of the input: only trained", False),
         (swapped_weights, "one", "weight codes", False),
         (one_bit_more, "head", "highest code", False),
         (other_scale_behind, "one", "same scale and zero point behind the codes", False),

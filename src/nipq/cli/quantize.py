@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize
 from nipq.cli.output import JsonFlag, answer, reporting
-from nipq.errors import ConfigError, require
+from nipq.errors import ConfigError, first_line, require
 from nipq.files import check_free
 from nipq.ptq.quantize import quantize
 from nipq.train.config import ModelConfig
@@ -223,9 +223,8 @@ def load_network(name: str, weights: Path | None, image_size: int) -> tuple[nn.M
     try:
         model = timm.create_model(name, pretrained=weights is None)
     except (OSError, RuntimeError) as error:
-        line = (str(error).splitlines() or [""])[0]
         raise ConfigError(
-            f"{name}: expected timm's published weights, found that they cannot be fetched ({line}). "
+            f"{name}: expected timm's published weights, found that they cannot be fetched ({first_line(error)}). "
             "Give a state dict with --weights."
         ) from error
     if weights is not None:

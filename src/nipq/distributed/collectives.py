@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nipq.errors import DistributedError, NipqError
+from nipq.errors import DistributedError, NipqError, first_line
 from nipq.functional.clipping import even_stride
 from nipq.functional.counter_rng import seed_of
 
@@ -177,10 +177,10 @@ def all_present(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DistributedError(
             f"{what}: expected all {world_size()} ranks to take part, found on rank {rank()} that one did not "
-            f"({reason}). It has ended or does something else: look for the first error in the other ranks' output."
+            f"({first_line(error)}). It has ended or does something else: look for the first error in the other ranks' "
+            "output."
         ) from error
 
 

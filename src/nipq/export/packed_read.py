@@ -43,8 +43,8 @@ from nipq.nn.integer import bias_of
 from nipq.nn.kinds import is_supported, is_table, output_channels
 from nipq.nn.layers import is_prepared, plain_shell
 
-#: Bytes of the header: so many anyhow, and so many for each tensor of the model. It needs about 0.5 kB for a layer.
-HEADER_ANYHOW, HEADER_PER_TENSOR = 2**16, 2**12
+#: Bytes of the header: so many at any rate, and so many for each tensor of the model. It needs about 0.5 kB a layer.
+HEADER_BASE, HEADER_PER_TENSOR = 2**16, 2**12
 #: Bytes of payload for each element of the model's state: a weight of 16 bits, a scale, an offset and a step for each
 #: channel come to less, and so does a float64.
 PAYLOAD_PER_ELEMENT = 16
@@ -86,7 +86,7 @@ def read_container(path: Path, model: nn.Module) -> Container:
     if not path.is_file():
         raise FileFormatError(f"{path}: expected a packed model file, found none. Check the path.")
     state = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
-    longest_header = HEADER_ANYHOW + HEADER_PER_TENSOR * len(state)
+    longest_header = HEADER_BASE + HEADER_PER_TENSOR * len(state)
     longest = 8 + longest_header + PAYLOAD_PER_ELEMENT * sum(value.numel() for value in state)
     try:
         with path.open("rb") as file:

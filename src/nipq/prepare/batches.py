@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -72,6 +73,14 @@ def inputs_of(batch: Any) -> ExampleInputs:  # noqa: ANN401  (whatever a loader 
         f"loader: expected batches of tensors, found {type(batch).__name__}. "
         "Let it yield a tensor, a tuple or list with the input first, or a dict of keyword inputs."
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter, or of its first buffer; the CPU for a model without tensors.
+
+    Deployed models may hold buffers alone.
+    """
+    return next(chain(model.parameters(), model.buffers()), torch.empty(0)).device
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:  # noqa: ANN401  (a model's inputs in any form)

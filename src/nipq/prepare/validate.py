@@ -62,6 +62,14 @@ def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
 def checked_trace(model: nn.Module, example_inputs: ExampleInputs, config: Config) -> Trace:
     """Trace a model that can be prepared.
 
+    Args:
+        model: a float model.
+        example_inputs: as for :func:`prepare_`.
+        config: settings and rules.
+
+    Returns:
+        One forward of it.
+
     Raises:
         NotQuantizableError: with every refusal, each by its module's name.
         ConfigError: if a rule matches no layer.
@@ -207,10 +215,8 @@ def _attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> I
         fused = "multi_head_attention_forward" in counts
         between = any(other == name or other.startswith(f"{name}.") for other in softmaxes)  # it may be a module
         if fused or (between and sum(counts.get(product, 0) for product in _PRODUCTS) > 1):
-            found, how = (
-                True,
-                "torch's fused projections and attention" if fused else "products and a softmax of its own",
-            )
+            found = True
+            how = "torch's fused projections and attention" if fused else "products and a softmax of its own"
             yield Diagnostic(name, "error", f"it computes attention by {how}, not by {FUNCTION}", _REMEDY)
     for attention in traced.attention:
         if "forward" in vars(model.get_submodule(attention.name)):

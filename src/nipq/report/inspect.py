@@ -30,8 +30,8 @@ from nipq.report.tables import Column, FittedTable, plain_text
 
 #: Uniform bit-widths that each budget is shown for.
 UNIFORM = (8, 6, 4, 3, 2)
-#: Share of the parameters below which the text names the largest ones that no budget covers.
-MOST = 0.9
+#: Share of the parameters that budgets cover, below which the text names the largest ones that none covers.
+HIGH_COVERAGE = 0.9
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Inspection:
             f"Budgets cover these weights: {self.coverage:.1%} of the float model's {self.parameters:,} parameters "
             f"({self.float_bytes:,} bytes with buffers)."
         )
-        if self.coverage < MOST and self.largest_float:
+        if self.coverage < HIGH_COVERAGE and self.largest_float:
             named = ", ".join(f"{name} ({count:,})" for name, count in self.largest_float.items())
             totals += f" The largest that stay float: {named}."
         return Group(Text(totals), *self.tables(), Text(self.policy))

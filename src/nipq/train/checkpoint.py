@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from nipq.distributed import all_or_none, all_present, from_rank_zero, is_sharded, rank, whole
-from nipq.errors import DistributedError, FileFormatError
+from nipq.errors import DistributedError, FileFormatError, first_line
 from nipq.files import written_whole
 
 FORMAT = "nipq.train.checkpoint"
@@ -190,7 +190,7 @@ def _reason(error: BaseException) -> str:
     """One line about an error; of torch's collection of errors, about the first rank's."""
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def _filled(tree: Any, read: Callable[[dict[str, Any]], Tensor]) -> Any:  # noqa: ANN401

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from nipq.config import Settings
-from nipq.errors import ConfigError, FileFormatError
+from nipq.errors import ConfigError, FileFormatError, did_you_mean
 from nipq.train.config import METHODS, BudgetConfig, TrainConfig, check_config, merged
 from nipq.train.records import Record, Records
 from nipq.train.run_folder import FREE_FIELDS, RunFolder, flat
@@ -165,9 +164,8 @@ def load_grid(path: str | Path) -> Grid:
 
 
 def _unknown(word: str, kind: str, known: Iterable[str]) -> str:
-    close = get_close_matches(word, known := list(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "correct it."
-    return f"expected a known {kind} ({', '.join(known)}), found {word!r}; {hint}"
+    known = list(known)
+    return f"expected a known {kind} ({', '.join(known)}), found {word!r}; {did_you_mean(word, known, 'correct it.')}"
 
 
 @dataclass(frozen=True)

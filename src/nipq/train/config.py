@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -17,7 +16,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from nipq.config import Config, Settings
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, did_you_mean
 from nipq.qat.oscillation import FREEZE_START
 
 #: Quantization methods that train with noise, see :attr:`nipq.config.Config.method`.
@@ -405,9 +404,8 @@ def with_method(fields: Mapping[str, Any]) -> dict[str, Any]:
     """
     word = fields.get("method", "nipq")
     if not isinstance(word, str) or word not in METHODS:
-        close = get_close_matches(str(word), METHODS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise ConfigError(f"method: expected one of {', '.join(METHODS)}; found {word!r}{hint}")
+        hint = did_you_mean(str(word), METHODS, "correct it.")
+        raise ConfigError(f"method: expected one of {', '.join(METHODS)}, found {word!r}; {hint}")
     return merged(METHODS[word], fields)
 
 

@@ -45,6 +45,9 @@ def load_data(config: DataConfig, seed: int) -> Sources:
         config: the ``data`` section.
         seed: decides about the training samples that are held out for validation.
 
+    Returns:
+        The splits for training, validation and test.
+
     Raises:
         ConfigError: if the folder or a file is missing or not what it should be.
         MissingDependencyError: if the data set's package is not installed.

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nipq.errors import ConfigError, FileFormatError, require
+from nipq.errors import ConfigError, FileFormatError, first_line, require
 from nipq.train.task import Classification, Task
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise FileFormatError(f"expected a state dict in {path}, found something else: {_first_line(error)}") from error
+        raise FileFormatError(f"expected a state dict in {path}, found something else: {first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -137,7 +137,7 @@ def _published(name: str) -> dict[str, Tensor]:
         )
     except (OSError, RuntimeError) as error:
         raise ConfigError(
-            f"the published weights of {name!r} are not in the cache and could not be fetched ({_first_line(error)}); "
+            f"the published weights of {name!r} are not in the cache and could not be fetched ({first_line(error)}); "
             f"fetch {url} on a connected machine and put it at {file}, or give its path as weights"
         ) from error
     return state
@@ -150,7 +150,3 @@ def _load(model: nn.Module, state: dict[str, Tensor], config: ModelConfig) -> No
         raise FileFormatError(
             f"the weights {config.weights!r} are not those of {config.factory!r} with {config.kwargs}: {error}"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from torch import nn
 from nipq.distributed import is_distributed, rank, world_size
 from nipq.distributed.fsdp import shard_
 from nipq.distributed.sync_batchnorm import sync_, unsync_
-from nipq.errors import ConfigError, DistributedError, NipqError, require
+from nipq.errors import ConfigError, DistributedError, NipqError, first_line, require
 from nipq.train.batches import Split
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def accelerated(config: TrainConfig) -> Iterator[Any]:
 
 def make_accelerator(config: TrainConfig) -> Any:  # noqa: ANN401 - an optional package's class
     """Accelerate's view of this process; see :func:`accelerated`."""
-    library = require("accelerate", extra="accelerate", purpose="nipq train")
+    library = require("accelerate", extra="train", purpose="nipq train")
     settings = {
         "cpu": config.device == "cpu" or not _has_cuda(config.device),
         "mixed_precision": config.amp or "no",
@@ -79,7 +79,7 @@ def make_accelerator(config: TrainConfig) -> Any:  # noqa: ANN401 - an optional 
                 raise
             raise DistributedError(
                 f"expected {os.environ['WORLD_SIZE']} processes to meet at {os.environ['MASTER_ADDR']}:"
-                f"{os.environ['MASTER_PORT']}, found that they did not ({str(error).splitlines()[0]}); start them with "
+                f"{os.environ['MASTER_PORT']}, found that they did not ({first_line(error)}); start them with "
                 "torchrun or accelerate launch, and look at the output of each"
             ) from error
 
@@ -209,6 +209,6 @@ def explained(error: RuntimeError, model: nn.Module) -> NipqError | None:
         return None
     return DistributedError(
         f"expected all {world_size()} processes to take part in a training step, found on rank {rank()} that one did "
-        f"not ({text.splitlines()[0]}); look for the first error in the other ranks' output, then continue from the "
+        f"not ({first_line(error)}); look for the first error in the other ranks' output, then continue from the "
         "last checkpoint with --resume"
     )

@@ -222,7 +222,16 @@ def _line(row: dict[str, Any], epochs: int, metric: str) -> str:
 
 
 def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, Any]:
-    """Write everything that a finished run leaves; the results file comes last, so its presence means complete."""
+    """Write everything that a finished run leaves; the results file comes last, so its presence means complete.
+
+    Args:
+        trainer: a run in stage ``done``.
+        place: its folder.
+        reporter: shows what is being done.
+
+    Returns:
+        The results, as in ``results.json``; see :func:`run`.
+    """
     model = trainer.model.eval()
     table = summary(model)
     layers = table.to_dict()["layers"]

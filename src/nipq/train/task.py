@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nipq.errors import ConfigError
-from nipq.prepare.batches import call_model
+from nipq.prepare.batches import call_model, device_of, evaluating
 from nipq.train.batches import Batch, Nested, Sources, moved
 
 
@@ -89,7 +89,7 @@ class Task(ABC):
 
 
 def predictions(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[Any, Any]]:
-    """Run a model in evaluation mode, without gradients, over batches; its mode is restored at the end.
+    """Run a model in evaluation mode, without gradients, over batches; every module's mode is restored.
 
     Args:
         model: any model.
@@ -98,15 +98,10 @@ def predictions(model: nn.Module, batches: Iterable[Batch]) -> Iterator[tuple[An
     Yields:
         Outputs, and targets on the same device.
     """
-    tensor = next(model.parameters(), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
-    training = model.training
-    model.eval()
-    try:
+    device = device_of(model)
+    with evaluating(model):
         for inputs, targets in batches:
             yield outputs_of(model, moved(inputs, device)), moved(targets, device)
-    finally:
-        model.train(training)
 
 
 @torch.no_grad()

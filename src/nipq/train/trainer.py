@@ -115,7 +115,7 @@ class Trainer:
             DistributedError: if another process is gone.
         """
         progress = self.progress
-        torch.manual_seed(rank_seed(seed_of(self.config.seed, progress.stage, progress.epoch, progress.step)))
+        self._seed_step(progress.step)
         inputs = moved(inputs, self.device, channels_last=self.config.channels_last)
         targets = moved(targets, self.device)
         try:
@@ -198,7 +198,7 @@ class Trainer:
     def _repeated(self, step: int) -> NonFiniteError:
         """The error for a step of this epoch that has passed: parameters are still what they were before it."""
         inputs, _ = next(self.train.epoch(self._data_key(), step))
-        torch.manual_seed(rank_seed(seed_of(self.config.seed, self.progress.stage, self.progress.epoch, step)))
+        self._seed_step(step)
         return self._non_finite(moved(inputs, self.device, channels_last=self.config.channels_last), step)
 
     def _non_finite(self, inputs: Nested, step: int) -> NonFiniteError:
@@ -380,6 +380,10 @@ class Trainer:
 
     def _data_key(self) -> int:
         return seed_of(self.config.seed, "data", self.progress.stage, self.progress.epoch)
+
+    def _seed_step(self, step: int) -> None:
+        """Seed the noise of a step of the present epoch, on each rank anew."""
+        torch.manual_seed(rank_seed(seed_of(self.config.seed, self.progress.stage, self.progress.epoch, step)))
 
     def _place(self, step: int) -> str:
         return f"in stage {self.progress.stage}, epoch {self.progress.epoch + 1}, step {step + 1}"

@@ -40,8 +40,8 @@ from nipq.verify.result import Check
 
 #: Times the promised size that a file may have before it is refused unread.
 TIMES_PROMISED = 4
-#: Bytes that a small file may have anyhow.
-ANYHOW = 2**20
+#: Bytes that a file may have beyond that, so that small ones are not refused.
+BYTES_BESIDES = 2**20
 #: Samples that are computed in NumPy: whole numbers are slow there.
 SAMPLES = 2
 #: Members of a program's archive: its graph, its tensors, and the list of those.
@@ -89,7 +89,7 @@ def read(path: Path, promised: int) -> bytes:
     """
     if not path.is_file():
         raise FileFormatError(f"{path}: expected a file, found none. Check the path.")
-    longest = TIMES_PROMISED * promised + ANYHOW
+    longest = TIMES_PROMISED * promised + BYTES_BESIDES
     if path.stat().st_size > longest:
         raise FileFormatError(f"{path}: expected about {promised:,} bytes, found {path.stat().st_size:,}.")
     return path.read_bytes()

@@ -114,10 +114,8 @@ class OnnxCandidate(Candidate):
         promised, stored = _weight_bytes(self.file, numbers)
         if stored > promised:
             found.append(f"{stored:,} bytes of weights, promised {promised:,}")
-        size, whole = (
-            self.path.stat().st_size,
-            None if found else _promised_bytes(self.file, self.deployed, self.example),
-        )
+        size = self.path.stat().st_size
+        whole = None if found else _promised_bytes(self.file, self.deployed, self.example)
         if whole is not None and size > whole:
             found.append(f"{size:,} bytes on disk, promised {whole:,}")
         counted = {

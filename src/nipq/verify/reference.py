@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from nipq.config import Phase
 from nipq.export.modules import DeployedLayer, DeployedOperand, deployed_layers, deployed_products
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import ExampleInputs, call_model, inputs_of, tensors_in, to_device
+from nipq.prepare.batches import ExampleInputs, call_model, device_of, inputs_of, tensors_in, to_device
 from nipq.prepare.layer_table import LayerRow, operand_point, quantizers_at, set_phase_
 from nipq.verify.metrics import LayerComparison, logits_of
 
@@ -112,8 +111,7 @@ def reference_runs(model: nn.Module, rows: dict[str, LayerRow], loader: Iterable
 
 def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:  # noqa: ANN401  (whatever the model returns)
     """Call a model on inputs moved to its device; a model without tensors is on the CPU."""
-    tensor = next(chain(model.parameters(), model.buffers()), torch.empty(0))
-    return call_model(model, to_device(inputs, tensor.device))
+    return call_model(model, to_device(inputs, device_of(model)))
 
 
 def labels_of(batch: Any) -> Tensor | None:  # noqa: ANN401  (whatever a loader yields)

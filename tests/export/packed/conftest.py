@@ -116,7 +116,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Trained:
-    """A prepared model with frozen bits, and how to build its float twin."""
+    """A prepared model with frozen bits, and how to build its float copy."""
 
     model: nn.Module
     inputs: Tensor

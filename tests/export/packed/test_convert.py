@@ -102,14 +102,14 @@ def test_tied_weights_are_one_tensor(get: Get) -> None:
 
 def test_a_copy_a_state_dict_and_a_change_of_type_keep_the_codes(mixed: Any) -> None:
     deployed = convert(mixed.model)
-    twin = copy.deepcopy(deployed)
+    copied = copy.deepcopy(deployed)
     expected = deployed(mixed.inputs)
-    assert torch.equal(twin(mixed.inputs), expected)
-    for buffer in twin.buffers():
+    assert torch.equal(copied(mixed.inputs), expected)
+    for buffer in copied.buffers():
         buffer.zero_()
-    twin.load_state_dict(deployed.state_dict())
-    assert torch.equal(twin(mixed.inputs), expected)
-    assert twin.to(torch.float64).stem.weight_codes.dtype == deployed.stem.weight_codes.dtype
+    copied.load_state_dict(deployed.state_dict())
+    assert torch.equal(copied(mixed.inputs), expected)
+    assert copied.to(torch.float64).stem.weight_codes.dtype == deployed.stem.weight_codes.dtype
 
 
 def test_half_precision_inputs_are_divided_in_float32(get: Get) -> None:
@@ -138,7 +138,7 @@ def test_a_learned_bit_width_is_refused_by_name(get: Get) -> None:
         convert(get("mixed", freeze=False).model)
 
 
-def test_a_boundary_that_was_never_set_is_refused_by_name() -> None:
+def test_a_clipping_range_that_was_never_set_is_refused_by_name() -> None:
     config = Config(weight_bits=4, activation_bits=4)
     model = prepare_(nn.Sequential(nn.Linear(3, 2)), torch.zeros(1, 3), config)
     with pytest.raises(OrderError, match=r"0\.input: expected a calibrated"):

@@ -18,7 +18,7 @@ from torch import nn
 
 from nipq.errors import FileFormatError
 from nipq.export.convert import convert
-from nipq.export.packed_read import HEADER_ANYHOW, load
+from nipq.export.packed_read import HEADER_BASE, load
 from nipq.export.packed_write import NO_CHECKSUM, save, seal
 
 # ---------------------------------------------------------------------- bytes
@@ -66,7 +66,7 @@ def repeat(data: bytearray, draw: random.Random) -> None:
 
 
 def header_length(data: bytearray, draw: random.Random) -> None:
-    data[:8] = struct.pack("<Q", draw.choice([0, 1, draw.randrange(len(data)), HEADER_ANYHOW, 2**31, 2**40, 2**64 - 1]))
+    data[:8] = struct.pack("<Q", draw.choice([0, 1, draw.randrange(len(data)), HEADER_BASE, 2**31, 2**40, 2**64 - 1]))
 
 
 BYTES = (flip_bit, other_byte, header_byte, insert, remove, cut, append, blank, repeat, header_length)
