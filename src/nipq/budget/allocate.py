@@ -123,12 +123,12 @@ def _assign_(model: nn.Module, losses: dict[str, float], budget: Budget, *, whol
     margin = Fraction(0) if whole else _margin(table, limits)
     starts = _starts(table, margin)
     chosen = from_rank_zero(lambda: _solved(starts, summed, limits))
-    start_bits_(table, chosen)
+    set_learned_bits_(table, chosen)
 
 
 @torch.no_grad()
-def start_bits_(table: BitTable, bits: Sequence[float]) -> None:
-    """Let learned bit-widths start from given ones; fixed ones stay.
+def set_learned_bits_(table: BitTable, bits: Sequence[float]) -> None:
+    """Set learned bit-widths to given, continuous ones; frozen ones stay.
 
     Args:
         table: of a prepared model.

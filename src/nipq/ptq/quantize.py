@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.budget.allocate import allocate_bits_, start_bits_, uniform_bits
+from nipq.budget.allocate import allocate_bits_, set_learned_bits_, uniform_bits
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible, costs
 from nipq.budget.distance import Judgement, OutputJudge, floats_in, output_distance
@@ -304,7 +304,7 @@ class _Stages:
         return distance
 
     def _start(self, table: BitTable, widths: list[int]) -> None:
-        start_bits_(table, widths)
+        set_learned_bits_(table, widths)
         self._calibrate()
 
     def _allocate(self, budget: Budget) -> None:

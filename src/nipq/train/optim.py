@@ -119,7 +119,7 @@ class Curve:
     ``warmup_start + (1 - warmup_start) t / warmup`` until ``warmup``, then
     ``final + (1 - final) (1 + cos(pi (t - warmup) / (epochs - warmup))) / 2``.
 
-    Paper: the release's schedule, ``paper_map.md`` section on the schedule.
+    Paper: the release's schedule, ``docs/internals/paper-map.md`` section on the schedule.
 
     Attributes:
         epochs: length of the whole curve in epochs, > 0.
