@@ -19,9 +19,9 @@ import nipq
 from experiments.export.random_nets import built, random_network
 from experiments.export.records import origin, parser, stored, write
 from experiments.shown import Record
-from nipq.export.modules import deployed_layers
 from nipq.export.packed_write import file_bytes
 from nipq.functional.packing import payload_bytes
+from nipq.nn.deployed import deployed_layers
 from nipq.train.batches import pick
 from nipq.train.data import load_data
 from nipq.train.factory import build_model

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from nipq.config import Config, Rule
     from nipq.errors import NipqError
     from nipq.export.api import export
-    from nipq.export.convert import convert
     from nipq.export.packed_read import load
     from nipq.export.packed_write import save
+    from nipq.prepare.convert import convert
     from nipq.prepare.prepare import prepare_, restore_
     from nipq.prepare.validate import validate
     from nipq.ptq.quantize import QuantizedModel, quantize
@@ -80,7 +80,7 @@ _PUBLIC = {
     "nipq.config": ("Config", "Rule"),
     "nipq.errors": ("NipqError",),
     "nipq.export.api": ("export",),
-    "nipq.export.convert": ("convert",),
+    "nipq.prepare.convert": ("convert",),
     "nipq.export.packed_read": ("load",),
     "nipq.export.packed_write": ("save",),
     "nipq.prepare.prepare": ("prepare_", "restore_"),

@@ -12,9 +12,9 @@ from nipq.budget.bit_table import BitTable, Limit, feasible_range
 from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_feasible, costs
 from nipq.config import Config, Rule
 from nipq.errors import BudgetError, ConfigError
-from nipq.export.convert import convert
 from nipq.export.packed_write import save
 from nipq.functional.cost import cost
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import layer_table, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

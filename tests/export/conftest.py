@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.export.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
 from nipq.functional.grid import Grid, levels
+from nipq.nn.deployed import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import plain_shell
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nipq.export import arrays_reference as reference
 from nipq.export.api import export
 from nipq.export.arrays import arrays_bytes
-from nipq.export.modules import deployed_layers
+from nipq.nn.deployed import deployed_layers
 
 each_layer = st.lists(
     st.tuples(

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nipq.export.api import ExportReport, export
-from nipq.export.modules import DeployedLayer, deployed_layers
 from nipq.export.onnx_write import FIXED_BATCH, PACKED, PACKED_INT2, WIDE, onnx_bytes
 from nipq.export.portable import portable_layers
 from nipq.export.runtimes import faithful_session
+from nipq.nn.deployed import DeployedLayer, deployed_layers
 from nipq.nn.kinds import along_channels
 
 onnx = pytest.importorskip("onnx")

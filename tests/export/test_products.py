@@ -20,12 +20,12 @@ from nipq.config import Config, Rule
 from nipq.errors import OrderError
 from nipq.export import arrays_reference as reference
 from nipq.export.api import export
-from nipq.export.convert import convert
-from nipq.export.modules import DeployedOperand, deployed_products
 from nipq.export.onnx_write import WIDE, promised_bytes
 from nipq.export.portable import portable_products
 from nipq.export.runtimes import faithful_session
 from nipq.functional.grid import Grid, levels
+from nipq.nn.deployed import DeployedOperand, deployed_products
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from nipq.config import Config, Rule
 from nipq.errors import OrderError
 from nipq.export.api import export
-from nipq.export.convert import convert
 from nipq.export.onnx_read import KEY
 from nipq.export.onnx_write import promised_bytes
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import quantizers, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nipq.export.api import export
-from nipq.export.modules import deployed_layers
+from nipq.nn.deployed import deployed_layers
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from nipq.config import Config, Method
 from nipq.errors import ConfigError, OrderError
-from nipq.export.convert import convert
 from nipq.functional.baselines import sawb_range
 from nipq.nn.estimators import ESTIMATORS
 from nipq.nn.quantizer import OffsetInputQuantizer
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

@@ -16,7 +16,7 @@ from nipq.budget.hawq import sensitivities
 from nipq.budget.hessian import float_copy, layers, stored_weights
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, FileFormatError, NotQuantizableError
-from nipq.export.modules import deployed_products
+from nipq.nn.deployed import deployed_products
 from nipq.prepare.layer_table import layer_table, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.prepare.validate import validate

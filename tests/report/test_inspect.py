@@ -14,8 +14,8 @@ from nipq.budget.budget import AverageBits, BitOps, ModelSize, costs
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, NotQuantizableError
 from nipq.export.api import export
-from nipq.export.convert import convert
 from nipq.prepare.batches import ExampleInputs
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

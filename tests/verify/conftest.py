@@ -13,8 +13,8 @@ from torch.nn.functional import cross_entropy, hardswish, relu
 
 from nipq.config import Config, Rule
 from nipq.export.api import export
-from nipq.export.convert import convert
 from nipq.export.packed_write import save
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

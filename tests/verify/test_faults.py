@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.export.convert import convert
-from nipq.export.modules import DeployedLayer
 from nipq.export.packed_write import save
+from nipq.nn.deployed import DeployedLayer
+from nipq.prepare.convert import convert
 from nipq.verify import VerifyResult, verify
 
 Make = Callable[..., tuple[nn.Module, list[Any]]]

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from nipq.export.api import export
-from nipq.export.convert import convert
 from nipq.export.packed_write import save
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

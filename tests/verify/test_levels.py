@@ -15,8 +15,8 @@ from torch.nn.functional import relu
 
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, OrderError
-from nipq.export.convert import convert
 from nipq.export.packed_write import NO_CHECKSUM, contents, file_bytes, save
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import phase_of, quantizers, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from nipq.config import Config
 from nipq.export.api import export
-from nipq.export.convert import convert
-from nipq.export.modules import DeployedProduct, deployed_products
 from nipq.export.packed_write import save
+from nipq.nn.deployed import DeployedProduct, deployed_products
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import set_bits_
 from nipq.verify import verify
 from tests.prepare.attention_net import MIX, SCORES, X, prepared

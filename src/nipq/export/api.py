@@ -13,10 +13,10 @@ from torch import nn
 
 from nipq.errors import ConfigError
 from nipq.export.arrays import arrays_bytes
-from nipq.export.modules import check_deployed, deployed_layers, deployed_products
 from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
 from nipq.export.program import program_bytes
 from nipq.files import check_free, written_whole
+from nipq.nn.deployed import check_deployed, deployed_layers, deployed_products
 from nipq.prepare.batches import ExampleInputs
 
 #: Formats of files.

@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from nipq.export.modules import (
+from nipq.export.portable import input_facts, plain_kind, portable_input
+from nipq.nn.deployed import (
     Deployed,
     DeployedLayer,
     DeployedProduct,
@@ -27,7 +28,6 @@ from nipq.export.modules import (
     deployed_products,
     full_name,
 )
-from nipq.export.portable import input_facts, plain_kind, portable_input
 from nipq.nn.kinds import kind_of, weight_channel_axis
 from nipq.prepare.batches import ExampleInputs, call_model, to_device
 

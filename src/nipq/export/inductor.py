@@ -19,9 +19,9 @@ from torch._inductor import config
 from torch.nn.functional import conv2d, linear
 
 from nipq.errors import require
-from nipq.export.modules import Deployed, DeployedLayer, check_deployed, deployed_layers, replace_modules
 from nipq.export.portable import PortableLayer, portable_layers
 from nipq.export.runtimes import CompiledModel, Kernel
+from nipq.nn.deployed import Deployed, DeployedLayer, check_deployed, deployed_layers, replace_modules
 from nipq.nn.kinds import along_channels
 from nipq.prepare.batches import ExampleInputs, call_model
 from nipq.prepare.plan import inductor_reason
@@ -61,7 +61,7 @@ class Int8Layer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as floats, for models that look at its type; see ``nipq.export.modules``."""
+        """The weight as floats, for models that look at its type; see ``nipq.nn.deployed``."""
         return self.weight_codes * along_channels(self.weight_scale, self.shell, self.weight_codes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -31,14 +31,6 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import NotQuantizableError, require
-from nipq.export.modules import (
-    Deployed,
-    deployed_layers,
-    deployed_products,
-    full_name,
-    replace_modules,
-    take_input,
-)
 from nipq.export.portable import (
     PortableInput,
     PortableLayer,
@@ -48,6 +40,14 @@ from nipq.export.portable import (
     portable_products,
 )
 from nipq.export.program import exported_program
+from nipq.nn.deployed import (
+    Deployed,
+    deployed_layers,
+    deployed_products,
+    full_name,
+    replace_modules,
+    take_input,
+)
 from nipq.nn.integer import refuse_dropout
 from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table, weight_channel_axis
 from nipq.prepare.batches import ExampleInputs
@@ -337,7 +337,7 @@ class OnnxLayer(OnnxInput):
 
     @property
     def weight(self) -> Tensor:
-        """The weight as floats, for models that look at its type; see ``nipq.export.modules``."""
+        """The weight as floats, for models that look at its type; see ``nipq.nn.deployed``."""
         return self.integers.to(torch.float32) * along_channels(self.weight_scale, self.shell, self.integers)
 
     def trained(self) -> set[str]:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from nipq.errors import OrderError, require
-from nipq.export.convert import deploy_copy
-from nipq.export.modules import Deployed, DeployedLayer, deployed_layers
 from nipq.export.onnx_graph import QCDQ, QONNX, Binding, onnx_graph
 from nipq.export.onnx_read import KEY, VERSION
 from nipq.export.portable import PortableProduct, input_facts, portable_input, portable_products
+from nipq.nn.deployed import Deployed, DeployedLayer, deployed_layers
 from nipq.prepare.batches import ExampleInputs
+from nipq.prepare.convert import deploy_copy
 from nipq.prepare.layer_table import quantizers
 
 #: Lowest versions of ONNX's operators that know 4-bit and 16-bit codes, and 2-bit codes; and the one of QONNX files.

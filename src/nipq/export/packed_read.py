@@ -24,7 +24,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.export.modules import (
+from nipq.export.packed_write import FORMAT, FORMAT_VERSION, KEY, checksum
+from nipq.functional.grid import Grid, levels
+from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
+from nipq.nn.attention import PRODUCTS, AttentionProducts, install
+from nipq.nn.deployed import (
     Deployed,
     DeployedLayer,
     DeployedOperand,
@@ -35,10 +39,6 @@ from nipq.export.modules import (
     full_name,
     replace_modules,
 )
-from nipq.export.packed_write import FORMAT, FORMAT_VERSION, KEY, checksum
-from nipq.functional.grid import Grid, levels
-from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
-from nipq.nn.attention import PRODUCTS, AttentionProducts, install
 from nipq.nn.integer import bias_of
 from nipq.nn.kinds import is_supported, is_table, output_channels
 from nipq.nn.layers import is_prepared, plain_shell

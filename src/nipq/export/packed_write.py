@@ -27,8 +27,9 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError
-from nipq.export.convert import deploy_copy
-from nipq.export.modules import (
+from nipq.files import check_free, written_whole
+from nipq.functional.packing import MOST_BITS, pack, payload_bytes
+from nipq.nn.deployed import (
     Deployed,
     DeployedLayer,
     DeployedProduct,
@@ -38,8 +39,7 @@ from nipq.export.modules import (
     deployed_products,
     full_name,
 )
-from nipq.files import check_free, written_whole
-from nipq.functional.packing import MOST_BITS, pack, payload_bytes
+from nipq.prepare.convert import deploy_copy
 
 #: Name of the format in the metadata, and its version; version 1 had no checksum.
 FORMAT, FORMAT_VERSION = "nipq-packed", 2

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from nipq.errors import NonFiniteError
-from nipq.export.modules import (
+from nipq.functional.grid import GridKind
+from nipq.nn.deployed import (
     Deployed,
     DeployedLayer,
     DeployedOperand,
@@ -31,7 +32,6 @@ from nipq.export.modules import (
     deployed_layers,
     deployed_products,
 )
-from nipq.functional.grid import GridKind
 from nipq.nn.kinds import along_channels, is_plain, kind_of
 
 

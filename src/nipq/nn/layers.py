@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,11 @@ from nipq.nn.integer import fold, integer_forward, needs_float64
 from nipq.nn.kinds import channel_dim, output_channels, shell_class, weight_channel_axis
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 from nipq.nn.relu import fold_relu, unfold_relu
+
+#: ``"plain"``: the forward of the layer's kind. ``"linear"``: one of its own that was found to compute the operation
+#: and a bias, nothing else; both run on whole codes once deployed. ``"kept"``: one of its own that does more, such as a
+#: gain or an activation; the deployed layer runs it on the quantized input and a float weight made of the codes.
+Form = Literal["plain", "linear", "kept"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +44,7 @@ class LayerSpec:
         relu: full name of the ReLU right in front, whose result the layer alone reads, or None.
         tied_to: for a table, full name of the layer that multiplies with the same weight, or None.
         is_table: whether the weight is looked up, not multiplied with.
+        form: how the layer's forward relates to its operation, see :data:`Form`.
     """
 
     name: str
@@ -54,6 +60,7 @@ class LayerSpec:
     tied_to: str | None = None
     other_count: int = 0
     is_table: bool = False
+    form: Form = "plain"
 
     @property
     def is_product(self) -> bool:

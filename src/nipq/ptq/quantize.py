@@ -27,11 +27,11 @@ from nipq.budget.sensitivity import LossFn, check_scalar, targets_of
 from nipq.config import Config, Phase
 from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.export.api import ExportReport, export
-from nipq.export.convert import convert
-from nipq.export.modules import deployed_layers
 from nipq.export.packed_write import file_bytes, save
+from nipq.nn.deployed import deployed_layers
 from nipq.nn.layers import is_prepared
 from nipq.prepare.batches import ExampleInputs, call_model, inputs_of, to_device
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.ptq.report import QuantizationReport, Stage

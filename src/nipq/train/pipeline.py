@@ -22,13 +22,13 @@ from nipq.budget.budget import costs
 from nipq.config import Phase
 from nipq.distributed import from_rank_zero, rank
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError, require
-from nipq.export.convert import convert
 from nipq.export.packed_read import load
 from nipq.export.packed_write import file_bytes, save
 from nipq.functional.clipping import even_stride
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.batches import call_model
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import LayerRow, layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.report.summary import summary

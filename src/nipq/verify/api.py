@@ -13,8 +13,8 @@ from torch import nn
 
 from nipq.config import Phase
 from nipq.errors import ConfigError, FileFormatError, OrderError
-from nipq.export.convert import convert
 from nipq.prepare.batches import ExampleInputs, evaluating, inputs_of
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import layer_table, phase_of, quantization_points, quantizers, set_phase_
 from nipq.verify.archives import ArraysCandidate, ProgramCandidate
 from nipq.verify.candidate import Candidate, UnreadableCandidate

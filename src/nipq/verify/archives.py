@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from nipq.errors import FileFormatError
 from nipq.export import arrays_reference as numpy_reference
 from nipq.export.arrays import FACTS, PRODUCT, arrays_bytes
-from nipq.export.modules import DeployedLayer, deployed_layers, deployed_products
 from nipq.export.program import program_bytes
+from nipq.nn.deployed import DeployedLayer, deployed_layers, deployed_products
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import OPERANDS, operand_point
 from nipq.verify.candidate import Candidate, differences

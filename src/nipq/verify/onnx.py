@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError, require
-from nipq.export.modules import Deployed, deployed_layers
 from nipq.export.onnx_read import (
     QONNX_DOMAIN,
     MatchedLayer,
@@ -37,6 +36,7 @@ from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, producer, qonnx_byte
 from nipq.export.portable import PortableInput, PortableLayer, portable_layers, portable_products
 from nipq.export.program import call_arguments
 from nipq.export.runtimes import faithful_session
+from nipq.nn.deployed import Deployed, deployed_layers
 from nipq.nn.kinds import along_channels
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import operand_point

@@ -21,7 +21,7 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from nipq.config import Phase
-from nipq.export.modules import DeployedLayer, DeployedOperand, deployed_layers, deployed_products
+from nipq.nn.deployed import DeployedLayer, DeployedOperand, deployed_layers, deployed_products
 from nipq.nn.quantizer import InputQuantizer
 from nipq.prepare.batches import ExampleInputs, call_model, device_of, inputs_of, tensors_in, to_device
 from nipq.prepare.layer_table import LayerRow, operand_point, quantizers_at, set_phase_

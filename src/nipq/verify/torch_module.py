@@ -15,7 +15,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.export.modules import (
+from nipq.export.packed_read import WITHOUT_CHECKSUM, load, read_container
+from nipq.export.packed_write import CHECKSUM_BYTES, file_bytes
+from nipq.export.runtimes import CompiledModel
+from nipq.nn.deployed import (
     Deployed,
     DeployedLayer,
     DeployedProduct,
@@ -24,9 +27,6 @@ from nipq.export.modules import (
     deployed_products,
     full_name,
 )
-from nipq.export.packed_read import WITHOUT_CHECKSUM, load, read_container
-from nipq.export.packed_write import CHECKSUM_BYTES, file_bytes
-from nipq.export.runtimes import CompiledModel
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import float_weight

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from nipq.config import Config
 from nipq.errors import NonFiniteError, OrderError
-from nipq.export.convert import convert
-from nipq.export.modules import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
+from nipq.nn.deployed import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers
 from nipq.nn.layers import is_prepared
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import layer_table, phase_of, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

@@ -17,9 +17,9 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from nipq.errors import FileFormatError
-from nipq.export.convert import convert
 from nipq.export.packed_read import HEADER_BASE, load
 from nipq.export.packed_write import NO_CHECKSUM, save, seal
+from nipq.prepare.convert import convert
 
 # ---------------------------------------------------------------------- bytes
 

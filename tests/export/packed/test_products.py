@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nipq.config import Config
 from nipq.errors import ConfigError, FileFormatError
-from nipq.export.convert import convert
 from nipq.export.packed_read import load
 from nipq.export.packed_write import NO_CHECKSUM, fixed_bytes, save, seal
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

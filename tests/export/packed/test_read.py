@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.export.convert import convert
 from nipq.export.packed_read import load
 from nipq.export.packed_write import NO_CHECKSUM, save, seal
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

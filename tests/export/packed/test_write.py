@@ -17,11 +17,11 @@ from safetensors.torch import save as to_bytes
 from torch import nn
 
 from nipq.errors import ConfigError
-from nipq.export.convert import convert
-from nipq.export.modules import DeployedLayer, deployed_layers
 from nipq.export.packed_read import load
 from nipq.export.packed_write import contents, file_bytes, fixed_bytes, header_bytes, save
 from nipq.functional.packing import payload_bytes
+from nipq.nn.deployed import DeployedLayer, deployed_layers
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import layer_table, quantizers
 
 Get = Callable[..., Any]

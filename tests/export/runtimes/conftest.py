@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nipq.export.api import export
-from nipq.export.convert import convert
+from nipq.prepare.convert import convert
 from tests.verify.conftest import made
 
 

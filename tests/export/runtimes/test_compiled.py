@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError, MissingDependencyError
 from nipq.export import inductor, openvino
-from nipq.export.convert import convert
 from nipq.export.runtimes import CompiledModel, Kernel
+from nipq.prepare.convert import convert
 from nipq.verify import verify
 
 

@@ -11,10 +11,10 @@ import torch.ao.quantization.fx._decomposed  # registers the operators
 from torch import nn
 
 from nipq.errors import ConfigError
-from nipq.export.convert import convert
 from nipq.export.inductor import Int8Layer, inductor_model
-from nipq.export.modules import DeployedLayer
 from nipq.export.portable import portable
+from nipq.nn.deployed import DeployedLayer
+from nipq.prepare.convert import convert
 from nipq.verify import verify
 
 needs_compiler = pytest.mark.skipif(

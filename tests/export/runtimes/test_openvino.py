@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from nipq.config import Config
 from nipq.errors import ConfigError, FileFormatError
 from nipq.export.api import export
-from nipq.export.convert import convert
 from nipq.export.openvino import PRECISION, openvino_model
+from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import quantizers, set_bits_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_

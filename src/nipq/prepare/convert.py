@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nipq.config import Phase
 from nipq.errors import NonFiniteError, OrderError
-from nipq.export.modules import (
+from nipq.nn.deployed import (
     Deployed,
     DeployedLayer,
     DeployedOperand,
