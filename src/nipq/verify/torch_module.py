@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.export.packed_read import WITHOUT_CHECKSUM, load, read_container
-from nipq.export.packed_write import CHECKSUM_BYTES, file_bytes
+from nipq.export.packed_read import load
+from nipq.export.packed_write import file_bytes
 from nipq.export.runtimes import CompiledModel
 from nipq.nn.deployed import (
     Deployed,
@@ -72,10 +72,7 @@ class DeployedCandidate(Candidate):
         if self.file is not None:
             numbers["bytes_promised"] = file_bytes(self.deployed)
             try:
-                plain = restore_(copy.deepcopy(self.model))
-                loaded = load(self.file, plain)
-                if read_container(self.file, plain).version == WITHOUT_CHECKSUM:
-                    numbers["bytes_promised"] -= CHECKSUM_BYTES
+                loaded = load(self.file, restore_(copy.deepcopy(self.model)))
                 numbers["bytes_found"] = self.file.stat().st_size
                 if numbers["bytes_found"] != numbers["bytes_promised"]:
                     found.append(
