@@ -226,7 +226,7 @@ class DeployedLayer(_Deployed):
         zero_point: int,
         code_range: tuple[int, int],
         batchnorm: str | None,
-        has_bias: bool,
+        has_bias: bool = True,
         tied_to: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
