@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import nipq
 from nipq.kernels.cpu import library
 from nipq.nn.layers import quantization
-from nipq.nn.relu import cap_of, reads_in_sequence
+from nipq.nn.relu import cap_of, neighbours
 from nipq.prepare.layer_table import set_noise_mix_, set_phase_
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
@@ -171,7 +171,7 @@ def test_which_modules_are_relus() -> None:
 
 def test_a_row_of_modules_is_followed_through_nested_containers() -> None:
     model = stack(nn.ReLU)
-    assert reads_in_sequence(model, "0.2", "1.0.0")
-    assert not reads_in_sequence(model, "0.2", "1.3")
-    assert not reads_in_sequence(model, "1.3", "0.0")
-    assert not reads_in_sequence(nn.Sequential(nn.ReLU(), nn.Sequential()), "0", "1")
+    assert neighbours(model, "0.2", "1.0.0")
+    assert not neighbours(model, "0.2", "1.3")
+    assert not neighbours(model, "1.3", "0.0")
+    assert not neighbours(nn.Sequential(nn.ReLU(), nn.Sequential()), "0", "1")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import types
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -35,35 +35,53 @@ def cap_of(module: nn.Module) -> float | None:
     return next((cap for kind, cap in CAPS.items() if type(module) is kind), None)
 
 
-def reads_in_sequence(model: nn.Module, first: str, second: str) -> bool:
-    """Return whether the result of one module goes to another as neighbours in ``nn.Sequential`` containers.
+class Neighbours(NamedTuple):
+    """Two modules of which nothing but ``nn.Sequential`` containers decides that the second reads the first.
 
-    True where only ``nn.Sequential`` containers decide what comes after the first. Then no other branch can read the
-    result in training that did not in evaluation, such as an auxiliary head.
+    Attributes:
+        common: full name of the innermost container that holds both.
+        ending: of the containers inside of it that the first one ends, outermost first.
+        beginning: of those that the second one begins, likewise.
+    """
+
+    common: str
+    ending: tuple[str, ...]
+    beginning: tuple[str, ...]
+
+
+def neighbours(model: nn.Module, first: str, second: str) -> Neighbours | None:
+    """Containers around two modules that follow one another in ``nn.Sequential`` containers.
+
+    Where these run as modules, no other branch can read the result of the first, such as an auxiliary head.
 
     Args:
         model: holds both.
         first: full name.
         second: full name.
+
+    Returns:
+        The containers, or None if anything else decides what comes after the first.
     """
-    name = first
+    name, ending = first, list[str]()
     while name:
         parent, _, child = name.rpartition(".")
         container = model.get_submodule(parent)
         if not _is_plain_sequence(container):
-            return False
+            return None
         children = list(container._modules)
         place = children.index(child) + 1
         if place < len(children):
-            following = ".".join(filter(None, (parent, children[place])))
+            following, beginning = ".".join(filter(None, (parent, children[place]))), list[str]()
             while _is_plain_sequence(model.get_submodule(following)):
                 inner = next(iter(model.get_submodule(following)._modules), None)
                 if inner is None:
-                    return False
+                    return None
+                beginning.append(following)
                 following = f"{following}.{inner}"
-            return following == second
+            return Neighbours(parent, tuple(ending), tuple(beginning)) if following == second else None
+        ending.insert(0, parent)
         name = parent
-    return False
+    return None
 
 
 def _is_plain_sequence(module: nn.Module) -> bool:
