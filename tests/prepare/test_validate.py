@@ -33,7 +33,7 @@ def refused(model: nn.Module, message: str, config: Config | None = None, x: obj
 
 def test_weight_norm_is_refused_by_name() -> None:
     model = nn.Sequential(nn.ReLU(), parametrizations.weight_norm(nn.Linear(4, 4)))
-    refused(model, "error: 1: its weight is not a plain parameter (weight norm")
+    refused(model, "error: 1: its weight is not a plain parameter (weight norm). Call torch.nn.utils.")
 
 
 def test_pruning_is_refused_by_name() -> None:
@@ -139,7 +139,9 @@ class ScaledLinear(nn.Linear):
 
 def test_everything_that_stays_float_is_listed_with_a_reason() -> None:
     floats = {name: finding.reason for (severity, name), finding in found(Net()).items() if severity == "float"}
-    assert floats["auxiliary"] == floats["attention.out_proj"] == "the example forward does not call it"
+    assert floats["auxiliary"] == "the example forward does not call it"
+    reader = "the example forward does not call it; attention reads its weight or bias"
+    assert floats["attention.out_proj"] == reader
     assert floats["attention.in_proj_weight"] == "MultiheadAttention has no quantized form here"
     assert floats["attention"].startswith("multi_head_attention_forward: ")
     of_the_model = [
@@ -153,7 +155,10 @@ def test_what_happens_unasked_is_noted() -> None:
     assert ("shared", "one forward calls it 2 times; one weight and one input quantizer serve every call") in notes
     assert ("shared", "it shares its weight, and so its weight quantizer, with tied") in notes
     assert ("table", "it shares its weight, and so its weight quantizer, with decoder") in notes
-    own = "ScaledLinear has a forward of its own; it sees the quantized weight and first input"
+    own = (
+        "ScaledLinear has a forward of its own that does more than its operation; it is kept, and computes in floats "
+        "on the quantized weight and first input"
+    )
     assert ("scaled", own) in notes
     assert len(notes) == 4
 

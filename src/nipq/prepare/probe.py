@@ -36,11 +36,12 @@ _DECISIVE = (
 )
 #: Products of a weight and an input, by the last part of their torch names.
 _PRODUCTS = frozenset(
-    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution linear
-    matmul rmatmul mm bmm addmm baddbmm addbmm mv addmv einsum tensordot bilinear""".split()
+    [f"conv{kind}{dims}d" for kind in ("", "_transpose") for dims in (1, 2, 3)]
+    + ["convolution", "linear", "bilinear", "matmul", "rmatmul", "mm", "bmm", "mv", "einsum", "tensordot"]
+    + ["addmm", "addbmm", "baddbmm", "addmv"]
 )
 #: Ways to look rows up.
-_LOOKUPS = frozenset("embedding getitem index_select index take_along_dim gather".split())
+_LOOKUPS = frozenset(("embedding", "getitem", "index_select", "index", "take_along_dim", "gather"))
 #: Weights with more elements than this are tested in their own type; tables of this size with one row that repeats.
 _LARGE = 2**22
 
@@ -52,12 +53,13 @@ class Probe:
     Attributes:
         form: how the forward relates to the layer's operation; None if the layer has to be refused.
         problem: reason to refuse it, empty otherwise.
-        uses: multiplications with the whole weight in the call that was tested.
+        uses: multiplications with the whole weight, for each that input and output of the layer suggest: more than 1
+            where the layer pools or cuts its result.
     """
 
     form: Form | None
     problem: str = ""
-    uses: int = 0
+    uses: float = 1.0
 
 
 class Call(NamedTuple):
@@ -105,7 +107,7 @@ def probe(layer: nn.Module, call: Call) -> Probe:
         try:
             with _random_states_kept(layer):
                 return _probe(_Trial(layer, call, dtype))
-        except Exception as caught:  # noqa: BLE001  (the forward is foreign code)
+        except Exception as caught:  # the forward is foreign code
             error = error or caught
     return Probe(None, f"its own forward cannot be tested on random values ({type(error).__name__}: {error})")
 
@@ -224,7 +226,9 @@ class _Trial:
         values = torch.randn(shape, generator=self.seed, dtype=torch.float64)
         return (values + values.sign() * 0.1).to(self.device, self.dtype)
 
-    def run(self, weight: Tensor, x: Tensor | None = None, bias: Tensor | None = None, *, no_bias: bool = False) -> _Run:
+    def run(
+        self, weight: Tensor, x: Tensor | None = None, bias: Tensor | None = None, *, no_bias: bool = False
+    ) -> _Run:
         """Call the copy.
 
         Args:
@@ -238,7 +242,7 @@ class _Trial:
         args, kwargs = list(self.args), dict(self.kwargs)
         if x is not None:
             x = x.to(self.x_dtype).clone()
-            (args if isinstance(self.key, int) else kwargs)[self.key] = x  # type: ignore[call-overload, index]
+            (args if isinstance(self.key, int) else kwargs)[self.key] = x  # type: ignore[index]
         own = self.layer._parameters.get("bias")
         if own is not None:
             value = self.bias if bias is None else bias
@@ -324,8 +328,8 @@ def _probe(trial: _Trial) -> Probe:
         return Probe(None, "its own forward changes its buffers, parameters or counters in evaluation mode")
     if not trial.same(first.output, again.output):
         return Probe(None, "its own forward gives another result for the same input when it is called again")
-    uses = 0 if trial.is_table else weight_uses(layer, first.input, first.products[0][2])
-    return Probe(form, uses=uses)
+    suggested = 0 if trial.x is None else weight_uses(layer, trial.x, first.output)
+    return Probe(form, uses=weight_uses(layer, first.input, first.products[0][2]) / suggested if suggested else 1.0)
 
 
 def _is_scaled(
@@ -375,7 +379,11 @@ def _is_linear(trial: _Trial, first: _Run, weight: Tensor) -> bool:
     base = trial.run(weight, bias=zero)
     if first.reads_more or base.y.ndim < -dim or base.y.shape[dim] != channels:
         return False
-    if not _unscaled(first.weight, weight) or not _unscaled(first.input, x) or not _unscaled(base.y, base.products[0][2]):
+    if (
+        not _unscaled(first.weight, weight)
+        or not _unscaled(first.input, x)
+        or not _unscaled(base.y, base.products[0][2])
+    ):
         return False
     other_x, other_w = trial.random(x.shape), trial.random(weight.shape)
     gains = trial.random(torch.Size([channels]))
@@ -390,10 +398,7 @@ def _is_linear(trial: _Trial, first: _Run, weight: Tensor) -> bool:
         )
         and (
             trial.bias is None
-            or (
-                trial.same(first.y, base.y + trial.bias.reshape(lengthways))
-                and _without_bias(trial, weight, base.y)
-            )
+            or (trial.same(first.y, base.y + trial.bias.reshape(lengthways)) and _without_bias(trial, weight, base.y))
         )
     )
 
@@ -402,7 +407,7 @@ def _without_bias(trial: _Trial, weight: Tensor, expected: Tensor) -> bool:
     """Whether the forward can do without the parameter, as whole sums need it."""
     try:
         return trial.same(trial.run(weight, no_bias=True).output, expected)
-    except Exception:  # noqa: BLE001  (the forward is foreign code)
+    except Exception:  # the forward is foreign code
         return False
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nipq.prepare.batches import tensors_in
 
 
-class ReaderMode(TorchDispatchMode):
+class ReaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no type
     """Names of the innermost modules in which operations read a tensor, by the tensor's id.
 
     Args:
@@ -27,7 +27,7 @@ class ReaderMode(TorchDispatchMode):
     """
 
     def __init__(self, stack: list[nn.Module], names: Mapping[nn.Module, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
         self.stack, self.names = stack, names
         self.of: dict[int, set[str]] = {}
         #: Modules that hold a parameter, by the parameter's id.
@@ -51,6 +51,7 @@ class ReaderMode(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
+        """Run an operation; what it is given has one more reader."""
         operands = [*tensors_in(args), *tensors_in(kwargs or {})]
         self.keep.append(operands)
         for tensor in operands:

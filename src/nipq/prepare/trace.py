@@ -1,9 +1,9 @@
 """Trace one forward of a float model: its layers, its attention, and the ops outside of them that stay float.
 
 No graph is captured. Module hooks see the layers; a ``TorchFunctionMode`` sees every functional call, so that a
-residual add inside a model's ``forward`` is found as surely as a pooling module; ``nipq.prepare.readers`` sees who reads
-what. The products inside attention are counted like layers: the weight of one is the key, that of the other the value.
-A second forward, of a copy in training mode, tells which ReLUs have no other reader there either.
+residual add inside a model's ``forward`` is found as surely as a pooling module; ``nipq.prepare.readers`` sees what
+reads which tensor. The products inside attention are counted like layers: the weight of one is the key, that of the
+other the value. A second forward, of a copy in training mode, tells which ReLUs have no other reader there either.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _OPERATIONS = {
 #: Operation -> why it stays float.
 REASONS = {name: reason for reason, names in _OPERATIONS.items() for name in names.split()}
 #: Ways from a tensor's values that no operation of torch sees.
-_UNSEEN = frozenset("numpy tolist data_ptr untyped_storage storage array dlpack".split())
+_UNSEEN = frozenset(("numpy", "tolist", "data_ptr", "untyped_storage", "storage", "array", "dlpack"))
 #: Names of both operands, by the kind of product.
 PRODUCT_OPERANDS = {"QueryKey": ("query", "key"), "ProbabilityValue": ("probability", "value")}
 
@@ -117,6 +117,7 @@ class Trace:
         by_hand: names of the supported layers whose forward was called past their hooks, as ``layer.forward(x)``.
         weight_readers: names of the modules that read a layer's weight or bias outside of it, by the layer's name.
         past: names of the layers whose weight or bias is read without a look at any module that holds it.
+        unused_norms: full names of batch norms with running statistics that did not run.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -128,6 +129,7 @@ class Trace:
     by_hand: frozenset[str] = frozenset()
     weight_readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     past: frozenset[str] = frozenset()
+    unused_norms: tuple[str, ...] = ()
 
     def ordered(self, *, products: bool) -> list[LayerSpec]:
         """Facts of the layers that can be quantized, in order of first execution.
@@ -203,6 +205,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         by_hand=frozenset(name for name, module in supported.items() if module in watcher.by_hand),
         weight_readers={name: found for name, layer in supported.items() if (found := watcher.readers_outside(layer))},
         past=frozenset(name for name, layer in supported.items() if watcher.reads_past(layer)),
+        unused_norms=tuple(
+            name
+            for module, name in watcher.names.items()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None and not watcher.calls[module]
+        ),
     )
 
 
@@ -242,8 +249,8 @@ def _batch_size(example_inputs: ExampleInputs, watcher: _Watcher) -> int:
     if others and others[0][1] == most:
         shapes = [tuple(tensor.shape) for tensor in tensors_in(example_inputs)]
         raise NotQuantizableError(
-            f"trace: expected example inputs that show the batch size, found the shapes {shapes}, of which as many begin "
-            f"with {size} as with {others[0][0]}. Pass a batch of one, or one whose size is no other axis's."
+            f"trace: expected example inputs that show the batch size, found the shapes {shapes}, of which as many "
+            f"begin with {size} as with {others[0][0]}. Pass a batch of one, or one whose size is no other axis's."
         )
     return max(size, 1)
 
@@ -262,7 +269,7 @@ def _relus_of_training(model: nn.Module, example_inputs: ExampleInputs) -> dict[
                 module.training = False
         watcher = _Watcher(clone, inputs)
         watcher.run(clone, inputs)
-    except Exception:  # noqa: BLE001  (the forward may want targets, and fail in any way)
+    except Exception:  # the forward may want targets, and fail in any way
         return {}
     return {name: relu for layer, name in watcher.ran() if (relu := watcher.foldable_relu(clone, layer))}
 
@@ -560,8 +567,10 @@ class _Watcher(TorchFunctionMode):
         """Name of the ReLU whose only reader is the layer, where the layer reads nothing else."""
         calls, name = self.layers[layer], self.names[layer]
         relu = self.relu_outputs.get(-1 if calls.input is None else calls.input)
-        if relu is None or calls.input is None or calls.calls != 1 or self.calls[relu] != 1 or layer in self.by_hand:
+        if relu is None or calls.input is None or calls.calls != 1 or self.calls[relu] != 1:
             return None
+        if layer in self.by_hand | self.own_forward or "folded_into" in vars(relu):
+            return None  # a forward of its own may take the same tensor as another argument, too
         first = self.names[relu]
         if self.readers.of[calls.input] - {first} != {name} or calls.input in self.held:  # in place, it reads its own
             return None
