@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 #: Modules that can be left out, with their upper ends.
 CAPS = {nn.ReLU: math.inf, nn.ReLU6: 6.0}
@@ -102,6 +104,18 @@ def fold_relu(relu: nn.Module, quantizer: ReluQuantizer) -> None:
     relu.forward = types.MethodType(_forward_unless_folded, relu)
 
 
+def watch_hooks(relu: nn.Module, ended: Iterable[nn.Module], layer: nn.Module, begun: Iterable[nn.Module]) -> None:
+    """Let a folded ReLU run whenever a hook would see its result, registered before this call or after it.
+
+    Args:
+        relu: as given to :func:`fold_relu`.
+        ended: containers whose last module it is, so that their result is its own.
+        layer: the prepared layer behind it.
+        begun: containers whose first module the layer is, so that they are given the ReLU's result.
+    """
+    relu.__dict__["seen_by"] = tuple(ended), layer, tuple(begun)  # in a tuple, so that these are not submodules
+
+
 def unfold_relu(relu: nn.Module) -> None:
     """Undo :func:`fold_relu`.
 
@@ -110,12 +124,23 @@ def unfold_relu(relu: nn.Module) -> None:
     """
     relu.__dict__.pop("forward", None)
     relu.__dict__.pop("folded_into", None)
+    relu.__dict__.pop("seen_by", None)
 
 
 def _forward_unless_folded(relu: nn.Module, x: Tensor) -> Tensor:
     quantizer: ReluQuantizer = relu.__dict__["folded_into"]
-    watched = relu._forward_hooks or relu._backward_hooks  # something reads the ReLU's own result
-    if relu.training and not watched and quantizer.replaces_relu(x):
+    if relu.training and quantizer.replaces_relu(x) and not _is_seen(relu):
         return x
     result: Tensor = type(relu).forward(relu, x)
     return result
+
+
+def _is_seen(relu: nn.Module) -> bool:
+    """Whether a hook may read the ReLU's result."""
+    if relu._forward_hooks or relu._backward_hooks or _global_forward_hooks or _global_forward_pre_hooks:
+        return True
+    if "seen_by" not in relu.__dict__:
+        return False
+    ended, layer, begun = relu.__dict__["seen_by"]
+    before = len(layer._forward_pre_hooks) > 1 or any(module._forward_pre_hooks for module in begun)  # one is ours
+    return before or any(module._forward_hooks or module._backward_hooks for module in ended)

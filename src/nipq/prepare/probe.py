@@ -27,7 +27,7 @@ from nipq.nn.kinds import (
     weight_uses,
 )
 from nipq.nn.layers import Form
-from nipq.prepare.batches import tensors_in
+from nipq.prepare.batches import evaluating, tensors_in
 
 #: Methods and attributes that decide what a layer computes.
 _DECISIVE = (
@@ -105,7 +105,7 @@ def probe(layer: nn.Module, call: Call) -> Probe:
     error: Exception | None = None
     for dtype in (torch.float64, None) if exact else (None,):
         try:
-            with _random_states_kept(layer):
+            with _random_states_kept(layer), evaluating(layer):  # which a closure in the copy may lead to
                 return _probe(_Trial(layer, call, dtype))
         except Exception as caught:  # the forward is foreign code
             error = error or caught
@@ -148,12 +148,24 @@ class _Run:
         return found
 
 
-class _Watch(TorchFunctionMode):
-    """Follow weight and input through a forward, up to the operation in which they meet."""
+class _ReachedError(BaseException):
+    """The operation was reached, and what it gives is not asked for; no handler of a forward catches this."""
 
-    def __init__(self, run: _Run, weight: Tensor, x: Tensor | None, others: list[Tensor]) -> None:
+
+class _Watch(TorchFunctionMode):
+    """Follow weight and input through a forward, up to the operation in which they meet.
+
+    Args:
+        run: filled in.
+        weight: the layer's weight.
+        x: its input, None for a table.
+        others: tensors that the layer has or is given beside these.
+        stop: end the forward in front of the operation.
+    """
+
+    def __init__(self, run: _Run, weight: Tensor, x: Tensor | None, others: list[Tensor], *, stop: bool) -> None:
         super().__init__()
-        self.run, self.is_table = run, x is None
+        self.run, self.is_table, self.stop = run, x is None, stop
         self.of_weight, self.of_input = {id(weight)}, set() if x is None else {id(x)}
         self.others = {id(other) for other in others}
         self.keep: list[object] = [weight, x, others]
@@ -165,17 +177,22 @@ class _Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        result = func(*args, **(kwargs or {}))
-        results, operands = list(tensors_in(result)), [*tensors_in(args), *tensors_in(kwargs or {})]
+        operands = [*tensors_in(args), *tensors_in(kwargs or {})]
         name = str(resolve_name(func) or getattr(func, "__name__", "?")).rsplit(".", 1)[-1]
+        plain = name.strip("_")
+        weights = [tensor for tensor in operands if id(tensor) in self.of_weight]
+        inputs = [tensor for tensor in operands if id(tensor) in self.of_input]
+        meets = bool(weights) and (plain in _LOOKUPS if self.is_table else plain in _PRODUCTS and bool(inputs))
+        if meets and self.stop:
+            self.run.products.append((inputs[0] if inputs else None, weights[0], weights[0]))
+            raise _ReachedError
+        result = func(*args, **(kwargs or {}))
+        results = list(tensors_in(result))
         if not results and name != "__setitem__":
             return result  # shape, dim(), dtype
         self.keep.append((operands, results))
-        weights = [tensor for tensor in operands if id(tensor) in self.of_weight]
-        inputs = [tensor for tensor in operands if id(tensor) in self.of_input]
         self.run.reads_more |= any(id(tensor) in self.others for tensor in operands)
-        plain = name.strip("_")
-        if weights and (plain in _LOOKUPS if self.is_table else plain in _PRODUCTS and inputs):
+        if meets:
             self.run.products.append((inputs[0] if inputs else None, weights[0], results[0]))
             return result
         changed = operands[:1] if name.endswith("_") else []
@@ -227,7 +244,13 @@ class _Trial:
         return (values + values.sign() * 0.1).to(self.device, self.dtype)
 
     def run(
-        self, weight: Tensor, x: Tensor | None = None, bias: Tensor | None = None, *, no_bias: bool = False
+        self,
+        weight: Tensor,
+        x: Tensor | None = None,
+        bias: Tensor | None = None,
+        *,
+        no_bias: bool = False,
+        stop: bool = False,
     ) -> _Run:
         """Call the copy.
 
@@ -236,6 +259,7 @@ class _Trial:
             x: its input, the first random one if left out.
             bias: its bias, the random one if left out.
             no_bias: call it without the parameter.
+            stop: end the forward in front of the operation, where its result is not asked for.
         """
         self.layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         x = self.x if x is None else x
@@ -253,8 +277,11 @@ class _Trial:
         others = [*self.layer.parameters(), *self.layer.buffers(), *tensors_in((args, kwargs))]
         found = _Run()
         try:
-            with _Watch(found, parameter, x, [t for t in others if not any(t is one for one in known)]):
+            others = [tensor for tensor in others if not any(tensor is one for one in known)]
+            with _Watch(found, parameter, x, others, stop=stop):
                 found.output = self.layer.forward(*args, **kwargs)
+        except _ReachedError:
+            pass
         finally:
             if own is not None:
                 self.layer._parameters["bias"] = own
@@ -312,14 +339,14 @@ def _probe(trial: _Trial) -> Probe:
     if len(first.products) != 1:
         what = "looks its weight up" if trial.is_table else "multiplies its first argument with its weight"
         return Probe(None, f"its own forward {what} {len(first.products)} times, not once")
-    if not _is_scaled(trial, first.weight, weight, lambda w: trial.run(w).weight, by_channel=True):
+    if not _is_scaled(trial, first.weight, weight, lambda w: trial.run(w, stop=True).weight, by_channel=True):
         return Probe(
             None,
             "its own forward computes another weight from its weight (as weight standardisation and normalisation do), "
             "and codes of the one are no codes of the other",
         )
     if trial.x is not None and not _is_scaled(
-        trial, first.input, trial.x, lambda x: trial.run(weight, x).input, by_channel=False
+        trial, first.input, trial.x, lambda x: trial.run(weight, x, stop=True).input, by_channel=False
     ):
         return Probe(None, "its own forward changes its input (by a norm or an activation) before it multiplies")
     form: Form = "kept" if trial.is_table or not _is_linear(trial, first, weight) else "linear"

@@ -268,7 +268,8 @@ def _relus_of_training(model: nn.Module, example_inputs: ExampleInputs) -> dict[
             if isinstance(module, _BatchNorm):
                 module.training = False
         watcher = _Watcher(clone, inputs)
-        watcher.run(clone, inputs)
+        with evaluating(model):  # which a closure in the copy may lead to
+            watcher.run(clone, inputs)
     except Exception:  # the forward may want targets, and fail in any way
         return {}
     return {name: relu for layer, name in watcher.ran() if (relu := watcher.foldable_relu(clone, layer))}

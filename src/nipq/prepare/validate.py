@@ -300,9 +300,8 @@ def _tied(model: nn.Module, planned: set[str]) -> Iterator[Diagnostic]:
             shared = f"it shares its weight, and so its weight quantizer, with {', '.join(quantized[1:])}"
             yield Diagnostic(quantized[0], "note", shared)
         if quantized and others:
-            yield Diagnostic(
-                quantized[0], "note", f"it shares its weight with {', '.join(others)}, which reads it as float"
-            )
+            readers = ", ".join(name or "the model" for name in others)
+            yield Diagnostic(quantized[0], "note", f"it shares its weight with {readers}, which reads it as float")
 
 
 def _attention_findings(model: nn.Module, traced: Trace, planned: Set[str]) -> Iterator[Diagnostic]:
