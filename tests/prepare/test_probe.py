@@ -209,17 +209,14 @@ def test_other_types_of_float_are_tested_in_their_own_type_where_double_fails() 
 
 
 def test_transposed_and_grouped_layers() -> None:
-    own: dict[str, Any] = {"forward": lambda s, x: nn.ConvTranspose2d.forward(s, x)}
-    assert tried(type("Own", (nn.ConvTranspose2d,), own)(4, 6, 2, stride=2, groups=2), X).form == "linear"
-    assert (
-        tried(type("Own", (nn.Conv2d,), {"forward": lambda s, x: _conv(s, x)})(4, 6, 3, groups=2), X).form == "linear"
-    )
-    assert (
-        tried(
-            type("Own", (nn.Linear,), {"forward": lambda s, x: x @ s.weight.T + s.bias})(4, 6), torch.randn(3, 4)
-        ).form
-        == "kept"  # it needs its bias
-    )
+    def own(kind: type[nn.Module], forward: Callable[..., Any], *settings: Any, **more: Any) -> nn.Module:
+        return type("Own", (kind,), {"forward": forward})(*settings, **more)
+
+    transposed = own(nn.ConvTranspose2d, lambda s, x: nn.ConvTranspose2d.forward(s, x), 4, 6, 2, stride=2, groups=2)
+    assert tried(transposed, X).form == "linear"
+    assert tried(own(nn.Conv2d, lambda s, x: _conv(s, x), 4, 6, 3, groups=2), X).form == "linear"
+    product = own(nn.Linear, lambda s, x: x @ s.weight.T + s.bias, 4, 6)
+    assert tried(product, torch.randn(3, 4)).form == "kept"  # it cannot do without its bias
 
 
 # ---------------------------------------------------------------------- layers of libraries
