@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import nipq
 from nipq.kernels.cpu import library
 from nipq.nn.layers import quantization
-from nipq.nn.relu import cap_of, reads_in_sequence
+from nipq.nn.relu import cap_of, neighbours
 from nipq.prepare.layer_table import set_noise_mix_, set_phase_
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
@@ -135,6 +135,79 @@ def test_a_relu_that_may_have_another_reader_stays(model: nn.Module) -> None:
     assert folded(model) == []
 
 
+class OfTraining(nn.Module):
+    """A second reader that only training has, reached in several ways."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.auxiliary = how, nn.Linear(4, 2)
+        self.features = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+        self.kept: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.how == "iterates":
+            for layer in self.features:
+                x = layer(x)
+                if self.training and isinstance(layer, nn.ReLU):
+                    self.kept.append(x)
+            return x
+        if self.how == "two slices":
+            middle = self.features[:2](x)
+            return self.features[2:](middle)
+        y = self.features(x)
+        if not self.training or self.how == "no other":
+            return y
+        match self.how:
+            case "slice":
+                return y, self.auxiliary(self.features[:2](x))
+            case "by hand":
+                return y, self.auxiliary(self.features[1].forward(x))
+            case "fails":
+                raise ValueError("training wants targets")
+        return y
+
+
+@pytest.mark.parametrize("how", ["no other", "iterates", "two slices", "slice", "by hand", "fails"])
+def test_a_relu_stays_unless_training_reads_it_in_its_layer_alone(how: str) -> None:
+    torch.manual_seed(3)
+    model, numbers = OfTraining(how), torch.get_rng_state()
+    nipq.prepare_(model, torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+    assert folded(model) == (["features.2"] if how == "no other" else [])
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert model.kept == []  # training was tried on a copy
+
+
+def test_a_relu_that_a_hook_reads_runs_wherever_the_hook_is() -> None:
+    x, seen = torch.randn(4, 8, 6, 6), []
+
+    def see(*_: object) -> None:
+        seen.append(1)
+
+    model = prepared(stack(nn.ReLU))
+    relu = model[0][2]
+    assert torch.equal(relu(x), x)
+    for register in (
+        model[0].register_forward_hook,  # ends with it
+        model[1][0].register_forward_pre_hook,  # is given its result
+        model[1].register_forward_pre_hook,
+        model[1][0][0].register_forward_pre_hook,
+        nn.modules.module.register_module_forward_hook,
+    ):
+        handle = register(see)
+        assert torch.equal(relu(x), x.relu())
+        handle.remove()
+        assert torch.equal(relu(x), x)
+
+
+def test_running_statistics_and_buffers_stay_though_training_is_tried() -> None:
+    model = stack(nn.ReLU)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    nipq.prepare_(model, torch.randn(1, 3, 8, 8))  # a batch of one is enough
+    assert folded(model) == ["1.0.0"]
+    nipq.restore_(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_relu_that_runs_twice_stays() -> None:
     relu = nn.ReLU()
     model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu, nn.Linear(4, 4))
@@ -171,7 +244,7 @@ def test_which_modules_are_relus() -> None:
 
 def test_a_row_of_modules_is_followed_through_nested_containers() -> None:
     model = stack(nn.ReLU)
-    assert reads_in_sequence(model, "0.2", "1.0.0")
-    assert not reads_in_sequence(model, "0.2", "1.3")
-    assert not reads_in_sequence(model, "1.3", "0.0")
-    assert not reads_in_sequence(nn.Sequential(nn.ReLU(), nn.Sequential()), "0", "1")
+    assert neighbours(model, "0.2", "1.0.0")
+    assert not neighbours(model, "0.2", "1.3")
+    assert not neighbours(model, "1.3", "0.0")
+    assert not neighbours(nn.Sequential(nn.ReLU(), nn.Sequential()), "0", "1")

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from nipq.errors import NotQuantizableError
 from nipq.nn.layers import LayerSpec
@@ -193,6 +196,155 @@ def test_a_batch_norm_is_folded_only_where_that_is_exact(kind: str, folded: str 
     assert named == (folded is None)
 
 
+#: Operations in it are called past Python.
+SCRIPTED = torch.jit.CompilationUnit("def double(y):\n    return y.sum() * 2\n")
+
+
+@dataclasses.dataclass
+class Result:
+    y: Tensor
+    z: Tensor
+
+
+class Watched(nn.Module):
+    """A convolution and a batch norm, with one more reader or writer of what is between them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.bn, self.bn1 = how, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm1d(4)
+        self.seen: list[Tensor] = []
+        match how:
+            case "hook":
+                self.conv.register_forward_hook(lambda _m, _x, y: self.seen.append(y))
+            case "replacing hook":
+                self.conv.register_forward_hook(lambda _m, _x, y: y * 2)
+            case "hook on the norm":
+                self.bn.register_forward_hook(lambda _m, _x, y: y * 2)
+
+    def forward(self, x: Tensor) -> object:
+        if self.how == "trains itself":
+            self.bn.train()
+        y = self.conv(x)
+        match self.how:
+            case "slice":
+                y[..., :1] = 0
+            case "data":
+                y.data.mul_(2)
+            case "numpy":
+                y.numpy()[:] = 0
+            case "out":
+                torch.add(x, 1, out=y)
+            case "another name":
+                torch.ops.aten.add_(y, 1)
+            case "read by another name":
+                torch.ops.aten.sum(y)
+            case "scripted":
+                SCRIPTED.double(y)
+            case "attribute":
+                self.last = y
+            case "alias":
+                self.last = y.detach()
+            case "other axes":
+                return self.bn1(y)
+        z = self.bn(input=y)
+        match self.how:
+            case "dataclass":
+                return Result(y, z)
+            case "norm's weight":
+                return z + self.bn.weight.sum()
+            case "norm's weight looked at":
+                return z if self.bn.weight is not None else y
+            case "norm's statistics":
+                return functional.batch_norm(x, self.bn.running_mean, self.bn.running_var)
+            case "norm by hand":
+                return z + self.bn.forward(x)
+            case "bias looked at":
+                return z if self.conv.bias is not None else None
+            case "weight":
+                return functional.conv_transpose2d(z, self.conv.weight)
+        return z.to(self.conv.weight.dtype)  # nothing of its values
+
+
+WRITERS = ["slice", "data", "numpy", "out", "another name"]
+READERS = ["read by another name", "scripted", "attribute", "alias", "dataclass", "hook", "replacing hook"]
+NORMS = ["norm's weight", "norm's weight looked at", "norm's statistics", "norm by hand", "hook on the norm"]
+OTHERS = ["bias looked at", "weight", "trains itself"]
+
+
+@pytest.mark.parametrize("how", ["nothing", *WRITERS, *READERS, *NORMS, *OTHERS])
+def test_a_batch_norm_is_not_folded_where_anything_else_reads_or_writes(how: str) -> None:
+    found = specs(Watched(how), torch.randn(2, 4, 3, 3))
+    assert found["conv"].batchnorm == ("bn" if how == "nothing" else None)
+
+
+def test_a_batch_norm_over_another_axis_is_not_folded() -> None:
+    assert specs(Watched("other axes"), torch.randn(4, 4, 4))["conv"].batchnorm is None  # no batch: axis 1 is height
+    assert specs(Watched("nothing"), torch.randn(4, 4, 4, 4))["conv"].batchnorm == "bn"
+
+
+def test_readers_of_a_weight_are_told_from_those_that_pass_the_layer_by() -> None:
+    class Reading(nn.Module):
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how, self.layer, self.inner = how, nn.Linear(3, 3), nn.Identity()
+            self.listed = [self.layer.weight]
+            self.inner.register_forward_hook(lambda _m, _x, y: y @ self.layer.weight if how == "hook" else None)
+            if how == "tied":
+                self.own = self.layer.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.inner(self.layer(x))
+            match self.how:
+                case "list":
+                    return x @ self.listed[0]
+                case "parameters":
+                    return x + sum(parameter.sum() for parameter in self.parameters())
+                case "tied":
+                    return x @ self.own
+            return x
+
+    found = {how: trace(Reading(how), torch.randn(1, 3)) for how in ("nothing", "hook", "list", "parameters", "tied")}
+    assert {how: traced.weight_readers.get("layer") for how, traced in found.items()} == {
+        "nothing": None,
+        "hook": ("inner",),
+        "list": ("",),
+        "parameters": ("",),
+        "tied": ("",),
+    }
+    assert [how for how, traced in found.items() if traced.past] == ["list", "parameters"]
+
+
+def test_forwards_that_are_called_directly() -> None:
+    class Direct(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.direct, self.called = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.called(self.direct.forward(self.both.forward(self.both(x))))
+
+    model = Direct()
+    traced = trace(model, torch.randn(1, 3))
+    assert traced.by_hand == {"both", "direct"}
+    assert traced.unused == ("direct",)
+    assert traced.weight_readers == {}  # they read their own
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert type(model.both._parameters) is dict
+
+
+def test_checkpointed_layers_are_called_as_ever() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(lambda x: self.bn(self.conv(x)), x, use_reentrant=False)
+
+    found = specs(Checkpointed(), torch.randn(2, 4, 3, 3))
+    assert (found["conv"].calls, found["conv"].batchnorm) == (1, "bn")
+
+
 def test_a_batch_norm_behind_a_linear_layer_needs_two_dimensions() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
     assert specs(model, torch.randn(5, 4))["0"].batchnorm == "1"
@@ -296,6 +448,54 @@ def test_a_forward_that_fails_is_named() -> None:
         trace(model, torch.randn(2, 5))
     assert model.training
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Diffusion(nn.Module):
+    """Called with a time step first, as denoisers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, t: Tensor, x: Tensor, context: Tensor | None = None) -> Tensor:
+        y = self.layer(x) * t
+        return y if context is None else y + context.sum()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    "first", [torch.tensor(5.0), torch.ones(1), torch.ones(1, 1)], ids=["no axis", "one element", "one row"]
+)
+@pytest.mark.parametrize("context", [None, torch.ones(7, 5)], ids=["two inputs", "three inputs"])
+def test_the_batch_size_is_not_that_of_a_time_step(first: Tensor, context: Tensor | None, batch: int) -> None:
+    spec = specs(Diffusion(), (first, torch.randn(batch, 3), *([] if context is None else [context])))["layer"]
+    assert (spec.macs, spec.activation_count, spec.output_count) == (9, 3, 3)
+
+
+def test_lists_of_images_have_as_many_samples_as_the_list_of_results() -> None:
+    class Detector(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 2, 1)
+
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            return [{"boxes": self.conv(image).flatten()} for image in images]
+
+    assert specs(Detector(), ([torch.randn(3, 4, 4), torch.randn(3, 4, 4)],))["conv"].macs == 6 * 16
+
+
+def test_a_batch_size_that_is_not_clear_is_refused() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.a(x).sum() + self.b(y).sum()
+
+    with pytest.raises(NotQuantizableError, match=r"as many begin with 2 as with 5\. Pass a batch of one"):
+        trace(Two(), (torch.randn(2, 3), torch.randn(5, 3)))
+    assert specs(Two(), (torch.randn(5, 3), torch.randn(5, 3)))["a"].macs == 9
 
 
 @pytest.mark.parametrize("inputs", [(), {}, torch.tensor(1.0), ("text",)])

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import copy
+import operator
+import re
+import warnings
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, Diagnostic, NotQuantizableError
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.validate import validate
+from nipq.prepare.validate import checked_trace, validate
+from tests.prepare import attention_net
 
 X = torch.zeros(1, 4)
 
@@ -31,14 +38,74 @@ def refused(model: nn.Module, message: str, config: Config | None = None, x: obj
 # ---------------------------------------------------------------------- refusals
 
 
-def test_weight_norm_is_refused_by_name() -> None:
-    model = nn.Sequential(nn.ReLU(), parametrizations.weight_norm(nn.Linear(4, 4)))
-    refused(model, "error: 1: its weight is not a plain parameter (weight norm")
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4)
 
 
-def test_pruning_is_refused_by_name() -> None:
-    model = nn.Sequential(prune.l1_unstructured(nn.Linear(4, 4), "weight", 2))
-    refused(model, "error: 0: its weight is not a plain parameter")
+def old_weight_norm(layer: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.utils.weight_norm(layer)
+
+
+class Doubled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+#: A layer whose weight or bias is computed -> what the refusal says of it.
+COMPUTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "weight norm": (lambda: parametrizations.weight_norm(linear()), "weight is not a plain parameter (weight norm)"),
+    "old weight norm": (lambda: old_weight_norm(linear()), "weight is not a plain parameter (weight norm)"),
+    "spectral norm": (lambda: parametrizations.spectral_norm(linear()), "weight is not a plain parameter (spectral"),
+    "old spectral norm": (lambda: nn.utils.spectral_norm(linear()), "weight is not a plain parameter (spectral norm)"),
+    "pruning": (lambda: prune.l1_unstructured(linear(), "weight", 2), "weight is not a plain parameter (pruning)"),
+    "pruned twice": (
+        lambda: prune.random_structured(prune.l1_unstructured(linear(), "weight", 2), "weight", 1, dim=0),
+        "weight is not a plain parameter (pruning)",
+    ),
+    "pruned bias": (lambda: prune.l1_unstructured(linear(), "bias", 2), "bias is not a plain parameter (pruning)"),
+    "bias of its own": (
+        lambda: parametrize.register_parametrization(linear(), "bias", Doubled()),
+        "bias is not a plain parameter (parametrized by Doubled)",
+    ),
+    "weight of its own": (
+        lambda: parametrize.register_parametrization(linear(), "weight", Doubled()),
+        "weight is not a plain parameter (parametrized by Doubled)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", COMPUTED)
+def test_computed_parameters_are_refused_and_the_named_call_helps(case: str) -> None:
+    make, reason = COMPUTED[case]
+    model = nn.Sequential(nn.ReLU(), make(), nn.Linear(4, 4)).eval()
+    refused(model, f"error: 1: its {reason}")
+    x, (found,) = torch.randn(2, 4), [found for found in validate(model, X) if found.severity == "error"]
+    assert found.remedy.endswith("or leave the layer float with Rule('1', quantize=False).")
+    prepare_(copy.deepcopy(model), X, Config(rules=[Rule("1", quantize=False)]))
+    before = model(x)
+    call = re.match(r"Call torch\.([\w.]+)\(model\.get_submodule\('1'\), '(\w+)'\)", found.remedy)
+    assert call
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        operator.attrgetter(call[1])(torch)(model[1], call[2])
+    assert torch.allclose(model(x), before)
+    assert not [found for found in validate(model, X) if found.severity == "error"]
+    prepare_(model, X)
+
+
+def test_weights_of_other_kinds_are_refused() -> None:
+    class Packed(Tensor):
+        """As quantized tensors of other libraries: floats to torch, something else in fact."""
+
+    model = nn.Sequential(linear(), linear())
+    model[0].weight = nn.Parameter(torch.ones(4, 4, dtype=torch.uint8), requires_grad=False)
+    model[1].weight = nn.Parameter(torch.ones(4, 4).as_subclass(Packed))
+    model[0].forward = lambda x: x  # its own operation would fail
+    refused(model, "error: 0: its weight is of type torch.uint8 (Parameter). Load or convert it as plain floats")
+    refused(model, "error: 1: its weight is of type torch.float32 (Packed)")
+    prepare_(nn.Sequential(*model, linear()), X, Config(rules=[Rule("[01]", quantize=False)]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -78,15 +145,105 @@ class OptimizedModule(nn.Module):
 
 @pytest.mark.parametrize("inside", [False, True])
 def test_wrapped_models_are_refused(inside: bool) -> None:
-    for wrap in (nn.DataParallel, OptimizedModule):
+    for wrap, inner in ((nn.DataParallel, "module"), (OptimizedModule, "_orig_mod")):
         model = wrap(nn.Linear(4, 4))
-        name = "0" if inside else "the model"
-        message = f"error: {name}: it is wrapped in {wrap.__name__}. Prepare the bare model first"
+        name, where = ("0", "0") if inside else ("the model", "model")
+        message = f"error: {name}: it is wrapped in {wrap.__name__}. Prepare the bare model first ({where}.{inner})"
         refused(nn.Sequential(model) if inside else model, message)
+        prepare_(getattr(model, inner), X)
 
 
 def test_a_compiled_model_is_refused() -> None:
     refused(torch.compile(nn.Linear(4, 4)), "it is wrapped in OptimizedModule")
+
+
+def test_models_compiled_in_place_are_refused_and_the_remedies_help() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].compile()
+    refused(
+        model, "error: 0: it was compiled in place (module.compile()). Set its attribute _compiled_call_impl to None"
+    )
+    model[0]._compiled_call_impl = None
+    prepare_(model, X)
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.forward = torch.compile(model.forward)
+    refused(
+        model, "error: the model: its attribute forward holds a compiled function. Delete the attribute (del module."
+    )
+    del model.forward
+    prepare_(model, X)
+
+
+def test_parameters_of_other_processes_or_devices_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].bias.ds_id = 0  # as DeepSpeed marks what it has taken away
+    refused(model, "error: 0.bias: it is distributed over processes. Prepare before distributing.")
+
+
+def test_layers_that_are_called_or_read_past_their_hooks_are_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.both, self.direct, self.read, self.last = (nn.Linear(4, 4) for _ in range(4))
+            self.weights = [self.read.weight]
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.direct.forward(self.both.forward(self.both(x)))
+            return self.last(self.read(x) @ self.weights[0])
+
+    model = Net()
+    refused(
+        model, "error: both: its forward is called directly as well, past the hooks that quantize its input. Call the"
+    )
+    refused(
+        model, "error: read: its weight or bias is read past the layer by the model (from a list, a closure or param"
+    )
+    rules = [Rule("both", quantize=False), Rule("read", quantize=False)]
+    floats = found(model, config=Config(rules=rules))
+    assert floats["float", "direct"].reason == "the example forward calls its forward directly, past its hooks"
+    prepare_(model, X, Config(rules=rules))
+
+
+def test_attributes_with_names_of_ours_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].quantization, model[1].parametrizations = "int4", nn.Module()
+    for place, name in enumerate(("quantization", "parametrizations")):
+        refused(
+            model, f"error: {place}: it has an attribute {name!r}, a name that preparing needs. Rename it, or leave"
+        )
+    prepare_(model, X, Config(rules=[Rule("[01]", quantize=False)]))
+    assert model[0].quantization == "int4"
+
+
+def test_an_attention_module_with_a_name_of_ours_is_refused() -> None:
+    model = attention_net.Net()
+    model.inner.attention_products = 3
+    assert not [finding for finding in validate(model, attention_net.X) if finding.severity == "error"]
+    message = "error: inner: it has an attribute 'attention_products', a name of ours"
+    refused(model, message, Config(attention_bits=4), attention_net.X)
+
+
+def test_relus_with_an_attribute_of_ours_are_left_in() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    assert checked_trace(model, X, Config()).layers[1].relu == "1"
+    model[1].folded_into = 3
+    assert checked_trace(model, X, Config()).layers[1].relu is None
+
+
+def test_layers_read_by_others_and_norms_that_are_never_called_are_noted() -> None:
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.head, self.bn = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.relu(self.encode(x)) @ self.encode.weight)
+
+    listed = found(Decoder())
+    assert listed["note", "encode"].reason.startswith(
+        "its weight or bias is read by the model, too, which sees the quant"
+    )
+    assert listed["note", "bn"].reason == "the example forward does not call this batch norm; its statistics stay"
 
 
 def test_a_prepared_model_is_an_error_too() -> None:
@@ -139,7 +296,9 @@ class ScaledLinear(nn.Linear):
 
 def test_everything_that_stays_float_is_listed_with_a_reason() -> None:
     floats = {name: finding.reason for (severity, name), finding in found(Net()).items() if severity == "float"}
-    assert floats["auxiliary"] == floats["attention.out_proj"] == "the example forward does not call it"
+    assert floats["auxiliary"] == "the example forward does not call it"
+    reader = "the example forward does not call it; attention reads its weight or bias"
+    assert floats["attention.out_proj"] == reader
     assert floats["attention.in_proj_weight"] == "MultiheadAttention has no quantized form here"
     assert floats["attention"].startswith("multi_head_attention_forward: ")
     of_the_model = [
@@ -153,7 +312,10 @@ def test_what_happens_unasked_is_noted() -> None:
     assert ("shared", "one forward calls it 2 times; one weight and one input quantizer serve every call") in notes
     assert ("shared", "it shares its weight, and so its weight quantizer, with tied") in notes
     assert ("table", "it shares its weight, and so its weight quantizer, with decoder") in notes
-    own = "ScaledLinear has a forward of its own; it sees the quantized weight and first input"
+    own = (
+        "ScaledLinear has a forward of its own that does more than its operation; it is kept, and computes in floats "
+        "on the quantized weight and first input"
+    )
     assert ("scaled", own) in notes
     assert len(notes) == 4
 

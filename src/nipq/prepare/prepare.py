@@ -23,6 +23,7 @@ from nipq.nn.layers import (
     weight_quantizer,
 )
 from nipq.nn.quantizer import InputQuantizer, OffsetInputQuantizer, WeightQuantizer
+from nipq.nn.relu import neighbours, watch_hooks
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
@@ -90,7 +91,11 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
             continue
         layer = model.get_submodule(spec.name)
         record = LayerQuantization(spec, _input_quantizer(layer, spec, plan, config), order)
-        attach(layer, weights[spec.name], record, model.get_submodule(spec.relu) if spec.relu else None)
+        relu = model.get_submodule(spec.relu) if spec.relu else None
+        attach(layer, weights[spec.name], record, relu)
+        if relu is not None and (between := neighbours(model, spec.relu or "", spec.name)):
+            ended, begun = (map(model.get_submodule, names) for names in (between.ending, between.beginning))
+            watch_hooks(relu, ended, layer, begun)
     _share_bits(model, shared_groups(plans, traced.shared, config))
     device = next(model.parameters()).device
     for attention in traced.attention:

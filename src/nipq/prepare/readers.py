@@ -1,0 +1,142 @@
+"""Readers of tensors and parameters during one forward, and calls of a module that pass its hooks by.
+
+A dispatch mode sees every operation, those of scripted functions, custom operators and views included. Parameters
+are looked up in a dictionary that reports it, so that a model which only asks whether a bias is there is seen, too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nipq.prepare.batches import tensors_in
+
+
+class ReaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch gives it no type
+    """Names of the innermost modules in which operations read a tensor, by the tensor's id.
+
+    Args:
+        stack: the modules whose forward is running, innermost last; kept up to date by the caller.
+        names: full name of each module.
+    """
+
+    def __init__(self, stack: list[nn.Module], names: Mapping[nn.Module, str]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # likewise
+        self.stack, self.names = stack, names
+        self.of: dict[int, set[str]] = {}
+        #: Modules that hold a parameter, by the parameter's id.
+        self.owners: dict[int, set[nn.Module]] = {}
+        #: Readers of a parameter outside of the modules that hold it, by its id.
+        self.outside: dict[int, set[str]] = {}
+        self.keep: list[object] = []  # ids stay unique only while the tensors live
+
+    def read(self, tensor: Tensor) -> None:
+        """Note that the module which is running reads a tensor."""
+        where = self.names[self.stack[-1]] if self.stack else ""
+        self.of.setdefault(id(tensor), set()).add(where)
+        owners = self.owners.get(id(tensor))
+        if owners is not None and owners.isdisjoint(self.stack):
+            self.outside.setdefault(id(tensor), set()).add(where)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,  # noqa: ANN401  (torch's own signature)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        """Run an operation; what it is given has one more reader."""
+        operands = [*tensors_in(args), *tensors_in(kwargs or {})]
+        self.keep.append(operands)
+        for tensor in operands:
+            self.read(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+class _Reported(dict[str, Any]):
+    """The parameters of a module, with a function that is told of every look at one of them."""
+
+    def __init__(self, parameters: Mapping[str, Any], report: Callable[[str], None]) -> None:
+        super().__init__(parameters)
+        self.report = report
+
+    def __getitem__(self, key: str) -> Any:  # noqa: ANN401  (as dict's own)
+        self.report(key)
+        return super().__getitem__(key)
+
+
+@contextmanager
+def parameters_watched(modules: Mapping[nn.Module, str], report: Callable[[nn.Module, str], None]) -> Iterator[None]:
+    """Report every look at a module's parameter by its name (``layer.weight``), whoever looks.
+
+    Args:
+        modules: the modules, and their names.
+        report: called with the module and the name of the parameter.
+    """
+    before = {module: module._parameters for module in modules if module._parameters}
+    for module, parameters in before.items():
+        module.__dict__["_parameters"] = _Reported(parameters, partial(report, module))
+    try:
+        yield
+    finally:
+        for module, parameters in before.items():
+            now = dict(module._parameters.items())
+            parameters.clear()
+            parameters.update(now)  # the forward may have set one
+            module.__dict__["_parameters"] = parameters
+
+
+@contextmanager
+def forwards_watched(
+    modules: Iterator[nn.Module], stack: list[nn.Module], report: Callable[[nn.Module], None]
+) -> Iterator[None]:
+    """Report every call of a module's forward that passes its hooks by, such as ``layer.forward(x)``.
+
+    Args:
+        modules: the modules.
+        stack: the modules whose hooks say that their forward is running, innermost last.
+        report: called with the module.
+    """
+
+    def forward(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if stack[-1:] == [module]:
+            return original(*args, **kwargs)
+        report(module)
+        stack.append(module)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            stack.pop()
+
+    before = {module: module.__dict__.get("forward") for module in modules}
+    for module in before:
+        module.__dict__["forward"] = partial(forward, module, module.forward)
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
+
+
+def held(tensors: Mapping[int, Tensor]) -> set[int]:
+    """Ids of the tensors that anything else than this mapping still refers to.
+
+    An output of the model, however it is wrapped, an attribute, a list that a hook fills.
+
+    Args:
+        tensors: each by its id; the only references to them that are known.
+    """
+    unheld = _references({0: nn.Parameter()})[0]
+    return {key for key, count in _references(tensors).items() if count > unheld}
+
+
+def _references(tensors: Mapping[int, Tensor]) -> dict[int, int]:
+    return {key: sys.getrefcount(tensors[key]) for key in tensors}
