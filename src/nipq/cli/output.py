@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, 
 from typing import Annotated, Any, TextIO
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 
 from nipq.errors import NipqError
@@ -69,6 +69,17 @@ def reporting(as_json: bool) -> Iterator[None]:
             else:
                 Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
             raise typer.Exit(FAILURE) from error
+
+
+def show(*parts: RenderableType) -> None:
+    """Print text and tables, as wide as the terminal; 80 columns where output is redirected.
+
+    Args:
+        parts: texts of one line each, which the terminal wraps, and tables.
+    """
+    console = Console(highlight=False, markup=False, emoji=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str), crop=False)
 
 
 def answer(values: Mapping[str, Any], *, ok: bool = True) -> None:
