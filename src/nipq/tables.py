@@ -9,8 +9,6 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from textwrap import wrap
-from typing import Any
 
 from rich.cells import cell_len, chop_cells
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -26,8 +24,8 @@ NARROW = 8
 #: Spaces between the columns of a table without borders.
 GAP = 2
 
-#: Ends of the parts of a word, such as a layer's full name or a path.
-PART = re.compile(r"(?<=[./])|(?<=[_:,=-])(?=.)")
+#: Places where a line may be broken, the better ones first: in a layer's full name or a path behind its dots.
+BREAKS = (re.compile(r"(?<= )"), re.compile(r"(?<=[./])"), re.compile(r"(?<=[_:,=-])"))
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ class FittedTable:
         while self._width(shown) > options.max_width and (droppable := [i for i in shown if self.columns[i].rank]):
             shown.remove(max(droppable, key=lambda i: self.columns[i].rank))
         if self.title:
-            yield Text("\n".join(wrapped(self.title, options.max_width)))
+            yield Prose(self.title)
         rest = shown[1:]
         while rest:
             block = [shown[0], rest.pop(0)]
@@ -93,8 +91,7 @@ class FittedTable:
                 block.append(rest.pop(0))
             yield (self._table if self.borders else self._plain)(block, options.max_width)
         if gone := [" ".join(self.columns[i].heading.split()) for i in range(len(self.columns)) if i not in shown]:
-            note = f"Not shown at this width: {', '.join(gone)}; to_dict() and --json have everything."
-            yield Text("\n".join(wrapped(note, options.max_width)))
+            yield Prose(f"Not shown at this width: {', '.join(gone)}; to_dict() and --json have everything.")
 
     def _width(self, shown: Sequence[int]) -> int:
         """Width with the wrapped columns as narrow as they may be, and borders."""
@@ -158,7 +155,7 @@ class FittedTable:
 
 
 class Prose:
-    """Text that is broken between words; one that is wider than the console, such as a path, stays whole.
+    """Text that is broken as :func:`wrapped` does, for a console of any width.
 
     Args:
         text: taken as it is, without markup.
@@ -168,10 +165,8 @@ class Prose:
         self.text = text
 
     def __rich_console__(self, _console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        """Lines no wider than the console where their words allow it; printed whole with ``crop=False``."""
-        settings: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
-        lines = [wrap(line, options.max_width, **settings) or [""] for line in self.text.split("\n")]
-        yield Text("\n".join(part for line in lines for part in line), no_wrap=True, overflow="ignore")
+        """Lines no wider than the console."""
+        yield Text("\n".join(wrapped(self.text, options.max_width)), no_wrap=True)
 
 
 def wrapped(text: str, width: int) -> list[str]:
@@ -185,25 +180,40 @@ def wrapped(text: str, width: int) -> list[str]:
         >>> wrapped("float: encoder.layer.11.attention.self.query stays", 24)
         ['float:', 'encoder.layer.11.', 'attention.self.query', 'stays']
     """
-    return [part for line in text.split("\n") for part in _filled(line.split(" "), " ", width)]
+    return [part.rstrip(" ") for line in text.split("\n") for part in _filled(line, width, BREAKS)]
 
 
-def _filled(pieces: Sequence[str], joint: str, width: int) -> Iterator[str]:
+def _filled(text: str, width: int, breaks: Sequence[re.Pattern[str]]) -> list[str]:
     """Lines filled with pieces, each whole where it fits in a line."""
-    line: str | None = None
-    for piece in pieces:
-        if line is not None and cell_len(line + joint + piece) <= width:
-            line += joint + piece
-            continue
-        if line is not None:
-            yield line
-        line = piece
-        if cell_len(piece) > width:
-            parts = [part for part in PART.split(piece) if part]
-            *whole, line = _filled(parts, "", width) if len(parts) > 1 else chop_cells(piece, width)
-            yield from whole
-    if line is not None:
-        yield line
+    if cell_len(text.rstrip(" ")) <= width:
+        return [text]
+    if not breaks:
+        return chop_cells(text, width)
+    lines = [""]
+    for piece in filter(None, breaks[0].split(text)):
+        if cell_len((lines[-1] + piece).rstrip(" ")) <= width:
+            lines[-1] += piece
+        else:
+            lines += _filled(piece, width, breaks[1:])
+    return lines if lines[0] else lines[1:]
+
+
+def fitting(parts: Sequence[str], width: int) -> str:
+    """Parts of a line in their order, without those that would make it too long.
+
+    Args:
+        parts: short texts, the important ones first.
+        width: of the line, columns of the terminal.
+
+    Example:
+        >>> fitting(["float 1/3", "loss 0.5", "a very long one", "lr 0.1"], 30)
+        'float 1/3  loss 0.5  lr 0.1'
+    """
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else part
+        line = longer if cell_len(longer) <= width else line
+    return line
 
 
 def plain_text(*parts: RenderableType) -> str:

@@ -72,14 +72,19 @@ def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: J
                 f"{folder}: {config.model.factory}, not finished; last complete: {done}. Continue it with --resume."
             )
             return
-        show_parts(results_table(results, title=f"{folder.name}: {config.model.factory}"), _layer_table(layers))
+        show_parts(results_table(results, title=f"{folder.name}: {config.model.factory}"), layers_table(layers))
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> FittedTable:
+def layers_table(layers: list[dict[str, Any]]) -> FittedTable:
+    """Build the table of a run's layers.
+
+    Args:
+        layers: as in ``layers.json``.
+    """
     table = FittedTable(
         Column("layer", least=24),
         Column("kind", rank=2, least=12),
