@@ -275,7 +275,7 @@ def not_finite(outputs: Tensor, _targets: Tensor) -> Tensor:
             not_finite,
             4,
             NonFiniteError,
-            "allocate_bits_, batch 0: loss_fn: expected a finite loss, found nan",
+            "batch 0: loss_fn: expected a finite loss, found nan",
         ),
         (
             "calibrated",

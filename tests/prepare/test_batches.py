@@ -87,7 +87,7 @@ def test_inputs_may_be_said_by_a_function() -> None:
     ("inputs", "message"),
     [
         (3, r"calibrate_: expected inputs=, a function .* found int"),
-        (lambda batch: batch["image"], r"batch 0: expected inputs= to take a batch, found that it fails on tuple .*TypeError"),
+        (lambda batch: batch["x"], r"batch 0: expected inputs= to take a batch, found that it fails on tuple .*Type"),
         (lambda _: None, r"batch 0: expected inputs= to return a tensor, .* found None"),
     ],
 )  # fmt: skip

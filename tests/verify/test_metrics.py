@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
 from nipq.prepare.batches import BatchReader
 from nipq.verify.metrics import LayerComparison, OutputComparison, exact_check, most_by_chance

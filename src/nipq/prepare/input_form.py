@@ -432,8 +432,8 @@ def the_rest(rest: Any, batch: object) -> Any:  # noqa: ANN401  (targets of any 
     if not found:
         raise ConfigError(
             f"loss_fn: expected batches (inputs, targets), found one without targets: {described(batch)}. Give targets "
-            f"after the inputs, or under {', '.join(map(repr, LABELS))}; or leave loss_fn out to compare with the float "
-            "model's own outputs."
+            f"after the inputs, or under {', '.join(map(repr, LABELS))}; or leave loss_fn out to compare with the "
+            "float model's own outputs."
         )
     return found[0] if len(found) == 1 else tuple(found)
 
