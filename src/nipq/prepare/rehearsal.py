@@ -69,9 +69,8 @@ def rehearse(model: nn.Module, example_inputs: ExampleInputs) -> None:
             faults = list(_faults(_copy(model), to_device(example_inputs, device_of(model))))
         except _Reached as reached:
             name = str(reached)
-            faults = [
-                f"{name}: a copy of the model still calls the layer of the model itself, {_way(model, rows[name])}"
-            ]
+            way = _way(model, rows[name])
+            faults = [f"{name}: a copy of the model still calls the layer of the model itself, {way}"]
         except NipqError:
             raise
         except Exception as error:
@@ -138,10 +137,8 @@ def _fault(layer: LayerComparison) -> str | None:
         return "the deployed model calls it differently often, or on other shapes, or not at all"
     if layer.wrong:
         return f"{layer.wrong:,} of {layer.codes:,} codes of the same input differ"
-    if (
-        layer.flips > max(SLACK, MOST_FLIPS * layer.codes, layer.allowed * layer.codes)
-        or layer.jump > layer.longest_jump
-    ):
+    most = max(SLACK, MOST_FLIPS * layer.codes, layer.allowed * layer.codes)
+    if not (layer.flips <= most and layer.jump <= layer.longest_jump):
         return f"{layer.flips:,} of {layer.codes:,} codes of its input differ, by up to {layer.jump:g} levels"
     layer.tolerance *= SLACK
     return layer.output_fault()
@@ -162,8 +159,10 @@ def _fresh(inputs: ExampleInputs) -> Any:  # noqa: ANN401  (in the same form)
 def _calibrate_(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
     """Set provisional clipping ranges from the largest values; returns the inputs that they were found on."""
     set_phase_(model, Phase.FLOAT)
+    ends: dict[InputQuantizer, tuple[float, float]] = {}
+    inputs = example_inputs
     for inputs in (_random(example_inputs), example_inputs):
-        ends: dict[InputQuantizer, tuple[float, float]] = {}
+        ends.clear()
         with ExitStack() as stack:
             for quantizer in input_quantizers(layer_table(model)):
                 stack.callback(quantizer.register_forward_pre_hook(partial(_widen, ends)).remove)
