@@ -153,10 +153,12 @@ def test_wrapped_models_are_refused(inside: bool) -> None:
         prepare_(getattr(model, inner), X)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.11 about itself
 def test_a_compiled_model_is_refused() -> None:
     refused(torch.compile(nn.Linear(4, 4)), "it is wrapped in OptimizedModule")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.11 about itself
 def test_models_compiled_in_place_are_refused_and_the_remedies_help() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].compile()
