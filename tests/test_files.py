@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nipq.errors import ConfigError
-from nipq.files import check_free, written_whole
+from nipq.files import CACHE, cache_folder, check_free, written_whole
 
 
 def test_the_new_content_takes_the_name_at_the_end(tmp_path: Path) -> None:
@@ -46,3 +46,33 @@ def test_a_name_is_refused_where_it_would_cost_something(tmp_path: Path) -> None
         check_free(tmp_path, overwrite=True, command="save")
     with pytest.raises(ConfigError, match="to exist, found none"):
         check_free(tmp_path / "absent" / "model", overwrite=False, command="save")
+
+
+@pytest.mark.parametrize(("variables", "folder"), [
+    ({CACHE: "/a/b"}, "/a/b"),
+    ({CACHE: "odd name"}, "{cwd}/odd name"),
+    ({CACHE: "~/x"}, "/home/of/ann/x"),
+    ({CACHE: ""}, "/home/of/ann/.cache/nipq"),
+    ({CACHE: "", "XDG_CACHE_HOME": "/caches"}, "/caches/nipq"),
+    ({"XDG_CACHE_HOME": ""}, "/home/of/ann/.cache/nipq"),
+    ({"XDG_CACHE_HOME": "relative"}, "/home/of/ann/.cache/nipq"),
+])  # fmt: skip
+def test_the_cache_folder_by_the_environment(
+    variables: dict[str, str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"HOME": "/home/of/ann", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert cache_folder() == Path(folder.format(cwd=tmp_path))
+
+
+@pytest.mark.parametrize("variables", [{"HOME": ""}, {CACHE: "~no-such-user/cache"}])
+def test_no_home_is_said_with_the_remedy(variables: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (CACHE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"found no home folder: .*Set NIPQ_CACHE to a folder of your own"):
+        cache_folder()

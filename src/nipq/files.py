@@ -15,11 +15,27 @@ CACHE = "NIPQ_CACHE"
 
 
 def cache_folder() -> Path:
-    """Folder of the files that were compiled or measured on this machine."""
-    if CACHE in os.environ:
-        return Path(os.environ[CACHE])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nipq"
+    """Absolute path of the folder for files that were compiled or measured on this machine; it may not exist.
+
+    Variables that are empty count as not set, and a relative ``XDG_CACHE_HOME`` too, as its specification says.
+
+    Raises:
+        ConfigError: if no variable names a folder, and the user has no home.
+    """
+    named, base = os.environ.get(CACHE, ""), os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        if named:
+            return Path(named).expanduser().absolute()
+        if Path(base).is_absolute():
+            return Path(base) / "nipq"
+        if "HOME" in os.environ and not os.environ["HOME"]:
+            raise RuntimeError("HOME is empty")
+        return Path.home().absolute() / ".cache" / "nipq"
+    except RuntimeError as error:
+        raise ConfigError(
+            f"expected a folder for the cache, found no home folder: {str(error).rstrip('.')}. "
+            f"Set {CACHE} to a folder of your own"
+        ) from error
 
 
 def check_free(path: Path, *, overwrite: bool, command: str) -> None:

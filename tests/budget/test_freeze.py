@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import numpy as np
@@ -160,9 +162,14 @@ def test_impossible_budgets_and_bits_that_are_not_finite_change_nothing() -> Non
     assert not quantizers(model)[0].is_frozen
 
 
-def test_the_solver_says_nothing_on_standard_output(capfd) -> None:
-    with bit_programme._silent():
-        os.write(1, b"chatter")
+def test_threads_may_freeze_at_once_and_leave_standard_output_alone(capfd) -> None:
+    models = [spread_(net()) for _ in range(4)]
+    alone = [freeze_bits_(copy.deepcopy(model), AverageBits(weights=4)).bits for model in models]
+    before = os.fstat(1)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda model: freeze_bits_(model, AverageBits(weights=4)).bits, models))
+    assert found == alone
+    assert os.path.samestat(os.fstat(1), before)
     print("spoken")
     assert capfd.readouterr().out == "spoken\n"
 

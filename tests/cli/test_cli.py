@@ -238,8 +238,9 @@ def test_epochs_are_a_line_each_where_output_is_redirected(settings: Path, tmp_p
     _, output = call("train", settings, "--run", tmp_path / "run")
     lines = [line for line in output.splitlines() if line.startswith(("float 1", "search 1", "fine-tune 1"))]
     assert len(lines) == 3
-    assert all("train loss" in line and "val accuracy" in line for line in lines)
-    assert "activation bits" in lines[1]
+    assert max(map(len, lines)) <= 80
+    assert all(re.search(r"  train loss [\d.]+  val accuracy [\d.]+ %", line) for line in lines)
+    assert all(re.search(r"  W/A bits [2-8]\.\d\d/[2-8]\.\d\d", line) for line in lines[1:])
 
 
 def test_show_of_a_run_under_way(settings: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from nipq.train.plots import Histogram, plot_bits, plot_history, plot_ranges
@@ -34,6 +35,31 @@ def test_bits(count: int, tmp_path: Path) -> None:
 def test_history(rows: list[dict[str, object]], tmp_path: Path) -> None:
     plot_history(rows, tmp_path / "history.png")
     assert is_picture(tmp_path / "history.png")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that were saved."""
+    found: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _path: found.append(figure))
+    return found
+
+
+def test_axes_of_a_history_say_true_numbers_and_lines_have_names(figures: list[Figure], tmp_path: Path) -> None:
+    layer_bits = {f"encoder.{i}": [5.2 if i < 4 else 3.0, None if i else 8.0] for i in range(6)}
+    rows = [
+        row("search", 3.99999 + 1e-6 * epoch)
+        | {"train_accuracy": 100.0, "val_accuracy": 99.9, "layer_bits": layer_bits}
+        for epoch in range(4)
+    ]
+    plot_history(rows, tmp_path / "history.png")
+    figures[0].draw_without_rendering()
+    top, middle, bottom = figures[0].axes
+    assert top.get_ylim()[1] == 100.0
+    assert bottom.yaxis.get_major_formatter().get_offset() == ""
+    assert [text.get_text() for text in middle.texts] == [
+        "W: encoder.0, encoder.1 and 2 more", "A: encoder.0", "W: encoder.4, encoder.5",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("count", [1, 6])

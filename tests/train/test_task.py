@@ -112,9 +112,9 @@ def test_rows_and_pictures_name_the_metric(finished: Path) -> None:
 
 def test_results_are_printed_with_their_unit(finished: Path) -> None:
     table = results_table(json.loads((finished / "results.json").read_text(encoding="utf-8")), title="run")
-    first, second = (next(iter(column.cells)) for column in table.columns)
+    first, second = table.rows[0]
     assert first == "test error, float"
-    assert str(second).split(" (")[0].endswith(" m")
+    assert second.split(" (")[0].endswith(" m")
 
 
 def test_finished_run_is_verified_again_with_its_task(finished: Path) -> None:

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, OrderError
-from nipq.export.packed_write import NO_CHECKSUM, contents, file_bytes, save
+from nipq.export.packed_write import save
 from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import phase_of, quantizers, set_phase_
 from nipq.prepare.prepare import prepare_
@@ -202,17 +201,6 @@ def test_a_packed_file_alone_is_compared_to_the_last_bit(made: Make, trained: An
     result = verify(model, path, loader=data)
     assert str(result.first_difference).startswith("model.nipq.safetensors: stem: weight bits")
     assert not any(check.passed for check in result.checks if check.name in ("E0 static", "E1 layers", "E3 exact"))
-
-
-def test_a_file_from_before_there_was_a_checksum_keeps_its_promise(trained: Any, tmp_path: Path) -> None:
-    model, data = trained
-    tensors, metadata = contents(convert(model))
-    text = metadata["nipq"].replace(f'"sha256":"{NO_CHECKSUM}",', "").replace('"version":2', '"version":1')
-    path = tmp_path / "model.nipq.safetensors"
-    path.write_bytes(to_bytes(tensors, {"nipq": text}))
-    result = verify(model, path, loader=data)
-    assert result, str(result)
-    assert result.checks[0].numbers["bytes_promised"] == path.stat().st_size == file_bytes(convert(model)) - 80
 
 
 def test_a_file_that_cannot_be_read_does_not_stop_the_others(trained: Any, tmp_path: Path) -> None:

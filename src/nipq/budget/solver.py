@@ -11,14 +11,9 @@ floating point, so its answer is checked in whole numbers and, if need be, lower
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -121,36 +116,21 @@ def _solve(choices: Choices[Bits], losses: Sequence[NDArray[np.float64]], limits
         room = (limit.target - limit.form.constant) / limit.target
         constrain([(column, value / limit.target) for column, value in terms], -np.inf, room)
     matrix = coo_array((values, (rows, columns)), shape=(len(lower), variables)).tocsr()
-    with _silent():
-        result = milp(
-            objective,
-            integrality=(np.arange(variables) < first[-1]).astype(int),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, lower, upper),
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
-        )
+    # Its C++ prints a line now and then, whatever its options; to move the process's standard output aside meanwhile
+    # would take it from other threads, too. Commands do so, once (``nipq.cli.output``).
+    result = milp(
+        objective,
+        integrality=(np.arange(variables) < first[-1]).astype(int),
+        bounds=Bounds(0, 1),
+        constraints=LinearConstraint(matrix, lower, upper),
+        options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+    )
     if result.x is None:
         logger.warning("the solver found no bit-widths (%s); going on from the fewest", result.message)
         return [allowed[0] for allowed in choices]
     if result.status == 1:
         logger.warning("the solver stopped after %g s, %.2g above the proven optimum", SECONDS, result.mip_gap)
     return [allowed[int(np.argmax(result.x[s : s + len(allowed)]))] for s, allowed in zip(first, choices, strict=False)]
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Swallow what the solver's C++ prints to standard output whatever its options; ``--json`` is to be read there."""
-    flush = ctypes.CDLL(None).fflush if os.name == "posix" else ctypes.cdll.msvcrt.fflush
-    sys.stdout.flush()
-    kept = os.dup(1)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        try:
-            yield
-        finally:
-            flush(None)  # or the text would wait in a buffer and appear later
-            os.dup2(kept, 1)
-            os.close(kept)
 
 
 class _Pairs:

@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
+from nipq.cli.output import FAILURE, JsonFlag, answer, reporting, show
 from nipq.errors import MissingDependencyError, require
 from nipq.train.compare import CompareFolder, expand, load_grid, run_cells
 from nipq.train.compare_plots import plot_comparison
-from nipq.train.compare_table import compare, print_comparison, save_table
+from nipq.train.compare_table import compare, printed_parts, save_table
 
 
 def run_compare(
@@ -47,7 +47,7 @@ def run_compare(
     require("pandas", extra="report", purpose="the table of a comparison")  # before hours of training, not after
     grid = load_grid(path)
     cells = expand(grid)
-    console, progress = Console(), Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True)
+    progress = Console(file=sys.stderr if as_json else sys.stdout, soft_wrap=True)
     failed: list[str] = []
     if not table_only:
         outcomes = run_cells(
@@ -75,10 +75,9 @@ def run_compare(
         shown = {"plots": [str(picture) for picture in pictures], "table": comparison.to_dict()}
         answer({"folder": str(folder), "failed": failed, **shown}, ok=not failed)
         return not failed
-    print_comparison(comparison, console)
-    console.print(f"table and plots are in {folder}", soft_wrap=True, highlight=False)
+    show(*printed_parts(comparison), f"table and plots are in {folder}")
     if failed:
-        console.print(f"[bold red]{len(failed)} cells have no result:[/] {escape(', '.join(failed))}", soft_wrap=True)
+        show(f"{len(failed)} cells have no result: {', '.join(failed)}")
     return not failed
 
 

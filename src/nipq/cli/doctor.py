@@ -10,12 +10,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
+from nipq.cli.output import FAILURE, JsonFlag, answer, reporting, show
 from nipq.kernels.cpu import SWITCH, library
 from nipq.kernels.triton_tuning import tune
+from nipq.tables import Column, FittedTable
 
 #: Distributions without which nothing works, and what the others are for.
 REQUIRED = ("nipq", "torch", "numpy", "scipy", "pydantic", "rich", "typer", "safetensors", "PyYAML")
@@ -96,7 +95,7 @@ def doctor(
             if as_json:
                 answer({**asdict(tuned), "file": str(tuned.file)})
             else:
-                Console().print(str(tuned), soft_wrap=True)
+                show(str(tuned))
             return
         found = examine()
         if as_json:
@@ -108,19 +107,16 @@ def doctor(
 
 
 def _print(found: Examination) -> None:
-    table = Table(title=f"Python {found.python}, {found.system}, {found.threads} threads, device {found.device}")
-    for heading in ("package", "version", "needed for"):
-        table.add_column(heading)
-    for name, installed in found.required.items():
-        table.add_row(name, installed or "[red]missing", "everything")
-    for name, installed in found.optional.items():
-        table.add_row(name, installed or "[yellow]not installed", OPTIONAL[name])
-    console = Console()
-    console.print(table)
-    console.print(f"CPU kernels: {found.kernels}", soft_wrap=True)
-    console.print(
-        f"missing: {', '.join(found.missing)}; install nipq again" if found.missing else "ready", soft_wrap=True
+    table = FittedTable(
+        *(Column(heading, least=13) for heading in ("package", "version", "needed for")),
+        title=f"Python {found.python}, {found.system}, {found.threads} threads, device {found.device}",
     )
+    for name, installed in found.required.items():
+        table.add_row(name, installed or "missing", "everything", style="" if installed else "red")
+    for name, installed in found.optional.items():
+        table.add_row(name, installed or "not installed", OPTIONAL[name], style="" if installed else "yellow")
+    ready = f"missing: {', '.join(found.missing)}; install nipq again" if found.missing else "ready"
+    show(table, f"CPU kernels: {found.kernels}", ready)
 
 
 def _kernels() -> str:

@@ -11,7 +11,7 @@ import typer
 from torch import nn
 
 from nipq.cli.inspection import parse_kwargs, parse_shape
-from nipq.cli.output import FAILURE, JsonFlag, answer, reporting
+from nipq.cli.output import FAILURE, JsonFlag, answer, reporting, show
 from nipq.errors import ConfigError
 from nipq.export.api import Format, export
 from nipq.export.packed_read import load
@@ -46,7 +46,7 @@ def export_model(
         if as_json:
             answer(report.to_dict())
         else:
-            typer.echo(str(report))
+            show(report)
 
 
 def _from_run(place: RunFolder, input_shape: str | None, *, pack: bool) -> tuple[nn.Module, Any]:
@@ -98,6 +98,6 @@ def verify_files(
         if as_json:
             answer(outcome.to_dict(), ok=bool(outcome))
         else:
-            typer.echo(str(outcome))
+            show(outcome.table())
         if not outcome:
             raise typer.Exit(FAILURE)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from nipq.cli.output import JsonFlag, TargetOption, answer, reporting
+from nipq.cli.output import JsonFlag, TargetOption, answer, reporting, show
 from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.report.inspect import inspect
@@ -42,7 +42,7 @@ def inspect_model(
         if as_json:
             answer(found.to_dict())
         else:
-            typer.echo(str(found))
+            show(found)
 
 
 def parse_kwargs(text: str) -> dict[str, Any]:

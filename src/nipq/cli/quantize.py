@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize
-from nipq.cli.output import JsonFlag, answer, reporting
+from nipq.cli.output import JsonFlag, answer, reporting, show
 from nipq.errors import ConfigError, first_line, require
 from nipq.files import check_free
 from nipq.ptq.quantize import quantize
@@ -133,9 +133,7 @@ def run_quantize(
     if as_json:
         answer({"report": result.report.to_dict()} | files)
         return
-    typer.echo(str(result.report))
-    for file in files.values():
-        typer.echo(f"wrote {file}")
+    show(result.report, *(f"wrote {file}" for file in files.values()))
 
 
 def parse_budget(bits: str | None, size: str | None, bit_ops: str | None) -> Budget:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from nipq.cli.output import JsonFlag, answer, reporting
+from nipq.cli.output import show as show_parts
+from nipq.tables import Column, FittedTable
 from nipq.train.run_folder import RunFolder
 
 #: Names of the states of a model.
@@ -23,7 +23,7 @@ NAMES = {
 }
 
 
-def results_table(results: Mapping[str, Any], title: str) -> Table:
+def results_table(results: Mapping[str, Any], title: str) -> FittedTable:
     """Build a table of scores, bits, bytes and the outcome of verify.
 
     Args:
@@ -31,9 +31,9 @@ def results_table(results: Mapping[str, Any], title: str) -> Table:
         title: of the table.
 
     Returns:
-        A table for a rich console.
+        A table for a rich console of any width.
     """
-    table = Table(title=title, title_justify="left", show_header=False)
+    table = FittedTable(Column("", least=30), Column("", least=30), title=title)
     metric = results.get("metric", {"name": "accuracy", "unit": "%"})  # older files know of no other
     for name, scores in results["states"].items():
         held_out = f" (validation {_score(scores['validation'], metric)})" if "validation" in scores else ""
@@ -56,10 +56,6 @@ def _pair(bits: Mapping[str, float | None]) -> str:
     return " / ".join("float" if bits[key] is None else f"{bits[key]:.4f}" for key in ("weights", "activations"))
 
 
-#: Width of a terminal in which every table fits.
-MOST_COLUMNS = 1000
-
-
 def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: JsonFlag = False) -> None:
     """Show a run: how far it is, its accuracies, its layers."""
     with reporting(as_json):
@@ -70,30 +66,37 @@ def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: J
             progress = {"finished": results is not None, "last_epoch": rows[-1] if rows else None}
             answer({"run": str(folder), **progress, "results": results, "layers": layers})
             return
-        console = Console(soft_wrap=True)
         if results is None:
             done = f"{rows[-1]['stage']} epoch {rows[-1]['epoch']}" if rows else "nothing yet"
-            console.print(
+            show_parts(
                 f"{folder}: {config.model.factory}, not finished; last complete: {done}. Continue it with --resume."
             )
             return
-        console.print(results_table(results, title=f"{folder.name}: {config.model.factory}"))
-        table = _layer_table(layers)
-        needed = Console(width=MOST_COLUMNS).measure(table).maximum
-        Console(width=max(console.width, needed)).print(table)
+        show_parts(results_table(results, title=f"{folder.name}: {config.model.factory}"), layers_table(layers))
 
 
 def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def _layer_table(layers: list[dict[str, Any]]) -> Table:
-    """Layers within 80 columns where their names allow it; a longer name makes lines longer and is never split."""
-    table = Table(title="layers", title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    table.add_column("layer", no_wrap=True, overflow="ignore")
-    table.add_column("kind", no_wrap=True)
-    for heading in ("W bits", "A bits", "W range", "A range", "weights", "MMAC"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def layers_table(layers: list[dict[str, Any]]) -> FittedTable:
+    """Build the table of a run's layers.
+
+    Args:
+        layers: as in ``layers.json``.
+    """
+    table = FittedTable(
+        Column("layer", least=24),
+        Column("kind", rank=2, least=12),
+        Column("W bits"),
+        Column("A bits"),
+        Column("W range", rank=5),
+        Column("A range", rank=4),
+        Column("weights", rank=1),
+        Column("MMAC", rank=3),
+        title="Layers",
+        borders=False,
+    )
     for row in layers:
         table.add_row(
             row["name"], row["kind"], str(row["weight_bits"]),

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from nipq.cli.output import FAILURE, JsonFlag, TargetOption, answer, reporting
+from nipq.cli.output import FAILURE, JsonFlag, TargetOption, answer, reporting, show
 from nipq.cli.show import results_table
 from nipq.train.config import check_config, load_config, parse_overrides
 from nipq.train.parallel import is_first
@@ -41,7 +40,7 @@ def train(
         if is_first() and as_json:
             answer({"run": str(folder), **results}, ok=results["verified"])
         elif is_first():
-            Console().print(results_table(results, title=str(folder)))
+            show(results_table(results, title=str(folder)))
         if not results["verified"]:
             raise typer.Exit(FAILURE)
 
@@ -79,11 +78,11 @@ def demo(
         if as_json:
             answer({"run": str(place), "promises": checks, "wall_seconds": seconds, **results}, ok=kept)
         else:
-            console = Console()
-            console.print(results_table(results, title="nipq demo: digits, 4.0 / 4.0 average bits"))
-            for text, found in checks.items():
-                console.print(f"[green]kept[/]    {text}" if found else f"[bold red]BROKEN[/]  {text}", soft_wrap=True)
-            console.print(f"{seconds:.1f} s in all; everything is in {place}", soft_wrap=True)
+            show(
+                results_table(results, title="nipq demo: digits, 4.0 / 4.0 average bits"),
+                *(f"{'kept' if found else 'BROKEN':8}{text}" for text, found in checks.items()),
+                f"{seconds:.1f} s in all; everything is in {place}",
+            )
         if not kept:
             raise typer.Exit(FAILURE)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.text import Text
 from torch import nn
 
 from nipq.errors import ConfigError
@@ -18,6 +17,7 @@ from nipq.export.program import program_bytes
 from nipq.files import check_free, written_whole
 from nipq.nn.deployed import check_deployed, deployed_layers, deployed_products
 from nipq.prepare.batches import ExampleInputs
+from nipq.tables import Column, FittedTable, Prose, plain_text
 
 #: Formats of files.
 Format = Literal["onnx", "qonnx", "arrays", "program"]
@@ -182,12 +182,9 @@ class ExportReport:
         plain = {"path": str(self.path), "layers": layers, "warnings": list(self.warnings), "products": products}
         return asdict(self) | plain
 
-    def table(self) -> Table:
-        """Layers and products, for a rich console."""
-        table = Table()
-        table.add_column("layer", overflow="fold")
-        for heading in ("W bits", "stored as", "A bits"):
-            table.add_column(heading, justify="right")
+    def table(self) -> FittedTable:
+        """Layers and products, for a rich console of any width."""
+        table = FittedTable(Column("layer", least=40), *map(Column, ("W bits", "stored as", "A bits")))
         for layer in self.layers:
             inputs = "float" if layer.input_bits is None else str(layer.input_bits)
             table.add_row(layer.name or "(the model)", str(layer.weight_bits), layer.container, inputs)
@@ -195,14 +192,16 @@ class ExportReport:
             table.add_row(product.name, "-", "-", f"{product.x_bits} x {product.y_bits}")
         return table
 
-    def __str__(self) -> str:
-        """File, layers and warnings as plain text."""
-        text = io.StringIO()
-        console = Console(file=text, width=80, color_system=None)
+    def __rich__(self) -> RenderableType:
+        """File, layers and warnings, for a rich console of any width."""
         opset = "" if self.opset is None else f", opset {self.opset}"
         heading = f"{self.path}: {self.format}{opset}, {self.bytes:,} bytes"
-        console.print(heading, soft_wrap=True, markup=False)
-        console.print(self.table())
-        for warning in self.warnings:
-            console.print(f"warning: {warning}", soft_wrap=True, markup=False)
-        return text.getvalue()
+        return Group(
+            Text(heading, no_wrap=True, overflow="ignore"),
+            self.table(),
+            *(Prose(f"warning: {warning}") for warning in self.warnings),
+        )
+
+    def __str__(self) -> str:
+        """File, layers and warnings as plain text, 80 columns at most."""
+        return plain_text(self)

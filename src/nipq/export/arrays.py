@@ -18,9 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nipq.errors import ConfigError
 from nipq.export.portable import input_facts, plain_kind, portable_input
 from nipq.nn.deployed import (
     Deployed,
+    DeployedKeptLayer,
     DeployedLayer,
     DeployedProduct,
     deploy_state,
@@ -57,7 +59,16 @@ def arrays_bytes(deployed: nn.Module, example_inputs: ExampleInputs) -> tuple[by
 
     Returns:
         The file, and warnings for its readers.
+
+    Raises:
+        ConfigError: if a layer's own forward does more than its operation, which arrays cannot hold.
     """
+    for name, kept in deployed_layers(deployed).items():
+        if isinstance(kept, DeployedKeptLayer):
+            raise ConfigError(
+                f"{name}: expected a layer that its arrays describe, found {kept.kind} with a forward of its own that "
+                "does more than its operation. Export to ONNX or a .pt2 program, or save with nipq.save."
+            )
     model = copy.deepcopy(deployed).cpu().eval()
     arrays: dict[str, NDArray[Any]] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -107,7 +118,7 @@ def _facts(layer: Deployed, read: tuple[int, ...], written: tuple[int, ...]) -> 
         "output_shape": written,
         "weight_bits": layer.weight_bits,
     }
-    facts |= input_facts(portable_input(layer) if isinstance(layer, DeployedLayer) else None)
+    facts |= input_facts(portable_input(layer))
     if isinstance(layer, DeployedLayer):
         facts["sum_bits"] = _sum_bits(layer)
     has_kernel = hasattr(layer.layer, "kernel_size")

@@ -21,7 +21,14 @@ from torch.nn.functional import conv2d, linear
 from nipq.errors import require
 from nipq.export.portable import PortableLayer, portable_layers
 from nipq.export.runtimes import CompiledModel, Kernel
-from nipq.nn.deployed import Deployed, DeployedLayer, check_deployed, deployed_layers, replace_modules
+from nipq.nn.deployed import (
+    Deployed,
+    DeployedKeptLayer,
+    DeployedLayer,
+    check_deployed,
+    deployed_layers,
+    replace_modules,
+)
 from nipq.nn.kinds import along_channels
 from nipq.prepare.batches import ExampleInputs, call_model
 from nipq.prepare.plan import inductor_reason
@@ -158,6 +165,8 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
 
 def _reason(layer: Deployed) -> str | None:
     """The reason for which a layer stays as it is, or None."""
+    if isinstance(layer, DeployedKeptLayer):
+        return f"a {layer.kind} whose forward does more than its operation"
     if not isinstance(layer, DeployedLayer):
         return "its input stays float"
     if max(layer.weight_bits, layer.input_bits) > 8:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nipq.errors import NotQuantizableError, require
+from nipq.errors import require
 from nipq.export.portable import (
     PortableInput,
     PortableLayer,
@@ -49,7 +49,7 @@ from nipq.nn.deployed import (
     take_input,
 )
 from nipq.nn.integer import refuse_dropout
-from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table, weight_channel_axis
+from nipq.nn.kinds import along_channels, channel_dim, weight_channel_axis
 from nipq.prepare.batches import ExampleInputs
 
 #: Domain of the marks.
@@ -97,7 +97,6 @@ def onnx_graph(
 
     Raises:
         ConfigError: if torch cannot export the model.
-        NotQuantizableError: if a layer has no form in ONNX files.
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
     require("onnxscript", extra="onnx", purpose="ONNX files")
@@ -314,18 +313,13 @@ class OnnxLayer(OnnxInput):
 
     def __init__(self, layer: Deployed, numbers: PortableLayer, name: str) -> None:
         super().__init__(name, numbers.input)
-        if is_table(layer.layer) and not is_plain(layer.layer):
-            raise NotQuantizableError(
-                f"{name}: expected an embedding that looks its table up and no more, found {layer.kind} with a forward "
-                f"of its own, which ONNX files do not hold. Use Rule({name!r}, quantize=False) when preparing."
-            )
         self.shell = layer.layer
         self._buffers["weight"] = numbers.weight  # past register_buffer, as the attribute is a float view
         self.register_buffer("weight_scale", numbers.weight_scale)
         self.register_buffer("bias", numbers.bias)
         #: Whether the weight's scale can only be applied behind the sums.
         self.scale_after = False
-        # A subclass may do anything with its bias; the deployed layer adds it after the subclass's forward.
+        # The bias of a layer with a forward of its own is added after that, or is the layer's own affair.
         self.bias_inside = plain_kind(self.shell) is not None or numbers.input is None
 
     @property

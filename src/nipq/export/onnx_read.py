@@ -46,7 +46,10 @@ SUMS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Gather"})
 
 
 class OnnxRecord(BaseModel):
-    """Metadata of one call of a layer: the tensor to start from, and claimed bit-widths."""
+    """Metadata of one call of a layer: the tensor to start from, and claimed bit-widths.
+
+    Of a layer whose own forward is kept, weight and codes are found by their names, as anything may follow them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -54,6 +57,9 @@ class OnnxRecord(BaseModel):
     output: str
     weight_bits: int
     input_bits: int | None = None
+    kept: bool = False
+    weight: str | None = None
+    codes: str | None = None
 
 
 class OperandRecord(BaseModel):
@@ -352,7 +358,7 @@ class MatchedLayer:
         quantizer: nodes from the float input to the quantized one, in order; empty when the input stays float.
         codes: tensor that holds the whole codes; None when the input stays float, or in QONNX, which has none.
         stored: stored tensor of the weight's codes; None for an operand of a product.
-        source: tensor that goes into the quantizer, or into the sum if there is none.
+        source: tensor that goes into the quantizer, or into the sum if there is none; empty if it is not known.
         total: node that sums, or looks up.
         output: tensor that leaves the layer or the product.
         facts: numbers by name, as ``nipq.verify`` expects them.
@@ -398,7 +404,32 @@ def _product(file: OnnxFile, record: ProductRecord) -> list[MatchedLayer]:
     ]
 
 
+def _kept(file: OnnxFile, record: OnnxRecord) -> MatchedLayer:
+    """A layer whose own forward is kept."""
+    weight = _dequantizer(file, record.weight, record.name)
+    if weight.input[0] not in file.initialisers:
+        raise file.error(record.name, "a weight that is stored in whole codes", "none")
+    facts = {"weight bits": record.weight_bits} | _weight_facts(file, weight, [], record.name) | {"bias": None}
+    reader = next(iter(file.consumers.get(weight.output[0], ())), weight)
+    if record.codes is None:
+        return MatchedLayer(record.name, (), None, weight.input[0], "", reader, record.output, facts)
+    levels = _dequantizer(file, record.codes, record.name).output[0]
+    return _reading(file, record.name, levels, weight.input[0], reader, record.output, facts, record.input_bits)
+
+
+def _dequantizer(file: OnnxFile, name: str | None, layer: str) -> NodeProto:
+    """The node that puts a tensor of codes on its levels, or made the levels themselves."""
+    made: list[NodeProto] = [node for node in (file.producers.get(name or ""),) if node is not None]
+    for node in (*made, *file.consumers.get(name or "", ())):
+        if node.op_type in ("DequantizeLinear", "Quant") and len(node.input) > 1:
+            found: NodeProto = node
+            return found
+    raise file.error(layer, f"codes named {name!r}", "none")
+
+
 def _matched(file: OnnxFile, record: OnnxRecord) -> MatchedLayer:
+    if record.kept:
+        return _kept(file, record)
     total, scales, biases = _sum_before(file, record)
     data, weight = _sum_inputs(file, total, record.name)
     facts = {"weight bits": record.weight_bits} | _weight_facts(file, weight, scales, record.name)

@@ -19,7 +19,7 @@ from nipq.errors import OrderError, require
 from nipq.export.onnx_graph import QCDQ, QONNX, Binding, onnx_graph
 from nipq.export.onnx_read import KEY, VERSION
 from nipq.export.portable import PortableProduct, input_facts, portable_input, portable_products
-from nipq.nn.deployed import Deployed, DeployedLayer, deployed_layers
+from nipq.nn.deployed import Deployed, DeployedKeptLayer, deployed_layers
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.convert import deploy_copy
 from nipq.prepare.layer_table import quantizers
@@ -68,8 +68,9 @@ def onnx_bytes(
             _pack(binding["weight"].producer().inputs[0], containers[binding["name"]])
     warnings = [text for kind, text in (("int4", PACKED), ("int2", PACKED_INT2)) if kind in containers.values()]
     products = portable_products(deployed)
-    bits = [layer.input_bits for layer in layers.values() if isinstance(layer, DeployedLayer)]
-    if max([*bits, *(given.bits for operands in products.values() for given in operands.values())], default=0) > 8:
+    inputs = [given for layer in layers.values() if (given := portable_input(layer)) is not None]
+    inputs += [given for operands in products.values() for given in operands.values()]
+    if any(given.bits > 8 for given in inputs):
         warnings.append(WIDE)
     data = _written(model, bindings, layers, products, "qcdq", opset)
     return data, opset, containers, tuple(warnings + _batch_warning(model))
@@ -202,8 +203,8 @@ def _record(binding: Binding, layer: Deployed) -> dict[str, Any]:
         **_input_names(binding.get("codes")),
         "output": binding["output"].name,
         "weight_bits": layer.weight_bits,
-        **input_facts(portable_input(layer) if isinstance(layer, DeployedLayer) else None),
-    }
+        **input_facts(portable_input(layer)),
+    } | ({"kept": True} if isinstance(layer, DeployedKeptLayer) else {})
 
 
 def _product_record(binding: Binding, operands: PortableProduct) -> dict[str, Any]:

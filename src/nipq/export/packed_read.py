@@ -30,26 +30,27 @@ from nipq.functional.packing import FEWEST_BITS, MOST_BITS, unpack
 from nipq.nn.attention import PRODUCTS, AttentionProducts, install
 from nipq.nn.deployed import (
     Deployed,
+    DeployedKeptLayer,
     DeployedLayer,
     DeployedOperand,
     DeployedProduct,
     DeployedWeightOnlyLayer,
+    become_,
     deploy_state,
     deployed_layers,
     full_name,
-    replace_modules,
+    kept_shell,
+    plain_shell,
 )
 from nipq.nn.integer import bias_of
-from nipq.nn.kinds import is_supported, is_table, output_channels
-from nipq.nn.layers import is_prepared, plain_shell
+from nipq.nn.kinds import close_shortcuts_, is_plain, is_supported, is_table, output_channels
+from nipq.nn.layers import float_weight, is_prepared
 
 #: Bytes of the header: so many at any rate, and so many for each tensor of the model. It needs about 0.5 kB a layer.
 HEADER_BASE, HEADER_PER_TENSOR = 2**16, 2**12
 #: Bytes of payload for each element of the model's state: a weight of 16 bits, a scale, an offset and a step for each
 #: channel come to less, and so does a float64.
 PAYLOAD_PER_ELEMENT = 16
-#: The version before files had a checksum; they are read all the same.
-WITHOUT_CHECKSUM = 1
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,11 @@ class Container:
     """Contents of a packed file, whole and unchanged; records are not validated yet.
 
     Attributes:
-        version: of the format.
         layers: the metadata's records of layers, in whatever form.
         products: likewise, of products inside attention; None where there are none.
         tensors: by name.
     """
 
-    version: int
     layers: Any
     products: Any
     tensors: dict[str, Tensor]
@@ -112,9 +111,8 @@ def read_container(path: Path, model: nn.Module) -> Container:
         raise FileFormatError(
             f"{path}: expected a whole safetensors file, found: {error}. Save or copy the model again."
         ) from error
-    if about["version"] != WITHOUT_CHECKSUM:
-        _check_sum(path, data, len(header), about.get("sha256"))
-    return Container(about["version"], about.get("layers"), about.get("products"), tensors)
+    _check_sum(path, data, len(header), about.get("sha256"))
+    return Container(about.get("layers"), about.get("products"), tensors)
 
 
 def _metadata(path: Path, header: object) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def _metadata(path: Path, header: object) -> dict[str, Any]:
         raise FileFormatError(
             f"{path}: expected a file of format {FORMAT!r}, found another one. Only what nipq.save wrote can be loaded."
         )
-    if about.get("version") not in (WITHOUT_CHECKSUM, FORMAT_VERSION):
+    if about.get("version") != FORMAT_VERSION:
         raise FileFormatError(
             f"{path}: expected format version {FORMAT_VERSION}, found {about.get('version')!r}. "
             f"Use the release of nipq that wrote it ({about.get('nipq')})."
@@ -181,6 +179,8 @@ class LayerRecord(_Record):
     input: InputRecord | None = None
     batchnorm: str | None = None
     bias: bool = False
+    kept: bool = False
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
 
 
 class ProductRecord(_Record):
@@ -213,7 +213,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         )
     reader = _Reader(Path(path), model)
     deployed = copy.deepcopy(model)
-    replacements: dict[nn.Module, nn.Module] = {}
+    forms: dict[nn.Module, Deployed] = {}
+    batchnorms: list[nn.Module] = []
     for name, record in reader.records.items():
         layer = reader.find(deployed, name)
         kind, shape = type(layer).__name__, list(getattr(layer, "weight", torch.empty(0)).shape)
@@ -221,10 +222,12 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             raise reader.error(name, f"a {record.kind} with a weight of shape {record.shape}", f"a {kind} with {shape}")
         if is_table(layer) and (record.input is not None or record.batchnorm is not None):
             raise reader.error(name, "a table without input and batch norm", "a record with one of them")
-        replacements[layer] = reader.layer(layer, name).to(next(layer.parameters()).device)
+        forms[layer] = reader.layer(layer, name).to(next(layer.parameters()).device)
         if record.batchnorm is not None:
-            replacements[reader.batchnorm(deployed, record.batchnorm)] = nn.Identity()
-    deployed = replace_modules(deployed, replacements)
+            batchnorms.append(reader.batchnorm(deployed, record.batchnorm))
+    for module, form in (*forms.items(), *((batchnorm, nn.Identity()) for batchnorm in dict.fromkeys(batchnorms))):
+        become_(module, form)
+    close_shortcuts_(deployed)
     for name, products in reader.attentions():
         module = reader.find(deployed, name)
         if "forward" in vars(module):
@@ -373,28 +376,42 @@ class _Reader:
     def layer(self, layer: nn.Module, name: str) -> Deployed:
         """The deployed form of a plain layer."""
         record, codes, channels = self.records[name], self.weight(name), output_channels(layer)
+        dtype = float_weight(layer).dtype
+        if str(dtype) != f"torch.{record.dtype}":
+            raise self.error(name, f"a layer of {record.dtype}", str(dtype))
+        common: dict[str, Any] = {"weight_bits": record.bits, "tied_to": record.tied_to, "dtype": dtype}
+        inputs: dict[str, Any] = {}
+        if record.input is not None:
+            inputs = {
+                "input_bits": record.input.bits,
+                "grid": record.input.grid,
+                "zero_point": record.input.zero_point,
+                "code_range": self.code_range(name, record.input),
+            }
+        step = None if record.input is None else self.floats(name, "input_step", (1,), positive=True)
+        if record.kept:
+            if is_plain(layer) or record.batchnorm is not None:
+                raise self.error(name, "a layer with a forward of its own and no batch norm", "another one")
+            scale = self.floats(name, "scale", (1, channels), positive=True)
+            return DeployedKeptLayer(kept_shell(layer), codes, scale, step, **common, **inputs)
         shell = plain_shell(layer)
-        # A batch norm may have made a scale negative, or zero.
-        positive = record.batchnorm is None
-        if record.input is None:
+        if step is None:
             if record.bias != (bias_of(layer) is not None):
                 raise self.error(name, f"a layer {'with' if record.bias else 'without'} bias", "the opposite")
             scale = self.floats(name, "scale", (1, channels), positive=True)
             offset = self.floats(name, "offset", (channels,), positive=False) if record.bias else None
-            return DeployedWeightOnlyLayer(shell, codes, scale, offset, weight_bits=record.bits, tied_to=record.tied_to)
+            return DeployedWeightOnlyLayer(shell, codes, scale, offset, **common)
         return DeployedLayer(
             shell,
             codes,
-            self.floats(name, "scale", (channels,), positive=positive),
+            # A batch norm may have made a scale negative, or zero.
+            self.floats(name, "scale", (channels,), positive=record.batchnorm is None),
             self.floats(name, "offset", (channels,), positive=False),
-            self.floats(name, "input_step", (1,), positive=True),
-            weight_bits=record.bits,
-            input_bits=record.input.bits,
-            grid=record.input.grid,
-            zero_point=record.input.zero_point,
-            code_range=self.code_range(name, record.input),
+            step,
             batchnorm=record.batchnorm,
-            tied_to=record.tied_to,
+            has_bias=bias_of(layer) is not None,
+            **common,
+            **inputs,
         )
 
     def fill(self, model: nn.Module) -> None:

@@ -31,6 +31,7 @@ from nipq.files import check_free, written_whole
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
 from nipq.nn.deployed import (
     Deployed,
+    DeployedKeptLayer,
     DeployedLayer,
     DeployedProduct,
     check_deployed,
@@ -41,15 +42,13 @@ from nipq.nn.deployed import (
 )
 from nipq.prepare.convert import deploy_copy
 
-#: Name of the format in the metadata, and its version; version 1 had no checksum.
-FORMAT, FORMAT_VERSION = "nipq-packed", 2
+#: Name of the format in the metadata, and its version.
+FORMAT, FORMAT_VERSION = "nipq-packed", 3
 #: The metadata's one key.
 KEY = "nipq"
 
 #: Placeholder of the checksum while it is computed.
 NO_CHECKSUM = "0" * 64
-#: Bytes that it takes with its name, escaped as JSON within JSON is; files of version 1 are so much shorter.
-CHECKSUM_BYTES = len(r"\"sha256\":\"\",") + len(NO_CHECKSUM)
 
 #: The longest that an input's record can be.
 _LONGEST_INPUT = {"bits": MOST_BITS, "grid": "unsigned", "zero_point": 65535}
@@ -193,10 +192,16 @@ def _record(layer: Deployed) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": layer.kind, "bits": layer.weight_bits, "shape": list(layer.weight_codes.shape)}
     if layer.tied_to is not None:
         record["tied_to"] = layer.tied_to
-    if not isinstance(layer, DeployedLayer):
+    if layer.like.dtype != torch.float32:
+        record["dtype"] = str(layer.like.dtype).removeprefix("torch.")
+    if isinstance(layer, DeployedKeptLayer):
+        record["kept"] = True
+    elif not isinstance(layer, DeployedLayer):
         return record | {"bias": layer.offset is not None}
     if layer.batchnorm is not None:
         record["batchnorm"] = layer.batchnorm
+    if layer.input_bits is None:
+        return record
     return record | {"input": {"bits": layer.input_bits, "grid": layer.grid, "zero_point": layer.zero_point}}
 
 

@@ -26,6 +26,7 @@ from nipq.errors import NonFiniteError
 from nipq.functional.grid import GridKind
 from nipq.nn.deployed import (
     Deployed,
+    DeployedKeptLayer,
     DeployedLayer,
     DeployedOperand,
     DeployedWeightOnlyLayer,
@@ -96,7 +97,8 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
     weight, scale = layer.weight_codes.cpu(), layer.scale.cpu()
     bias = None if layer.offset is None else layer.offset.cpu()
     if isinstance(layer, DeployedWeightOnlyLayer):
-        return PortableLayer(weight, scale.reshape(()) if len(scale) == 1 else scale, bias, layer.weight_bits, None)
+        given = portable_input(layer) if isinstance(layer, DeployedKeptLayer) else None
+        return PortableLayer(weight, scale.reshape(()) if len(scale) == 1 else scale, bias, layer.weight_bits, given)
     step = layer.input_step.cpu().reshape(())
     weight_scale = (scale.double().abs() / step.double()).float()
     if not bool(torch.isfinite(weight_scale).all()):
@@ -129,14 +131,27 @@ def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:
 def portable_products(deployed: nn.Module) -> dict[str, PortableProduct]:
     """The portable operands of every product inside attention by full name; empty unless ``attention_bits`` was set."""
     return {
-        name: {part: portable_input(operand) for part, operand in product.operands().items()}
+        name: {
+            part: given
+            for part, operand in product.operands().items()
+            if (given := portable_input(operand)) is not None
+        }
         for name, product in deployed_products(deployed).items()
     }
 
 
-def portable_input(given: DeployedLayer | DeployedOperand) -> PortableInput:
-    """Quantization of the input of a layer, or of an operand; the scale is on the CPU."""
-    step, bits = (given.input_step, given.input_bits) if isinstance(given, DeployedLayer) else (given.step, given.bits)
+def portable_input(given: Deployed | DeployedOperand) -> PortableInput | None:
+    """Quantization of the input of a layer, or of an operand; the scale is on the CPU. None if it stays float."""
+    step: Tensor | None
+    bits: int | None
+    if isinstance(given, DeployedOperand):
+        step, bits = given.step, given.bits
+    elif isinstance(given, (DeployedLayer, DeployedKeptLayer)):
+        step, bits = given.input_step, given.input_bits
+    else:
+        return None
+    if step is None or bits is None:
+        return None
     narrow, z = bits <= 8, given.zero_point
     if given.grid == "signed":
         dtype = torch.int8 if narrow else torch.int16

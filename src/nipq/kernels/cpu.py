@@ -1,134 +1,23 @@
-"""C++ kernels for CPUs, called through ctypes: compiled on first use, and cached for the next process.
+"""C++ kernels for CPUs, called through ctypes: the functions take and return tensors, the library gets addresses.
 
-Where there is no compiler, plain operations do. The functions take and return tensors; the library gets addresses.
+:mod:`nipq.kernels.build` compiles and loads them; where it cannot, plain operations do.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
-import warnings
-from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nipq.files import cache_folder
 from nipq.functional.counter_rng import is_dense
 from nipq.functional.grid import Grid
 from nipq.kernels.arguments import GRID_NUMBERS, ProxySettings, ProxyTensors, laid_out_like
+from nipq.kernels.build import SWITCH, available, library
 
-#: Folder of the C++ source.
-SOURCE = Path(__file__).with_name("source")
-
-#: Set to 0 to do without compiled kernels.
-SWITCH = "NIPQ_KERNELS"
-
-#: Flags of the compiler; results are equal to those of torch, bit for bit.
-FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp",
-    "-ffp-contract=off",  # a multiply and an add round twice, as in torch
-    "-fno-math-errno", "-fno-trapping-math",  # let rounding be one instruction; neither changes a value
-)  # fmt: skip
-
-
-class CompilerError(Exception):
-    """The kernels could not be compiled or loaded; the message says why."""
-
-
-@cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no working C++ compiler (said once, as a warning).
-
-    The compiler is ``$CXX``, or the first of c++, g++, clang++ on the path. Kernels are compiled once a machine.
-    """
-    if os.environ.get(SWITCH) == "0":
-        return None
-    try:
-        return _load(_compiled())
-    except (CompilerError, OSError) as error:
-        warnings.warn(
-            f"nipq trains with plain torch operations, about 1.5 times slower on a CPU: {error} "
-            f"Install a C++ compiler, or set {SWITCH}=0 to silence this.",
-            stacklevel=2,
-        )
-        return None
-
-
-def available() -> bool:
-    """Return whether there are compiled kernels; a constant to ``torch.compile``."""
-    return library() is not None
-
-
-# All that ``torch.compiler.assume_constant_result`` does, but for importing the compiler, which is slow.
-available._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what torch's decorator sets
-
-
-def _compiled() -> Path:
-    """The shared library for this source, compiler and processor; compiled if it is not there yet."""
-    compiler = _compiler()
-    sources = (path.read_text(encoding="utf-8") for path in sorted(SOURCE.glob("*.?pp")))
-    parts = (*sources, " ".join(FLAGS), _output([compiler, "--version"]), _processor())
-    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-    target = cache_folder() / f"kernels-{name}.so"
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        compiled, linked = Path(folder, "cpu.o"), Path(folder, "cpu.so")
-        _output([compiler, *FLAGS, "-c", str(SOURCE / "cpu.cpp"), "-o", str(compiled)])
-        # Linked without an OpenMP runtime: its symbols are found in the one that torch has loaded. A second runtime
-        # would bring threads of its own, which wait in a loop on the cores that torch's threads need.
-        _output([compiler, "-shared", *_undefined_allowed(), str(compiled), "-o", str(linked)])
-        linked.replace(target)  # another process may do the same at this moment; both files are equal
-    return target
-
-
-def _load(path: Path) -> ctypes.CDLL:
-    loaded = ctypes.CDLL(str(path))
-    pointer = ctypes.c_void_p
-    for name, arguments in {
-        "nipq_proxy_forward": 3, "nipq_proxy_backward": 6, "nipq_round_forward": 3, "nipq_round_backward": 6,
-    }.items():  # fmt: skip
-        function = getattr(loaded, name)
-        function.argtypes, function.restype = [pointer] * arguments, None
-    return loaded
-
-
-def _compiler() -> str:
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        found = shutil.which(name) if name else None
-        if found:
-            return found
-    raise CompilerError("there is no C++ compiler on the path.")
-
-
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise CompilerError(f"{Path(command[0]).name} failed: {done.stderr.strip()[-300:]}")
-    return done.stdout
-
-
-def _processor() -> str:
-    """Features of the processor, which ``-march=native`` depends on: machines may share a cache folder."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return platform.processor()
-    return next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def _undefined_allowed() -> list[str]:
-    return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-
+__all__ = [
+    "SWITCH", "available", "library", "proxy_backward", "proxy_forward", "round_backward", "round_forward", "supported",
+]  # fmt: skip
 
 #: Elements that one thread takes at a time, and that share a partial sum; a few pages of memory.
 SHARE = 1 << 15

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nipq.errors import FileFormatError
+from nipq.errors import ConfigError, FileFormatError
 from nipq.files import cache_folder, written_whole
 
 
@@ -176,8 +176,11 @@ def kept_sizes(device: int) -> Sizes:
     Raises:
         FileFormatError: if the file holds anything else.
     """
-    path = sizes_file(torch.cuda.get_device_name(device))
-    return read_sizes(path) if path.is_file() else Sizes()
+    try:
+        path = sizes_file(torch.cuda.get_device_name(device))
+        return read_sizes(path) if path.is_file() else Sizes()
+    except (ConfigError, PermissionError):  # no home, or one that cannot be read
+        return Sizes()
 
 
 def sizes_file(gpu: str) -> Path:

@@ -7,6 +7,7 @@ add. A deployed product holds a step for each operand; one multiply comes after 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,41 +16,143 @@ from torch import Tensor, nn
 from nipq.errors import ConfigError
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
-from nipq.nn.integer import integer_forward, needs_float64, refuse_dropout, whole_product
-from nipq.nn.kinds import along_channels, channel_dim, close_shortcuts_, is_plain, is_table, weight_channel_axis
+from nipq.nn.integer import bias_of, integer_forward, needs_float64, refuse_dropout, whole_product
+from nipq.nn.kinds import (
+    Conv1D,
+    along_channels,
+    channel_dim,
+    close_shortcuts_,
+    is_plain,
+    is_table,
+    run_operation,
+    shell_class,
+    weight_channel_axis,
+)
+
+#: Where a module keeps its hooks.
+_HOOKS = [key for key in vars(nn.Module()) if key.endswith("_hooks") or "_hooks_" in key]
+
+
+#: Classes made by :func:`own_forward_class`, by those of the trained layers.
+_OWN_FORWARD: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def own_forward_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of a layer's class that runs the class's own forward on whatever weight a deployed layer holds.
+
+    Its instances can be copied and pickled as those of any module: what is stored is the class itself.
+
+    Args:
+        kind: class of the trained layer, one with a forward of its own.
+    """
+    if kind in _OWN_FORWARD:
+        return _OWN_FORWARD[kind]
+
+    def weight(self: nn.Module) -> Tensor:
+        stored = self._buffers["weight"]
+        assert stored is not None
+        if stored.is_floating_point():
+            return stored  # put there while a file is written
+        used: Tensor = self.deployed_in[0].used_weight  # type: ignore[union-attr, index]  # torch types it as a module
+        return used
+
+    def reduce(self: nn.Module, _protocol: object) -> tuple[Any, ...]:
+        return _new_own_forward, (kind,), dict(vars(self))
+
+    members = {"weight": property(weight), "__reduce_ex__": reduce, "__module__": kind.__module__}
+    own = _OWN_FORWARD[kind] = type(kind.__name__, (kind,), members)
+    return own
+
+
+def plain_shell(layer: nn.Module) -> nn.Module:
+    """A layer of the same class and settings with no weight yet and no bias, to run its operation on any weight.
+
+    Args:
+        layer: a prepared or a plain layer, whose forward does nothing but its operation.
+
+    Returns:
+        A module for :func:`nipq.nn.kinds.run_operation`; where its class has a forward of its own, one of the class
+        that :func:`own_forward_class` makes.
+    """
+    kind = shell_class(layer)
+    shell = _without_init(kind if is_plain(layer) or kind is Conv1D else own_forward_class(kind))
+    nn.Module.__init__(shell)
+    internal = set(vars(shell))
+    vars(shell).update((key, value) for key, value in vars(layer).items() if key not in internal and key != "forward")
+    shell._buffers["weight"] = None
+    shell.register_parameter("bias", None)
+    return shell.eval()
+
+
+def kept_shell(layer: nn.Module) -> nn.Module:
+    """A layer with all that it holds but its weight and its hooks, to run its own forward on any weight.
+
+    Args:
+        layer: a plain layer; its parameters, buffers and modules are shared.
+    """
+    shell = _without_init(own_forward_class(type(layer)))
+    vars(shell).update(vars(layer))
+    fresh = vars(nn.Module())
+    vars(shell).update((key, fresh[key]) for key in _HOOKS)
+    for kind in ("_parameters", "_buffers", "_modules"):
+        vars(shell)[kind] = {key: value for key, value in vars(layer)[kind].items() if key != "weight"}
+    return shell.eval()
+
+
+def _without_init(kind: type[nn.Module]) -> nn.Module:
+    return kind.__new__(kind)
+
+
+def _new_own_forward(kind: type[nn.Module]) -> nn.Module:
+    own = own_forward_class(kind)
+    return own.__new__(own)
 
 
 class _Deployed(nn.Module, ABC):
-    """Base of both kinds of deployed layer.
+    """Base of the kinds of deployed layer.
 
     Args:
-        layer: an empty shell of the trained layer, see ``nipq.nn.layers.plain_shell``.
-        weight: whole codes, int8 up to 8 bits and int16 above; a buffer of the shell.
+        layer: the trained layer's shell (see :func:`plain_shell`), or the layer itself for one whose own forward stays.
+        weight: whole codes, int8 up to 8 bits and int16 above; a buffer of that module.
         weight_bits: bit-width of the weight.
         tied_to: full name of the layer whose codes these are, or None when they are its own.
+        dtype: floating type of the trained layer.
     """
 
     scale: Tensor
+    offset: Tensor | None
+    like: Tensor
+    #: Full name of the batch norm that was folded in, or None.
+    batchnorm: str | None = None
 
-    def __init__(self, layer: nn.Module, weight: Tensor, weight_bits: int, tied_to: str | None) -> None:
+    def __init__(
+        self, layer: nn.Module, weight: Tensor, weight_bits: int, tied_to: str | None, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        layer.register_buffer("weight", weight)
-        self.layer = layer
+        # An empty tensor that changes its type with the module: results are of that type.
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
         self.weight_bits = weight_bits
         self.tied_to = tied_to
+        layer._buffers["weight"] = weight  # past register_buffer: the class may have a property of that name
+        layer.__dict__["deployed_in"] = (self,)  # in a tuple, so that it is not a submodule
+        self.layer = layer
 
     @property
     def weight_codes(self) -> Tensor:
         """Whole weight codes, int8 or int16."""
-        codes = self.layer.weight
-        assert isinstance(codes, Tensor)
+        codes = self.layer._buffers["weight"]
+        assert codes is not None
         return codes
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
-        """The weight as floats, for models that look at it (often at its type alone); nothing computes with it here."""
-        codes = self.weight_codes
-        return codes.to(self.scale.dtype) * along_channels(self.weight_scale, self.layer, codes)
+        """The weight as floats, for models that look at it."""
+
+    @property
+    @abstractmethod
+    def used_weight(self) -> Tensor:
+        """What a forward of the layer's own computes with."""
 
     @property
     @abstractmethod
@@ -57,19 +160,28 @@ class _Deployed(nn.Module, ABC):
         """Step of the weight, units of the weight, one element or one for each channel."""
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (as torch's own)
-        """Settings of the trained layer, such as ``in_features``, for models that look at them."""
+        """Settings and parts of the trained layer, such as ``in_features``, for models that look at them."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            settings = vars(self._modules["layer"]) if "layer" in self.__dict__.get("_modules", {}) else {}
-            if name.startswith("_") or name not in settings:
+            layer = self.__dict__.get("_modules", {}).get("layer")
+            if layer is None or name.startswith("_") or name == "deployed_in":
                 raise
-            return settings[name]
+            parts = (vars(layer), *(vars(layer)[kind] for kind in ("_parameters", "_buffers", "_modules")))
+            found = next((part for part in parts if name in part), None)
+            if found is None:
+                raise
+            return found[name]
 
     @property
     def kind(self) -> str:
         """Class name of the trained layer."""
         return type(self.layer).__name__
+
+    @property
+    def runs_own_forward(self) -> bool:
+        """True for a layer whose class has a forward of its own."""
+        return not is_plain(self.layer)
 
 
 class DeployedLayer(_Deployed):
@@ -78,6 +190,7 @@ class DeployedLayer(_Deployed):
     ``y = round(layer(codes(x), weight)) * scale + offset`` with ``codes(x) = clamp(round(x / input_step), low, high)``
     counted from the zero point, so that padding with zeros pads with code 0. ``layer`` is the trained layer's own class
     and settings with integer weights and no bias; ``scale`` and ``offset`` hold steps, bias and the folded batch norm.
+    The result has the type of the input.
 
     Args:
         layer: an empty shell of the trained layer.
@@ -91,10 +204,11 @@ class DeployedLayer(_Deployed):
         zero_point: levels below zero.
         code_range: lowest and highest code of the input, counted from the zero point.
         batchnorm: full name of the batch norm that was folded in, or None.
+        has_bias: whether the trained layer has a bias.
         tied_to: full name of the layer whose codes these are, or None when they are its own.
+        dtype: floating type of the trained layer.
     """
 
-    scale: Tensor
     offset: Tensor
     input_step: Tensor
 
@@ -112,18 +226,19 @@ class DeployedLayer(_Deployed):
         zero_point: int,
         code_range: tuple[int, int],
         batchnorm: str | None,
+        has_bias: bool = True,
         tied_to: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(layer, weight, weight_bits, tied_to)
-        self.register_buffer("scale", scale)
-        self.register_buffer("offset", offset)
-        self.register_buffer("input_step", input_step.reshape(1))
+        super().__init__(layer, weight, weight_bits, tied_to, dtype)
+        self._buffers |= {"scale": scale, "offset": offset, "input_step": input_step.reshape(1)}
         self.input_bits = input_bits
         self.grid = grid
         self.zero_point = zero_point
         # Numbers, not buffers: torch.export cannot read a buffer's value in a forward.
         self.code_low, self.code_high = code_range
         self.batchnorm = batchnorm
+        self.has_bias = has_bias
         self.float64 = needs_float64(weight, self.code_low, self.code_high, weight_channel_axis(layer))
 
     def codes(self, x: Tensor) -> Tensor:
@@ -131,7 +246,7 @@ class DeployedLayer(_Deployed):
         return integer_codes(x, self.input_step, self.code_low, self.code_high)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
-        """The layer's output, float32.
+        """The layer's output, in the type of its input.
 
         Args:
             *args: the trained layer's arguments, the input first.
@@ -140,11 +255,37 @@ class DeployedLayer(_Deployed):
         args, kwargs, x = take_input(args, kwargs)
 
         def run(codes: Tensor, weight: Tensor) -> Tensor:
-            result: Tensor = torch.func.functional_call(self.layer, {"weight": weight}, (codes, *args), kwargs)
-            return result
+            return run_operation(self.layer, codes, weight, None, *args, **kwargs)
 
         dim = channel_dim(self.layer)
-        return integer_forward(run, self.codes(x), self.weight_codes, self.scale, self.offset, dim, self.float64)
+        y = integer_forward(run, self.codes(x), self.weight_codes, self.scale, self.offset, dim, self.float64)
+        return y.to(x.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats, nothing computes with it here; not a number where a batch norm was folded into it.
+
+        Models often look at its type or shape alone. With a batch norm folded in, the trained weight is no longer
+        known, and a wrong one must not go unnoticed.
+        """
+        codes = self.weight_codes
+        if self.batchnorm is not None:
+            return self.like.new_full((), torch.nan).expand(codes.shape)
+        return (codes.to(self.scale.dtype) * along_channels(self.weight_scale, self.layer, codes)).to(self.like.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The trained bias, or None; not a number where a batch norm was folded into it."""
+        if not self.has_bias:
+            return None
+        if self.batchnorm is not None:
+            return self.like.new_full((), torch.nan).expand(self.offset.shape)
+        return self.offset.to(self.like.dtype)
+
+    @property
+    def used_weight(self) -> Tensor:
+        """The whole codes in floats, as wide as their sums need."""
+        return self.weight_codes.to(torch.float64 if self.float64 else torch.float32)
 
     @property
     def weight_scale(self) -> Tensor:
@@ -169,10 +310,8 @@ class DeployedWeightOnlyLayer(_Deployed):
         bias: the layer's bias, or None.
         weight_bits: bit-width of the weight.
         tied_to: full name of the layer whose codes these are, or None when they are its own.
+        dtype: floating type of the trained layer.
     """
-
-    scale: Tensor
-    offset: Tensor | None
 
     def __init__(
         self,
@@ -183,10 +322,10 @@ class DeployedWeightOnlyLayer(_Deployed):
         *,
         weight_bits: int,
         tied_to: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(layer, weight, weight_bits, tied_to)
-        self.register_buffer("scale", scale)
-        self.register_buffer("offset", bias)
+        super().__init__(layer, weight, weight_bits, tied_to, dtype)
+        self._buffers |= {"scale": scale, "offset": bias}
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
         """The layer's output.
@@ -195,20 +334,30 @@ class DeployedWeightOnlyLayer(_Deployed):
             *args: the trained layer's arguments, the input first.
             **kwargs: the same by name.
         """
-        if is_table(self.layer) and is_plain(
-            self.layer
-        ):  # look the codes up: a table is larger than the rows that are read
-            rows, steps = (
-                torch.func.functional_call(self.layer, {"weight": part}, args, kwargs)
-                for part in (self.weight_codes, self.scale.reshape(-1, 1).expand(len(self.weight_codes), 1))
+        args, kwargs, x = take_input(args, kwargs)
+        if is_table(self.layer):  # look the codes up: a table is larger than the rows that are read
+            steps = self.scale.reshape(-1, 1).expand(len(self.weight_codes), 1)
+            rows, step = (
+                run_operation(self.layer, x, part, None, *args, **kwargs) for part in (self.weight_codes, steps)
             )
-            looked_up: Tensor = rows.to(steps.dtype) * steps
-            return looked_up
-        parts = {"weight": self.weight}
-        if self.offset is not None:
-            parts["bias"] = self.offset
-        result: Tensor = torch.func.functional_call(self.layer, parts, args, kwargs)
-        return result
+            return (rows.to(step.dtype) * step).to(self.like.dtype)
+        return run_operation(self.layer, x, self.weight, self.offset, *args, **kwargs)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as floats."""
+        codes = self.weight_codes
+        return (codes.to(self.scale.dtype) * along_channels(self.scale, self.layer, codes)).to(self.like.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The trained bias, or None."""
+        return self.offset
+
+    @property
+    def used_weight(self) -> Tensor:
+        """``weight``."""
+        return self.weight
 
     @property
     def weight_scale(self) -> Tensor:
@@ -218,6 +367,84 @@ class DeployedWeightOnlyLayer(_Deployed):
     def extra_repr(self) -> str:
         """Bit-width."""
         return f"weight_bits={self.weight_bits}, input float"
+
+
+class DeployedKeptLayer(DeployedWeightOnlyLayer):
+    """A layer with a forward of its own that does more than its operation, such as a gain or an activation.
+
+    That forward runs as it did in training, on the input ``codes(x) * input_step`` and the weight ``codes * scale``, in
+    floats. The layer's bias, other parameters, buffers and modules stay what they are.
+
+    Args:
+        layer: the trained layer without its weight, of a class that :func:`own_forward_class` made.
+        weight: whole codes.
+        scale: step of the weight, float32, one element or one per output channel.
+        input_step: step of the input, float32; None when it stays float.
+        weight_bits: bit-width of the weight.
+        input_bits: bit-width of the input; None when it stays float.
+        grid: kind of the input's grid.
+        zero_point: levels below zero.
+        code_range: lowest and highest code of the input, counted from the zero point.
+        tied_to: full name of the layer whose codes these are, or None when they are its own.
+        dtype: floating type of the trained layer.
+    """
+
+    input_step: Tensor | None
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        weight: Tensor,
+        scale: Tensor,
+        input_step: Tensor | None = None,
+        *,
+        weight_bits: int,
+        input_bits: int | None = None,
+        grid: GridKind = "signed",
+        zero_point: int = 0,
+        code_range: tuple[int, int] = (0, 0),
+        tied_to: str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(layer, weight, scale, None, weight_bits=weight_bits, tied_to=tied_to, dtype=dtype)
+        self._buffers["input_step"] = None if input_step is None else input_step.reshape(1)
+        self.input_bits = input_bits
+        self.grid = grid
+        self.zero_point = zero_point
+        self.code_low, self.code_high = code_range
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Whole codes of a quantized input relative to the zero point, held as floats; shape of ``x``."""
+        assert self.input_step is not None
+        return integer_codes(x, self.input_step, self.code_low, self.code_high)
+
+    def on_levels(self, x: Tensor) -> Tensor:
+        """A quantized input on its levels: ``codes(x) * input_step``, type and shape of ``x``."""
+        assert self.input_step is not None
+        return (self.codes(x) * self.input_step).to(x.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
+        """The output of the layer's own forward.
+
+        Args:
+            *args: the trained layer's arguments, the input first.
+            **kwargs: the same by name.
+        """
+        if self.input_step is not None:
+            args, kwargs = with_input(args, kwargs, self.on_levels)
+        result: Tensor = self.layer.forward(*args, **kwargs)
+        return result
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The trained bias, or None."""
+        return bias_of(self.layer)
+
+    def extra_repr(self) -> str:
+        """Bit-widths and grid."""
+        if self.input_bits is None:
+            return f"weight_bits={self.weight_bits}, input float, own forward"
+        return f"weight_bits={self.weight_bits}, input_bits={self.input_bits}, grid={self.grid}, own forward"
 
 
 class DeployedOperand(nn.Module):
@@ -272,7 +499,7 @@ class DeployedProduct(nn.Module):
         return {"x": self.x, "y": self.y}
 
     def forward(self, x: Tensor, y: Tensor, drop: float = 0.0) -> Tensor:
-        """The product, float32.
+        """The product, in the type of the first operand.
 
         Args:
             x: shape (..., n, k).
@@ -284,10 +511,10 @@ class DeployedProduct(nn.Module):
         """
         refuse_dropout(self.name, drop)
         ranges = (self.x.code_low, self.x.code_high, self.y.code_low, self.y.code_high)
-        return whole_product(self.x(x), self.y(y), self.x.step * self.y.step, *ranges)
+        return whole_product(self.x(x), self.y(y), self.x.step * self.y.step, *ranges).to(x.dtype)
 
 
-#: The two kinds of layer in a deployed model.
+#: The kinds of layer in a deployed model.
 Deployed = DeployedLayer | DeployedWeightOnlyLayer
 
 
@@ -297,6 +524,16 @@ def take_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any
         return args[1:], kwargs, args[0]
     name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
     return (), {key: value for key, value in kwargs.items() if key != name}, kwargs[name]
+
+
+def with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments with the input changed: the first argument, or the first tensor given by name."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))
+    return args, {**kwargs, name: change(kwargs[name])}
 
 
 def deployed_layers(model: nn.Module) -> dict[str, Deployed]:
@@ -339,6 +576,25 @@ def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) 
                 parent._modules[name] = replacements[child]
     close_shortcuts_(model)
     return replacements.get(model, model)
+
+
+def become_(module: nn.Module, other: nn.Module) -> None:
+    """Turn a module into another one in place: its class and all that it holds, but its hooks stay.
+
+    Whatever refers to the module, under whatever name, in a list or a dict of Python's, has the other one from now on.
+
+    Args:
+        module: changed.
+        other: not to be used afterwards.
+    """
+    kept = {key: vars(module)[key] for key in _HOOKS if key in vars(module)}
+    inside = vars(other) | kept
+    vars(module).clear()
+    module.__class__ = other.__class__
+    vars(module).update(inside)
+    for child in module._modules.values():  # what knew the other one
+        if child is not None and "deployed_in" in vars(child):
+            child.__dict__["deployed_in"] = (module,)
 
 
 def deploy_state(model: nn.Module) -> dict[str, Tensor]:

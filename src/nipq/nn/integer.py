@@ -114,7 +114,7 @@ def integer_forward(
         The layer's output in float32.
     """
     wide = torch.float64 if float64 else torch.float32
-    with _full_precision(codes_x.device.type):
+    with _full_precision(scale.device.type):
         sums = torch.round(run(codes_x.to(wide), codes_w.to(wide)))
         shape = [-1] + [1] * (-dim - 1)
         return sums.float() * scale.reshape(shape) + offset.reshape(shape)
@@ -140,7 +140,7 @@ def whole_product(
     largest_x, largest_y = max(-low_x, high_x), max(-low_y, high_y)
     exact = codes_x.shape[-1] * largest_x * largest_y < EXACT_FLOAT32 and max(largest_x, largest_y) <= EXACT_REDUCED
     wide = torch.float32 if exact else torch.float64
-    with _full_precision(codes_x.device.type):
+    with _full_precision(step.device.type):
         return torch.round(torch.matmul(codes_x.to(wide), codes_y.to(wide))).float() * step
 
 

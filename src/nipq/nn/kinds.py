@@ -7,9 +7,10 @@ that nothing has to be imported for it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.utils import parametrize
 
 #: Layers of torch with a weight and one input; subclasses with a forward of their own included.
@@ -22,6 +23,8 @@ MULTIPLYING = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+#: Methods that the forwards of these call.
+_PARTS = ("_conv_forward", "_output_padding")
 #: Those whose weight has its input channels first.
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -85,8 +88,59 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_plain(layer: nn.Module) -> bool:
     """Return whether a supported layer runs the forward of its kind, not one of its own."""
-    kind = kind_of(layer)
-    return kind is not None and type(layer).forward is kind.forward
+    kind, own = kind_of(layer), type(layer)
+    if kind is None or "forward" in vars(layer):
+        return False
+    return all(getattr(own, name, None) is getattr(kind, name, None) for name in ("forward", *_PARTS))
+
+
+def run_operation(
+    layer: nn.Module,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *args: Any,  # noqa: ANN401  (the layer's own arguments)
+    **kwargs: Any,  # noqa: ANN401
+) -> Tensor:
+    """A layer's operation on any input, weight and bias.
+
+    Args:
+        layer: gives kind and settings. One with a forward of its own runs that, on the weight and bias that it has.
+        x: the input.
+        weight: of the shape of the layer's.
+        bias: shape ``(channels,)``, or None.
+        *args: the layer's other arguments.
+        **kwargs: the same by name.
+    """
+    if not is_plain(layer):
+        result: Tensor = layer.forward(x, *args, **kwargs)
+        return result
+    if isinstance(layer, nn.Embedding):
+        return functional.embedding(x, weight, layer.padding_idx)
+    if isinstance(layer, nn.Linear):
+        return functional.linear(x, weight, bias)
+    if isinstance(layer, TRANSPOSED):
+        return _transposed(layer, x, weight, bias, *args, **kwargs)
+    if is_conv1d(layer):
+        product = x @ weight
+        return product if bias is None else product + bias
+    convolved: Tensor = layer._conv_forward(x, weight, bias)  # type: ignore[operator]  # or a module, to torch
+    return convolved
+
+
+def _transposed(
+    layer: nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    output_size: list[int] | None = None,
+) -> Tensor:
+    axes = len(layer.kernel_size)
+    run = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[axes - 1]
+    settings: Any = layer
+    shape = (settings.stride, settings.padding, settings.kernel_size, axes, settings.dilation)
+    extra = settings._output_padding(x, output_size, *shape)
+    return run(x, weight, bias, settings.stride, settings.padding, extra, settings.groups, settings.dilation)
 
 
 def channel_dim(layer: nn.Module) -> int:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nipq.errors import OrderError
-from nipq.nn.integer import fold, integer_forward, needs_float64
-from nipq.nn.kinds import channel_dim, output_channels, shell_class, weight_channel_axis
+from nipq.nn.deployed import plain_shell
+from nipq.nn.integer import bias_of, fold, integer_forward, needs_float64
+from nipq.nn.kinds import channel_dim, output_channels, run_operation, weight_channel_axis
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 from nipq.nn.relu import fold_relu, unfold_relu
 
@@ -200,27 +201,6 @@ def _accept_float_checkpoint(
 # ---------------------------------------------------------------------- phase "int"
 
 
-def plain_shell(layer: nn.Module) -> nn.Module:
-    """A layer of the same class and settings with an empty weight and no bias, to run its own forward on any weight.
-
-    Args:
-        layer: a prepared or a plain layer.
-
-    Returns:
-        A module for ``torch.func.functional_call(shell, {"weight": ...}, (x,))``.
-    """
-    kind = shell_class(layer)
-    shell = kind.__new__(kind)
-    nn.Module.__init__(shell)
-    internal = set(shell.__dict__)
-    for key, value in layer.__dict__.items():
-        if key not in internal and key != "forward":
-            shell.__dict__[key] = value
-    shell.register_buffer("weight", torch.empty(0))
-    shell.register_parameter("bias", None)
-    return shell.eval()
-
-
 def enter_integer_domain(layer: nn.Module, batchnorm: nn.Module | None) -> None:
     """Make the layer compute with whole codes, the batch norm after it folded into one multiply and one add.
 
@@ -267,11 +247,11 @@ def _integer_domain_forward(layer: nn.Module, input: Tensor, *args: Any, **kwarg
     shell, dim = plain_shell(layer), channel_dim(layer)
     float64 = needs_float64(weight, *record.input.code_range(), weight_channel_axis(layer))
     batchnorm = record.folded[0] if record.folded else None
-    bias: Tensor | None = layer.bias  # type: ignore[assignment]  # or a module, to torch
-    scale, offset = fold(record.input.step(), quantizer.step(), bias, batchnorm, output_channels(layer))
+    scale, offset = fold(record.input.step(), quantizer.step(), bias_of(layer), batchnorm, output_channels(layer))
 
     def run(x: Tensor, codes: Tensor) -> Tensor:
-        result: Tensor = torch.func.functional_call(shell, {"weight": codes}, (x, *args), kwargs)
-        return result
+        shell._buffers["weight"] = codes
+        return run_operation(shell, x, codes, None, *args, **kwargs)
 
-    return integer_forward(run, input, weight, scale, offset, dim, float64)
+    y = integer_forward(run, input, weight, scale, offset, dim, float64)
+    return y.to(float_weight(layer).dtype)

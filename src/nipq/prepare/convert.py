@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +12,20 @@ from nipq.config import Phase
 from nipq.errors import NonFiniteError, OrderError
 from nipq.nn.deployed import (
     Deployed,
+    DeployedKeptLayer,
     DeployedLayer,
     DeployedOperand,
     DeployedProduct,
     DeployedWeightOnlyLayer,
+    become_,
     deployed_layers,
-    replace_modules,
+    kept_shell,
+    plain_shell,
 )
 from nipq.nn.integer import bias_of, fold
-from nipq.nn.kinds import output_channels
-from nipq.nn.layers import float_weight, plain_shell, quantization
+from nipq.nn.kinds import close_shortcuts_, is_plain, output_channels
+from nipq.nn.layers import detach, float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.nn.relu import unfold_relu
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, set_phase_, weight_table
 
 
@@ -67,7 +70,6 @@ def convert(model: nn.Module) -> nn.Module:
     return deployed
 
 
-@torch.no_grad()
 def deploy_copy(model: nn.Module) -> nn.Module:
     """:func:`convert` without its checks, at the whole bit-widths that evaluation uses now.
 
@@ -77,49 +79,82 @@ def deploy_copy(model: nn.Module) -> nn.Module:
     Returns:
         A deployed copy.
     """
-    clone = copy.deepcopy(model)
-    set_phase_(clone, Phase.ROUND)
-    names = {module: name for name, module in clone.named_modules()}
-    owners: dict[nn.Module, nn.Module] = {}
-    replacements: dict[nn.Module, nn.Module] = {}
-    for row in layer_table(clone):
+    return deploy_(copy.deepcopy(model))
+
+
+@torch.no_grad()
+def deploy_(model: nn.Module) -> nn.Module:
+    """Turn the layers of a prepared model into their deployed form, in place.
+
+    Every layer becomes its deployed form under all the names and references that it has; hooks of the user's stay.
+
+    Args:
+        model: a prepared model, not to be trained any more.
+
+    Returns:
+        The same model, in evaluation mode, without gradients.
+    """
+    set_phase_(model, Phase.ROUND)
+    names = {module: name for name, module in model.named_modules()}
+    rows = layer_table(model)
+    owners: dict[nn.Module, LayerRow] = {}
+    batchnorms: dict[nn.Module, nn.Module | None] = {}
+    codes: dict[nn.Module, Tensor] = {}
+    for row in rows:
         if row.spec.is_product:
-            replacements[row.layer] = _product(row)
             continue
-        for relu in quantization(row.layer).relu:
-            unfold_relu(relu)
-        owner = owners.setdefault(row.weight, row.layer)
-        tied_to = None if owner is row.layer else names[owner]
-        codes = _codes(row) if tied_to is None else replacements[owner].weight_codes
-        assert isinstance(codes, Tensor)
-        batchnorm = None if row.batchnorm is None or row.input is None else names[row.batchnorm]
-        replacements[row.layer] = _deployed(row, codes, tied_to, batchnorm)
-        if batchnorm is not None and row.batchnorm is not None:
-            replacements[row.batchnorm] = nn.Identity()
-    return replace_modules(clone, replacements).eval().requires_grad_(False)
+        owner = owners.setdefault(row.weight, row)
+        codes[row.layer] = _codes(row) if owner is row else codes[owner.layer]
+        batchnorms[row.layer] = row.batchnorm if row.input is not None and row.spec.form != "kept" else None
+    for row in rows:
+        if row.spec.is_product:
+            become_(row.layer, _product(row))
+            continue
+        detach(row.layer)
+        owner = owners[row.weight]
+        tied_to = None if owner is row else names[owner.layer]
+        batchnorm = batchnorms[row.layer]
+        become_(row.layer, _deployed(row, codes[row.layer], tied_to, batchnorm, names.get(batchnorm)))
+    for batchnorm in batchnorms.values():
+        if batchnorm is not None:
+            become_(batchnorm, nn.Identity())
+    close_shortcuts_(model)
+    return model.eval().requires_grad_(False)
 
 
-def _deployed(row: LayerRow, codes: Tensor, tied_to: str | None, batchnorm: str | None) -> Deployed:
-    bits, step, shell, bias = row.weight.bits_rounded, row.weight.step(), plain_shell(row.layer), bias_of(row.layer)
-    if row.input is None:
+def _deployed(
+    row: LayerRow, codes: Tensor, tied_to: str | None, batchnorm: nn.Module | None, folded: str | None
+) -> Deployed:
+    """The deployed form of a layer whose quantizers are detached already."""
+    layer, step, bits = row.layer, row.weight.step(), row.weight.bits_rounded
+    common: dict[str, Any] = {"weight_bits": bits, "tied_to": tied_to, "dtype": float_weight(layer).dtype}
+    inputs: dict[str, Any] = {}
+    if row.input is not None:
+        low, high = row.input.code_range()
+        inputs = {
+            "input_bits": row.input.bits_rounded,
+            "grid": row.input.grid.kind,
+            "zero_point": int(row.input.zero_point()),
+            "code_range": (int(low), int(high)),
+        }
+    input_step = None if row.input is None else row.input.step()
+    if row.spec.form == "kept" or (input_step is None and not is_plain(layer)):
+        return DeployedKeptLayer(kept_shell(layer), codes, step, input_step, **common, **inputs)
+    bias = bias_of(layer)
+    if input_step is None:
         kept = None if bias is None else bias.detach().clone()
-        return DeployedWeightOnlyLayer(shell, codes, step, kept, weight_bits=bits, tied_to=tied_to)
-    folded = row.batchnorm if batchnorm is not None else None
-    scale, offset = fold(row.input.step(), step, bias, folded, output_channels(row.layer))
-    low, high = row.input.code_range()
+        return DeployedWeightOnlyLayer(plain_shell(layer), codes, step, kept, **common)
+    scale, offset = fold(input_step, step, bias, batchnorm, output_channels(layer))
     return DeployedLayer(
-        shell,
+        plain_shell(layer),
         codes,
         scale,
         offset,
-        row.input.step(),
-        weight_bits=bits,
-        input_bits=row.input.bits_rounded,
-        grid=row.input.grid.kind,
-        zero_point=int(row.input.zero_point()),
-        code_range=(int(low), int(high)),
-        batchnorm=batchnorm,
-        tied_to=tied_to,
+        input_step,
+        batchnorm=folded,
+        has_bias=bias is not None,
+        **common,
+        **inputs,
     )
 
 

@@ -120,8 +120,8 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
     """Set the phase of every quantizer: float, noise, rounding or integers; see :mod:`nipq.nn.quantizer`.
 
     In phase ``"int"`` every layer convolves whole codes and then applies one multiply and one add, with the batch norm
-    after it folded in: the arithmetic of the deployed model, to the bit. Layers whose input stays float evaluate as in
-    phase ``"round"``.
+    after it folded in: the arithmetic of the deployed model, to the bit. Layers whose input stays float, and those
+    whose forward does more than their operation, evaluate as in phase ``"round"``.
 
     Args:
         model: a prepared model.
@@ -154,10 +154,11 @@ def set_phase_(model: nn.Module, phase: Phase | str) -> None:
         for row in rows:
             if row.spec.is_product:
                 continue  # it multiplies codes by itself
-            if row.input is None:
-                row.weight.phase = Phase.ROUND  # whole codes of the weight alone would have no scale
-            else:
+            row.weight.phase = Phase.ROUND  # for whoever reads the weight; the layer takes whole codes by itself
+            if row.input is not None and row.spec.form != "kept":
                 enter_integer_domain(row.layer, row.batchnorm)
+            elif row.input is not None:
+                row.input.phase = Phase.ROUND
 
 
 def phase_of(model: nn.Module) -> Phase:
@@ -167,8 +168,9 @@ def phase_of(model: nn.Module) -> Phase:
         OrderError: if the model is not prepared.
     """
     rows = layer_table(model)
-    # A layer whose input stays float evaluates as in phase "round" while the others are in phase "int".
-    return next((row.input.phase for row in rows if row.input is not None), rows[0].weight.phase)
+    # A layer that computes in floats evaluates as in phase "round" while the others are in phase "int".
+    phases = [row.input.phase for row in rows if row.input is not None] or [rows[0].weight.phase]
+    return Phase.INT if Phase.INT in phases else phases[0]
 
 
 def set_noise_mix_(model: nn.Module, share: float) -> None:

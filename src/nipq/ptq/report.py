@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Group, RenderableType
 
 from nipq.budget.bit_table import LimitCost
-
-#: Columns of the printed report.
-WIDTH = 80
+from nipq.tables import Column, FittedTable, Prose, plain_text
 
 
 @dataclass(frozen=True)
@@ -82,25 +78,23 @@ class QuantizationReport:
         """Plain numbers and strings, for JSON."""
         return asdict(self) | {"distance": self.distance, "agreement": self.agreement}
 
-    def table(self) -> Table:
-        """The stages, for a rich console."""
-        table = Table(title=f"{self.model}, outputs against the float model's", title_justify="left")
-        table.add_column("stage", overflow="fold")
-        for heading in ("distance", "agreement", "seconds"):
-            table.add_column(heading, justify="right")
-        table.add_column("kept", overflow="fold")
+    def table(self) -> FittedTable:
+        """The stages, for a rich console of any width."""
+        numbers = map(Column, ("distance", "agreement [%]", "time [s]"))
+        columns = Column("stage", least=16), *numbers, Column("kept", least=16)
+        table = FittedTable(*columns, title=f"{self.model}, outputs against the float model's")
         for stage in self.stages:
             table.add_row(
                 stage.name,
                 f"{stage.distance:.4g}",
-                "-" if stage.agreement is None else f"{stage.agreement:.1f} %",
+                "-" if stage.agreement is None else f"{stage.agreement:.1f}",
                 f"{stage.seconds:.1f}",
                 ("yes" if stage.kept else "no") + (f", {stage.note}" if stage.note else ""),
             )
         return table
 
-    def __str__(self) -> str:
-        """The table and the costs as plain text."""
+    def __rich__(self) -> RenderableType:
+        """The table and the costs, for a rich console of any width."""
         inputs = "float inputs" if self.activation_bits is None else f"{self.activation_bits:.2f} for inputs"
         lines = [
             f"average bits: {self.weight_bits:.2f} for weights, {inputs}",
@@ -111,7 +105,8 @@ class QuantizationReport:
             ),
             f"{self.fit_samples} samples to measure, {self.held_out_samples} held out to judge; {self.seconds:.1f} s",
         ]
-        text = io.StringIO()
-        console = Console(file=text, width=WIDTH, color_system=None, highlight=False, markup=False)
-        console.print(self.table(), *lines, sep="\n")
-        return text.getvalue().rstrip()
+        return Group(self.table(), *map(Prose, lines))
+
+    def __str__(self) -> str:
+        """The table and the costs as plain text, 80 columns at most."""
+        return plain_text(self)

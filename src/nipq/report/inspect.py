@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Group, RenderableType
-from rich.text import Text
 from torch import nn
 
 from nipq.budget.bit_table import BitTable, exact_range
@@ -26,7 +25,7 @@ from nipq.prepare.layer_table import LayerRow, layer_table
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
 from nipq.qat.calibrate import calibrate_
-from nipq.report.tables import Column, FittedTable, plain_text
+from nipq.tables import Column, FittedTable, Prose, plain_text
 
 #: Uniform bit-widths that each budget is shown for.
 UNIFORM = (8, 6, 4, 3, 2)
@@ -120,7 +119,7 @@ class Inspection:
         if self.coverage < HIGH_COVERAGE and self.largest_float:
             named = ", ".join(f"{name} ({count:,})" for name, count in self.largest_float.items())
             totals += f" The largest that stay float: {named}."
-        return Group(Text(totals), *self.tables(), Text(self.policy))
+        return Group(Prose(totals), *self.tables(), Prose(self.policy))
 
     def __str__(self) -> str:
         """Totals, tables and the policy as plain text, 80 columns at most."""

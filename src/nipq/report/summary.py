@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.text import Text
 from torch import nn
 
 from nipq.budget.bit_table import BitTable
@@ -15,7 +14,7 @@ from nipq.budget.budget import FLOAT_BITS, IMAGE_BITS, AverageBits, BitOps, Budg
 from nipq.functional.packing import payload_bytes
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
-from nipq.report.tables import Column, FittedTable, plain_text
+from nipq.tables import Column, FittedTable, Prose, plain_text
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ class Summary:
 
     def __rich__(self) -> RenderableType:
         """Totals and table, for a rich console of any width."""
-        return Group(Text(self._totals()), self.table())
+        return Group(Prose(self._totals()), self.table())
 
     def __str__(self) -> str:
         """Totals and table as plain text, 80 columns at most."""

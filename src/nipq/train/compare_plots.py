@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from nipq.train.compare_table import PREFIXES, Block, Comparison, Row
 from nipq.train.plots import ACTIVATION, LINE, WEIGHT, drawn
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLOURS = (
     "#1f4e79", "#3a7d44", "#7b3f8c", "#8c6d1f", "#117a7a", "#a1243b", "#4d4d4d", "#5a6fbf", "#6b8e23",
@@ -15,10 +21,8 @@ COLOURS = (
 #: Colour of the baseline.
 STRONG = ACTIVATION
 MARKERS = "sD^vP*Xh<>pH8"
-#: Share of the axis within which rows of one budget count as costing the same, and are drawn side by side.
-SAME = 0.03
-#: Share of the axis by which such rows are drawn apart.
-APART = 0.014
+#: Pixels between two intervals that lie side by side.
+BARS = 5.0
 #: Room around the means, as a share of their range. Intervals may be cut by the axis: two seeds can span everything.
 ROOM = 0.15
 
@@ -61,70 +65,139 @@ def plot_scores(comparison: Comparison, path: Path) -> Path:
         ):
             for row in block.rows:
                 colour = STRONG if row.label == comparison.baseline else WEIGHT
-                half = 0.0 if row.score.half is None else row.score.half
-                at = labels.index(row.label)
-                axes.errorbar(row.score.mean, at, xerr=half, color=colour, marker="o", markersize=5, capsize=3)
+                axes.errorbar(
+                    row.score.mean, labels.index(row.label), xerr=row.score.half or 0.0, color=colour,
+                    marker="o", markersize=5, markerfacecolor=_fill(row, colour), capsize=3 if row.score.half else 0,
+                )  # fmt: skip
             _float_line(axes.axvline, comparison)
             axes.set_xlim(*_limits(comparison, [block]))
+            axes.ticklabel_format(axis="x", useOffset=False)
             axes.set_title(f"budget {block.budget}", fontsize=9)
             axes.set_xlabel(f"test {comparison.metric.title}")
         figure.axes[0].set_yticks(range(len(labels)), labels)
         figure.axes[0].set_ylim(len(labels) - 0.5, -0.5)
-        figure.suptitle(f"{comparison.name}: {_shown(comparison)}; dashed: float", fontsize=10)
+        figure.suptitle(f"{comparison.name}\n{_shown(comparison)}; dashed: float", fontsize=9)
     return path
 
 
 def plot_against_cost(comparison: Comparison, heading: str, unit: str, place: Place, path: Path) -> Path:
-    """The score against a cost, a line for each row; rows that cost the same are drawn side by side."""
+    """The score against a cost, a line for each row; markers that would cover each other are moved aside."""
     labels = _labels(comparison)
-    costs = [x for block in comparison.blocks for row in block.rows if (x := place(row)) is not None]
-    factor, letter = next((pair for pair in PREFIXES if max(costs) >= pair[0]), (1.0, ""))
-    span = max(max(costs) - min(costs), 0.1 * max(costs)) / factor
-    points: dict[str, list[tuple[float, float, float]]] = {label: [] for label in labels}
-    moved = False
-    for block in comparison.blocks:
-        found = [(x / factor, row) for row in block.rows if (x := place(row)) is not None]
-        apart = _side_by_side(found, span)
-        moved |= {x for x, _ in apart} != {x for x, _ in found}
-        for x, row in apart:
-            points[row.label].append((x, row.score.mean, row.score.half or 0.0))
-    with drawn(path, width=7.4, height=4.2) as figure:
+    found = [(x, row) for block in comparison.blocks for row in block.rows if (x := place(row)) is not None]
+    most = max(x for x, _ in found)
+    factor, letter = next((pair for pair in PREFIXES if most >= pair[0]), (1.0, ""))
+    least = min(x for x, _ in found)
+    room = max(0.1 * (most - least), 0.02 * most)
+    with drawn(path, width=7.4, height=max(4.2, 0.7 + 0.21 * len(labels))) as figure:
         axes = figure.subplots()
-        colours = iter(COLOURS * (1 + len(labels) // len(COLOURS)))
-        markers = iter(MARKERS * (1 + len(labels) // len(MARKERS)))
-        for label in labels:
-            strong = label == comparison.baseline
-            xs, means, halves = zip(*sorted(points[label]), strict=True) if points[label] else ((), (), ())
-            axes.errorbar(
-                xs, means, yerr=halves,
-                color=STRONG if strong else next(colours), marker="o" if strong else next(markers),
-                markersize=6 if strong else 4.5, linewidth=2.0 if strong else 0.9, elinewidth=0.8, capsize=2,
-                alpha=1.0 if strong else 0.85, label=label, zorder=3 if strong else 2,
-            )  # fmt: skip
-        _float_line(axes.axhline, comparison)
         axes.set_ylim(*_limits(comparison, comparison.blocks))
-        beside = "; rows of equal cost side by side" if moved else ""
-        axes.set(xlabel=f"{heading} [{letter}{unit}]{beside}", ylabel=f"test {comparison.metric.title}")
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
-        figure.suptitle(f"{comparison.name}: {_shown(comparison)}; dashed: float", fontsize=10)
+        axes.set_xlim((least - room) / factor, (most + room) / factor)
+        axes.ticklabel_format(useOffset=False)
+        axes.set(xlabel=f"{heading} [{letter}{unit}]", ylabel=f"test {comparison.metric.title}")
+        _float_line(axes.axhline, comparison)
+        looks = _looks(comparison, labels)
+        handles = [axes.plot([], [], label=label, **looks[label])[0] for label in labels]
+        figure.legend(handles=handles, loc="outside right center")
+        figure.suptitle(f"{comparison.name}\n{_shown(comparison)}; dashed: float", fontsize=9)
+        found.sort(key=lambda pair: pair[1].label != comparison.baseline)  # stable: the baseline stays where it is
+        true = [x / factor for x, _ in found]
+        places = _apart(axes, true, [row for _, row in found], [looks[row.label]["markersize"] for _, row in found])
+        if places != true:
+            axes.set_xlabel(f"{axes.get_xlabel()}; equal ones side by side")
+        points: dict[str, list[tuple[float, Row]]] = {label: [] for label in labels}
+        for x, (_, row) in zip(places, found, strict=True):
+            points[row.label].append((x, row))
+        for label, those in points.items():
+            those.sort(key=lambda pair: pair[0])
+            xs, means = [x for x, _ in those], [row.score.mean for _, row in those]
+            axes.errorbar(
+                xs, means, yerr=[row.score.half or 0.0 for _, row in those], elinewidth=0.8, capsize=2,
+                zorder=3 if label == comparison.baseline else 2, **looks[label],
+            )  # fmt: skip
     return path
 
 
-def _side_by_side(found: Sequence[tuple[float, Row]], span: float) -> list[tuple[float, Row]]:
-    """Places of the rows of one budget: those within ``SAME`` of each other's are spread around their middle."""
-    groups: list[list[tuple[float, Row]]] = []
-    for x, row in sorted(found, key=lambda pair: pair[0]):
-        if groups and x - groups[-1][0][0] < SAME * span:
-            groups[-1].append((x, row))
-        else:
-            groups.append([(x, row)])
-    return [
-        (sum(x for x, _ in group) / len(group) + APART * span * (number - (len(group) - 1) / 2), row)
-        if len(group) > 1
-        else (group[0][0], row)
-        for group in groups
-        for number, (_, row) in enumerate(sorted(group, key=lambda pair: pair[1].label))
-    ]
+def _looks(comparison: Comparison, labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Colour, marker and line of each row; no two rows have both colour and marker in common."""
+    single = {row.label for block in comparison.blocks for row in block.rows if row.score.half is None}
+    found: dict[str, dict[str, Any]] = {}
+    others = [label for label in labels if label != comparison.baseline]
+    for number, label in enumerate(others):
+        turn, place = divmod(number, len(COLOURS))
+        look = {"color": COLOURS[place], "marker": MARKERS[(place + turn) % len(MARKERS)]}
+        found[label] = look | {"markersize": 4.5, "linewidth": 0.9, "alpha": 0.85}
+    found[comparison.baseline] = {"color": STRONG, "marker": "o", "markersize": 6.0, "linewidth": 2.0}
+    for label in single & set(found):
+        found[label]["markerfacecolor"] = "white"
+    return found
+
+
+def _fill(row: Row, colour: str) -> str:
+    """Markers without an interval are hollow: one seed says nothing about a difference."""
+    return "white" if row.score.half is None else colour
+
+
+def _apart(axes: Axes, costs: Sequence[float], rows: Sequence[Row], sizes: Sequence[float]) -> list[float]:
+    """Costs at which rows are drawn, so that no marker covers another one; the axis grows until it holds them."""
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    while True:
+        figure.draw_without_rendering()  # the layout says how large the axes are
+        scale = axes.bbox.width / np.ptp(axes.get_xlim()), axes.bbox.height / np.ptp(axes.get_ylim())
+        marks = [
+            Mark(
+                x * scale[0], row.score.mean * scale[1], (row.score.half or 0.0) * scale[1],
+                size * figure.dpi / 72 + 2,
+            )
+            for x, row, size in zip(costs, rows, sizes, strict=True)
+        ]  # fmt: skip
+        moved = [x + move / scale[0] for x, move in zip(costs, side_by_side(marks), strict=True)]
+        low, high = axes.get_xlim()
+        room = 0.04 * (high - low)
+        if low + room <= min(moved) and max(moved) <= high - room:
+            return moved
+        axes.set_xlim(min(low, min(moved) - 2 * room), max(high, max(moved) + 2 * room))
+
+
+class Mark(NamedTuple):
+    """A marker with its interval, in pixels.
+
+    Attributes:
+        x: of its centre.
+        y: of its centre.
+        half: half-width of the interval.
+        size: width and height of the marker.
+    """
+
+    x: float
+    y: float
+    half: float
+    size: float
+
+
+def side_by_side(marks: Sequence[Mark]) -> list[float]:
+    """Moves to the side, no further than it takes to keep each marker and interval apart from those before it.
+
+    Args:
+        marks: the first ones move least.
+
+    Example:
+        >>> side_by_side([Mark(0, 0, 0, 6), Mark(1, 0, 0, 6), Mark(0, 9, 0, 6)])
+        [0.0, 5.0, 0.0]
+    """
+    moves: list[float] = []
+    for mark in marks:
+        near: list[tuple[float, float]] = []
+        for other, move in zip(marks, moves, strict=False):
+            reach, distance = (mark.size + other.size) / 2, abs(mark.y - other.y)
+            if distance < reach:
+                near.append((other.x + move, reach))
+            elif distance < max(mark.half, reach / 2) + max(other.half, reach / 2):
+                near.append((other.x + move, BARS))
+        candidates = [0.0, *(x + sign * reach - mark.x for x, reach in near for sign in (1, -1))]
+        free = [move for move in candidates if all(abs(mark.x + move - x) >= reach - 1e-6 for x, reach in near)]
+        moves.append(min(free, key=abs))
+    return moves
 
 
 def _limits(comparison: Comparison, blocks: Sequence[Block]) -> tuple[float, float]:
@@ -143,8 +216,10 @@ def _float_line(draw: Callable[..., object], comparison: Comparison) -> None:
 
 def _shown(comparison: Comparison) -> str:
     direction = "higher" if comparison.metric.higher_is_better else "lower"
-    several = any(len(row.seeds) > 1 for block in comparison.blocks for row in block.rows)
-    return f"{'mean and 95 % interval over seeds' if several else 'one seed'}, {direction} is better"
+    single = {row.score.half is None for block in comparison.blocks for row in block.rows}
+    spread = "mean and 95 % interval over seeds" if False in single else "one seed, so no spread"
+    hollow = "; hollow: one seed" if len(single) == 2 else ""
+    return f"{spread}, {direction} is better{hollow}"
 
 
 def _labels(comparison: Comparison) -> list[str]:

@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group
-from rich.table import Table
 from scipy import stats
 
 from nipq.budget.budget import SI_PREFIXES
 from nipq.errors import ConfigError, require
+from nipq.tables import Column, FittedTable, Prose
 from nipq.train.compare import FLOAT, Cell, CompareFolder, Grid
 from nipq.train.records import Record
 from nipq.train.run_folder import write_text
@@ -27,8 +25,8 @@ LEVEL = 0.95
 FINAL = ("float", "frozen", "bn", "finetuned")
 #: Mark of rows with fewer seeds than others.
 FEWER = "*"
-#: Columns that the table needs, for an output that does not say or is narrower: long lines beat folded numbers.
-WIDTH = 130
+#: Ranks of the printed columns behind the first one, in the order of ``headings``: what a narrow terminal leaves out.
+RANKS = (3, 0, 0, 0, 1, 4, 2, 5, 6, 7)
 #: Factors and decimal prefixes, descending.
 PREFIXES = tuple((float(factor), name) for name, factor in reversed(SI_PREFIXES.items()))
 
@@ -355,22 +353,21 @@ def notes(comparison: Comparison) -> list[str]:
     return found
 
 
-def print_comparison(comparison: Comparison, console: Console) -> None:
-    """Print one table for each budget, on long lines if need be."""
-    parts: list[Table | str] = []
+def printed_parts(comparison: Comparison) -> list[FittedTable | Prose | str]:
+    """One table for each budget that fits any console, its verdict, and the notes."""
+    parts: list[FittedTable | Prose | str] = []
     for block in comparison.blocks:
-        table = Table(title=f"{comparison.name}, budget {block.budget}", title_justify="left", box=SIMPLE_HEAD)
-        for number, heading in enumerate(headings(comparison)):
-            table.add_column(heading, justify="left" if number == 0 else "right", overflow="fold")
+        first, *others = headings(comparison)
+        columns = (Column(heading.replace(" ", "\n"), rank=rank) for heading, rank in zip(others, RANKS, strict=True))
+        table = FittedTable(Column(first, least=20), *columns, title=f"{comparison.name}, budget {block.budget}")
         best = block.verdict.other if block.verdict else None
         for row in (*_first(comparison), *block.rows):
-            style = "bold" if row.label == comparison.baseline else "italic" if row.label == best else None
+            style = "bold" if row.label == comparison.baseline else "italic" if row.label == best else ""
             table.add_row(*cells_of(row, comparison), style=style)
         parts.append(table)
         if line := verdict_line(block, comparison):
             parts.append(line)
-    console.width = max(console.width, WIDTH)
-    console.print(Group(*parts, *notes(comparison)), highlight=False, markup=False)
+    return [*parts, *map(Prose, notes(comparison))]
 
 
 def markdown(comparison: Comparison, *, cost: bool = True) -> str:

@@ -32,6 +32,7 @@ from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import LayerRow, layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.report.summary import summary
+from nipq.tables import WIDTH, fitting
 from nipq.train.batches import Batch, Few, Nested, moved, pick
 from nipq.train.checkpoint import Checkpoint
 from nipq.train.data import load_data
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from nipq.train.config import ModelConfig, TrainConfig
     from nipq.train.task import Task
 
+#: Columns of the progress bar.
+BAR = 10
 #: Names of the stages on the terminal.
 TITLES = {"float": "float", "search": "search", "finetune": "fine-tune"}
 #: Steps between two looks at the bits for the progress bar, at least; each look reads every quantizer.
@@ -159,7 +162,7 @@ def _epoch(trainer: Trainer, place: RunFolder, reporter: Reporter) -> None:
     checkpoint.save(place.checkpoint)
     scalars = {f"{row['stage']}/{key}": value for key, value in row.items() if isinstance(value, float)}
     reporter.scalars(scalars, progress.steps_total)
-    reporter.say(_line(row, epochs, trainer.task.metric))
+    reporter.say(epoch_line(row, epochs, trainer.task.metric, trainer.task.unit))
 
 
 def _row(trainer: Trainer) -> dict[str, Any]:
@@ -211,11 +214,32 @@ def _means(sums: list[float], metric: str) -> dict[str, float | None]:
     return means if math.isnan(score) else means | {metric: score / count}
 
 
-def _line(row: dict[str, Any], epochs: int, metric: str) -> str:
-    shown = ("train_loss", f"train_{metric}", f"val_{metric}", "weight_bits", "activation_bits", "distance")
-    numbers = {key: row[key] for key in shown if row.get(key) is not None}
-    text = "  ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in numbers.items())
-    return f"{TITLES[row['stage']]} {row['epoch']}/{epochs}  {text}"
+def epoch_line(row: dict[str, Any], epochs: int, metric: str, unit: str) -> str:
+    """An epoch in one line of 80 columns at most; what does not fit is in the metrics file.
+
+    Args:
+        row: of the metrics file.
+        epochs: of its stage.
+        metric: name of the task's metric.
+        unit: its unit.
+    """
+    bits = [f"{row[key]:.2f}" if row.get(key) else "float" for key in ("weight_bits", "activation_bits")]
+    parts = [
+        f"{TITLES[row['stage']]} {row['epoch']}/{epochs}",
+        *_numbers(row, {"train_loss": "", f"val_{metric}": unit}),
+        *([f"W/A bits {'/'.join(bits)}"] if "weight_bits" in row else []),
+        *_numbers(row, {f"train_{metric}": unit, "distance": ""}),
+    ]
+    return fitting(parts, WIDTH)
+
+
+def _numbers(values: Mapping[str, float | None], units: Mapping[str, str]) -> list[str]:
+    """Those of the named numbers that are known, each with its name and unit."""
+    return [
+        f"{name.replace('_', ' ')} {value:.4g} {unit}".rstrip()
+        for name, unit in units.items()
+        if (value := values.get(name)) is not None
+    ]
 
 
 # ---------------------------------------------------------------------- the end of a run
@@ -377,7 +401,7 @@ class Reporter:
         """Open the writer; without the package a message says so and the run goes on."""
         self.console = Console(stderr=True, quiet=quiet)
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(bar_width=BAR), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"), console=self.console, transient=True,
             disable=quiet or not self.console.is_terminal,
         )  # fmt: skip
@@ -417,7 +441,9 @@ class Reporter:
     def step(self, numbers: Mapping[str, float | None]) -> None:
         """Advance the bar and show the numbers that are known."""
         if self._task is not None:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
+            task = self._bar.tasks[-1]
+            others = len(task.description) + BAR + 2 * len(str(task.total)) + 1 + len("0:00:00") + 5
+            shown = fitting(_numbers(numbers, dict.fromkeys(numbers, "")), self.console.width - others)
             self._bar.update(self._task, advance=1, numbers=shown)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

@@ -27,6 +27,10 @@ STYLE = {
     "legend.frameon": False, "text.color": "black", "xtick.color": "black", "ytick.color": "black",
 }  # fmt: skip
 STAGE_NAMES = {"float": "float", "search": "search\n(noise)", "finetune": "fine-tune\n(round)"}
+#: Place of a legend beside its panel.
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+#: Layers that are named at one bit-width.
+NAMED = 2
 COLOURS = (WEIGHT, ACTIVATION, "#3a7d44", "#7b3f8c")
 
 
@@ -119,12 +123,15 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "a
         _curve(top, time, rows, f"train_{metric}", ACTIVATION, "training (with noise while searching)")
         _curve(top, time, rows, f"val_{metric}", WEIGHT, "validation (true quantizer)")
         top.set(ylabel=f"{metric} [{unit}]" if unit else metric)
+        if unit == "%":
+            low, high = top.get_ylim()
+            top.set_ylim(max(low, 0.0), min(high, 100.0))
         top.set_title(metric[:1].upper() + metric[1:], pad=30)  # room for the names of the stages
         _layer_curves(middle, time, rows)
         _curve(middle, time, rows, "weight_bits", WEIGHT, "weights")
         _curve(middle, time, rows, "activation_bits", ACTIVATION, "activations")
         middle.set(ylabel="bit-width [bit]")
-        middle.set_title("Averages of whole bits (dots), learned bits of each layer (thin)")
+        middle.set_title("Averages (dots), layers (thin)", loc="left")
         names = list(dict.fromkeys(limit["name"] for row in rows for limit in row.get("limits", [])))
         for name, colour, style in zip(names, COLOURS, ("-", "--", "-.", ":"), strict=False):
             bottom.plot(time, [_share(row, name) for row in rows], style, color=colour, marker=".", label=name)
@@ -135,7 +142,8 @@ def plot_history(rows: Sequence[Mapping[str, Any]], path: Path, metric: str = "a
         for axes in (top, middle, bottom):
             _mark_stages(axes, rows)
             if axes.get_legend_handles_labels()[0]:  # a run without a search has no bits to draw
-                axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
+                place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "ncols": 2} if axes is middle else BESIDE
+                axes.legend(**place)
         _name_stages(top, rows)
 
 
@@ -180,17 +188,28 @@ def _curve(axes: Axes, time: np.ndarray, rows: Sequence[Mapping[str, Any]], key:
     if any(value is not None for value in values):
         style = "--" if colour == ACTIVATION else "-"  # so that equal curves are both seen
         known = [np.nan if value is None else value for value in values]
-        axes.plot(time, known, style, color=colour, marker=".", label=label)
+        axes.plot(time, known, style, color=colour, marker=".", label=label, clip_on=False)  # a dot at 100 % is whole
 
 
 def _layer_curves(axes: Axes, time: np.ndarray, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The continuous bit-widths of every layer, faint, behind the averages."""
+    """The continuous bit-widths of every layer, faint, behind the averages; their names where the lines end."""
     names = {name: None for row in rows for name in row.get("layer_bits", {})}
+    ends: dict[tuple[int, str], list[str]] = {}
     for name in names:
         pairs = [row.get("layer_bits", {}).get(name, (None, None)) for row in rows]
         for values, colour in zip(zip(*pairs, strict=True), (WEIGHT, ACTIVATION), strict=True):
             known = [np.nan if value is None else value for value in values]
             axes.plot(time, known, color=colour, linewidth=0.7, alpha=0.35, zorder=1)
+            if last := [value for value in values if value is not None]:
+                ends.setdefault((round(last[-1]), colour), []).append(name)
+    for (bits, colour), those in ends.items():
+        kind = "W" if colour == WEIGHT else "A"
+        more = f" and {len(those) - NAMED} more" if len(those) > NAMED else ""
+        axes.annotate(
+            f"{kind}: {', '.join(_wrapped(name, 24) for name in those[:NAMED])}{more}", (1.01, bits),
+            xycoords=("axes fraction", "data"), xytext=(0, 4 if colour == WEIGHT else -4), textcoords="offset points",
+            color=colour, fontsize=6.5, va="center",
+        )  # fmt: skip
 
 
 def _share(row: Mapping[str, Any], name: str) -> float:

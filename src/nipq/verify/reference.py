@@ -21,7 +21,8 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from nipq.config import Phase
-from nipq.nn.deployed import DeployedLayer, DeployedOperand, deployed_layers, deployed_products
+from nipq.functional.uniform import widened
+from nipq.nn.deployed import DeployedKeptLayer, DeployedLayer, DeployedOperand, deployed_layers, deployed_products
 from nipq.nn.quantizer import InputQuantizer
 from nipq.prepare.batches import ExampleInputs, call_model, device_of, inputs_of, tensors_in, to_device
 from nipq.prepare.layer_table import LayerRow, operand_point, quantizers_at, set_phase_
@@ -207,14 +208,21 @@ def _keep_output(kept: list[Tensor]) -> Callable[..., None]:
 
 @contextmanager
 def _recording_integers(rows: Mapping[str, LayerRow]) -> Iterator[dict[str, list[Tensor]]]:
-    """Keep input quantizers' results by quantization point, whole codes in phase ``"int"``, while the context lasts."""
+    """Keep the whole codes of quantized inputs by quantization point while the context lasts."""
     codes: dict[str, list[Tensor]] = {}
     with ExitStack() as stack:
         for point, quantizer in _quantizers(rows).items():
             kept = codes[point] = []
-            handle = quantizer.register_forward_hook(lambda _module, _args, output, kept=kept: kept.append(output))
+            handle = quantizer.register_forward_pre_hook(_keep_codes(quantizer, kept))
             stack.callback(handle.remove)
         yield codes
+
+
+def _keep_codes(quantizer: InputQuantizer, kept: list[Tensor]) -> Callable[..., None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        kept.append(quantizer.codes(widened(args[0])))
+
+    return hook
 
 
 def _quantizers(rows: Mapping[str, LayerRow]) -> dict[str, InputQuantizer]:
@@ -227,15 +235,18 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return found
 
 
+#: Modules that make whole codes.
+CodesOf = DeployedLayer | DeployedKeptLayer | DeployedOperand
 #: Inputs of a deployed layer or product: quantization point -> the module that makes whole codes of it, None if float.
-Reads = dict[str, DeployedLayer | DeployedOperand | None]
+Reads = dict[str, CodesOf | None]
 
 
 def _readers(deployed: nn.Module) -> dict[str, tuple[nn.Module, Reads]]:
     """Layers and products by name, and the inputs of each."""
     found: dict[str, tuple[nn.Module, Reads]] = {}
     for name, layer in deployed_layers(deployed).items():
-        found[name] = layer, {name: layer if isinstance(layer, DeployedLayer) else None}
+        quantized = layer if isinstance(layer, (DeployedLayer, DeployedKeptLayer)) else None
+        found[name] = layer, {name: None if quantized is None or quantized.input_step is None else quantized}
     for name, product in deployed_products(deployed).items():
         found[name] = product, {operand_point(name, part): operand for part, operand in product.operands().items()}
     return found
@@ -255,7 +266,7 @@ def run_teacher_forced(
     read: dict[str, int] = defaultdict(int)
     written: dict[str, int] = defaultdict(int)
 
-    def forced(point: str, quantizer: DeployedLayer | DeployedOperand | None, arrived: Tensor) -> Tensor:
+    def forced(point: str, quantizer: CodesOf | None, arrived: Tensor) -> Tensor:
         """The trained input, or what arrived if there is none for this call."""
         call, layer = read[point], layers[point]
         read[point] += 1

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from nipq.tables import Column, FittedTable, plain_text
 
 
 @dataclass(frozen=True)
@@ -58,29 +55,24 @@ class VerifyResult:
         """Plain numbers and strings, for JSON."""
         return {"passed": bool(self), "checks": [asdict(check) for check in self.checks]}
 
-    def table(self) -> Table:
+    def table(self) -> FittedTable:
         """The table that ``print`` shows, for a rich console of any width."""
         heading = "deployed model equals trained model" if self else "deployed model DIFFERS from trained model"
-        table = Table(title=heading, title_justify="left")
-        table.add_column("check", no_wrap=True)
-        table.add_column("", no_wrap=True)
-        for column in ("claim", "found"):
-            table.add_column(column, overflow="fold")
+        columns = Column("check", least=9), Column("", least=5), Column("claim", least=20), Column("found", least=20)
+        table = FittedTable(*columns, title=heading)
         for number, check in enumerate(self.checks):
             if check.artifact and (number == 0 or self.checks[number - 1].artifact != check.artifact):
                 table.add_section()
-                table.add_row("", "", f"[bold]{escape(check.artifact)}", "")
+                table.add_row("", "", check.artifact, "", style="bold")
             found = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in check.numbers.items())
             if check.first_difference is not None:
                 found = f"{check.first_difference}\n{found}"
-            table.add_row(check.name, "ok" if check.passed else "FAILS", check.claim, escape(found))
+            table.add_row(check.name, "ok" if check.passed else "FAILS", check.claim, found)
         return table
 
     def __str__(self) -> str:
         """The table as plain text, 80 columns at most."""
-        text = io.StringIO()
-        Console(file=text, width=80, color_system=None).print(self.table())
-        return text.getvalue()
+        return plain_text(self.table())
 
 
 def _short(value: object) -> str:

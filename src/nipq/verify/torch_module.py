@@ -15,20 +15,21 @@ from typing import Any
 from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.export.packed_read import WITHOUT_CHECKSUM, load, read_container
-from nipq.export.packed_write import CHECKSUM_BYTES, file_bytes
+from nipq.export.packed_read import load
+from nipq.export.packed_write import file_bytes
 from nipq.export.runtimes import CompiledModel
 from nipq.nn.deployed import (
     Deployed,
+    DeployedKeptLayer,
     DeployedLayer,
     DeployedProduct,
-    deploy_state,
+    DeployedWeightOnlyLayer,
     deployed_layers,
     deployed_products,
     full_name,
 )
 from nipq.nn.integer import bias_of, fold
-from nipq.nn.kinds import output_channels
+from nipq.nn.kinds import is_plain, output_channels
 from nipq.nn.layers import float_weight
 from nipq.prepare.layer_table import OPERANDS, LayerRow, layer_table, weight_table
 from nipq.prepare.prepare import restore_
@@ -72,10 +73,7 @@ class DeployedCandidate(Candidate):
         if self.file is not None:
             numbers["bytes_promised"] = file_bytes(self.deployed)
             try:
-                plain = restore_(copy.deepcopy(self.model))
-                loaded = load(self.file, plain)
-                if read_container(self.file, plain).version == WITHOUT_CHECKSUM:
-                    numbers["bytes_promised"] -= CHECKSUM_BYTES
+                loaded = load(self.file, restore_(copy.deepcopy(self.model)))
                 numbers["bytes_found"] = self.file.stat().st_size
                 if numbers["bytes_found"] != numbers["bytes_promised"]:
                     found.append(
@@ -177,10 +175,8 @@ def trained_differences(model: nn.Module, deployed: nn.Module) -> Iterator[str]:
         ours = {} if name not in trained else _trained_operands(trained[name])
         theirs = {} if name not in products else _deployed_operands(products[name])
         yield from differences(name, ours, theirs)
-    rows |= trained
-    gone = [*rows, *(names[row.batchnorm] for row in rows.values() if row.input and row.batchnorm)]
-    found = _outside([*rows, *layers, *products], deploy_state(deployed))
-    yield from differences("", _outside(gone, model.state_dict()), found)
+    gone = [*rows, *trained, *(names[row.batchnorm] for row in rows.values() if row.input and row.batchnorm)]
+    yield from differences("", _outside(model, gone), _outside(deployed, [*layers, *products]))
 
 
 def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
@@ -198,7 +194,7 @@ def file_differences(deployed: nn.Module, loaded: nn.Module) -> Iterator[str]:
     for name in dict.fromkeys((*products, *again)):
         one, other = (_deployed_operands(part[name]) if name in part else {} for part in (products, again))
         yield from differences(name, one, other, "saved", "in the file")
-    ours, theirs = (_outside([*saved, *back], deploy_state(part)) for part in (deployed, loaded))
+    ours, theirs = _outside(deployed, [*saved, *products]), _outside(loaded, [*back, *again])
     yield from differences("", ours, theirs, "saved", "in the file")
 
 
@@ -234,40 +230,63 @@ def _trained_facts(row: LayerRow) -> dict[str, Any]:
         "weight bits": row.weight.bits_rounded,
         "weight codes": row.weight.codes(float_weight(row.layer)),
     }
+    kept = row.spec.form == "kept"
+    if row.input is None or kept:
+        facts |= {"step of the weight": row.weight.step(), "bias": bias}
+    if kept or not is_plain(row.layer):
+        facts |= _own_state(row.layer)
     if row.input is None:
-        return facts | {"step of the weight": row.weight.step(), "bias": bias}
+        return facts
     step, (low, high) = row.input.step(), row.input.code_range()
-    scale, offset = fold(step, row.weight.step(), bias, row.batchnorm, output_channels(row.layer))
-    return facts | {
+    facts |= {
         "input bits": row.input.bits_rounded,
         "grid of the input": row.input.grid.kind,
         "zero point": int(row.input.zero_point()),
         "lowest code": int(low),
         "highest code": int(high),
         "step of the input": step,
-        "scale": scale,
-        "offset": offset,
     }
+    if kept:
+        return facts
+    scale, offset = fold(step, row.weight.step(), bias, row.batchnorm, output_channels(row.layer))
+    return facts | {"scale": scale, "offset": offset}
+
+
+def _own_state(layer: nn.Module) -> dict[str, Tensor]:
+    """State of a layer with a forward of its own beside weight, bias and quantizers."""
+    ours = ("parametrizations.", "quantization.", "weight", "bias")
+    state = {key: value for key, value in layer.state_dict().items() if isinstance(value, Tensor)}
+    return {key: value for key, value in state.items() if not key.startswith(ours)}
 
 
 def _deployed_facts(layer: Deployed) -> dict[str, Any]:
     """The same facts as in :func:`_trained_facts`, as the deployed layer holds them."""
     facts: dict[str, Any] = {"weight bits": layer.weight_bits, "weight codes": layer.weight_codes}
-    if not isinstance(layer, DeployedLayer):
-        return facts | {"step of the weight": layer.scale, "bias": layer.offset}
-    return facts | {
+    if isinstance(layer, DeployedWeightOnlyLayer):
+        facts |= {"step of the weight": layer.scale, "bias": layer.bias}
+    if not is_plain(layer.layer):
+        facts |= _own_state(layer.layer)
+    if not isinstance(layer, (DeployedLayer, DeployedKeptLayer)) or layer.input_step is None:
+        return facts
+    facts |= {
         "input bits": layer.input_bits,
         "grid of the input": layer.grid,
         "zero point": layer.zero_point,
         "lowest code": layer.code_low,
         "highest code": layer.code_high,
         "step of the input": layer.input_step,
-        "scale": layer.scale,
-        "offset": layer.offset,
     }
+    return facts | {"scale": layer.scale, "offset": layer.offset} if isinstance(layer, DeployedLayer) else facts
 
 
-def _outside(names: list[str], state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tensors of the state outside of the named modules."""
-    prefixes = tuple(full_name(name, "") for name in names)
-    return {key: value for key, value in state.items() if isinstance(value, Tensor) and not key.startswith(prefixes)}
+def _outside(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of the model's state outside of the named modules, each once, under its first name."""
+    gone = {part for name in names for part in model.get_submodule(name).modules()}
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for key, value in ({} if module in gone else module._parameters | module._buffers).items():
+            if value is not None and id(value) not in seen and key not in module._non_persistent_buffers_set:
+                seen.add(id(value))
+                found[full_name(name, key)] = value.detach()
+    return found

@@ -64,8 +64,8 @@ def all_ones(tensors: dict[str, Tensor], _record: dict[str, Any]) -> None:
     ("change", "message"),
     [
         (lambda t, r: r.update(format="other"), "expected a file of format 'nipq-packed'"),
-        (lambda t, r: r.update(version=3, nipq="9.9"), r"expected format version 2, found 3.*wrote it \(9.9\)"),
-        (lambda t, r: r.pop("version"), "expected format version 2, found None"),
+        (lambda t, r: r.update(version=4, nipq="9.9"), r"expected format version 3, found 4.*wrote it \(9.9\)"),
+        (lambda t, r: r.pop("version"), "expected format version 3, found None"),
         (lambda t, r: r.pop("layers"), "valid dictionary"),
         (lambda t, r: stem(r).update(bits=1), r"stem: expected bits: .*greater than or equal to 2, found 1"),
         (lambda t, r: stem(r).update(bits=17), r"stem: expected bits: .*less than or equal to 16, found 17"),

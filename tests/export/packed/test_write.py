@@ -112,7 +112,7 @@ def test_other_programs_can_read_it(mixed: Any, tmp_path: Path) -> None:
         record = json.loads(file.metadata()["nipq"])
         planes = file.get_tensor("stem.planes")
     layer = record["layers"]["stem"]
-    assert (record["format"], record["version"]) == ("nipq-packed", 2)
+    assert (record["format"], record["version"]) == ("nipq-packed", 3)
     assert layer["input"] == {"bits": 8, "grid": deployed.stem.grid, "zero_point": deployed.stem.zero_point}
     codes = torch.zeros(deployed.stem.weight_codes.numel(), dtype=torch.int64)
     for i in range(layer["bits"]):

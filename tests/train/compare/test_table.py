@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from nipq.errors import ConfigError
@@ -20,6 +22,7 @@ from nipq.train.compare_table import (
     markdown,
     notes,
     prefixed,
+    printed_parts,
     tabulate,
     verdict_line,
 )
@@ -196,3 +199,17 @@ def test_a_pure_number_has_no_unit(make_grid: MakeGrid, table: Table) -> None:
 )
 def test_prefixes(value: float, text: str) -> None:
     assert prefixed(value) == text
+
+
+@pytest.mark.parametrize("width", [80, 100, 120, 160])
+def test_the_printed_table_fits_the_terminal(width: int, make_grid: MakeGrid, table: Table) -> None:
+    found = table(make_grid(), {"ours": [90.0, 91.0], "rival": [80.0, 81.1]})
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None)
+    for part in printed_parts(found):
+        console.print(part, soft_wrap=isinstance(part, str))
+    lines = [line for line in text.getvalue().splitlines() if line[:1] in set("┏┃┡│└")]
+    assert len({len(line) for line in lines}) == 1  # one table, as what does not fit is left out
+    assert len(lines[0]) <= width
+    assert all("90.50 ± 6.35" in line for line in lines if "ours" in line and "│" in line)
+    assert ("Not shown at this width" in text.getvalue()) == (width < 120)

@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from nipq.report.tables import Column, FittedTable, plain_text
+from nipq.tables import Column, FittedTable, plain_text
 
 
 def lines(table: FittedTable, width: int) -> list[str]:
@@ -37,7 +37,7 @@ def test_columns_go_by_rank_and_are_named(table: FittedTable) -> None:
         found = lines(table, width)
         heading = next(line for line in found if "bits" in line)
         assert [name for name in ("alpha", "weights") if name not in heading] == gone
-        assert f"Not shown at this width: {', '.join(gone)}; to_dict() has everything." in " ".join(
+        assert f"Not shown at this width: {', '.join(gone)}; to_dict() and --json have everything." in " ".join(
             " ".join(found).split()
         )
 
