@@ -186,7 +186,11 @@ def test_attention_has_a_second_derivative() -> None:
     ("batches", "names", "message"),
     [
         ([], None, "at least one batch, found an empty loader"),
-        ([torch.zeros(2, 3)], None, "batches of inputs and targets, found Tensor"),
+        (
+            [torch.zeros(2, 3)],
+            None,
+            r"expected batches \(inputs, targets\), found one without targets: float32",
+        ),
         (
             [(torch.zeros(2, 3), torch.zeros(2, 2))],
             ["weigth"],

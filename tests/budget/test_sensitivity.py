@@ -267,9 +267,16 @@ def not_finite(outputs: Tensor, _targets: Tensor) -> Tensor:
     ("change", "loader", "loss", "weights", "error", "message"),
     [
         (None, batches(), mse_loss, 1, BudgetError, "1"),
-        (None, [], mse_loss, 4, ConfigError, "allocate_bits_: expected batches, found an empty loader"),
+        (None, [], mse_loss, 4, ConfigError, "allocate_bits_: expected at least one batch, found an empty loader"),
         (None, [batches()[0][0]], mse_loss, 4, ConfigError, r"expected batches \(inputs, targets\), found one without"),
-        (None, batches(), not_finite, 4, NonFiniteError, r"0\.weight: expected finite gradients under noise"),
+        (
+            None,
+            batches(),
+            not_finite,
+            4,
+            NonFiniteError,
+            "batch 0: loss_fn: expected a finite loss, found nan",
+        ),
         (
             "calibrated",
             batches(),

@@ -336,10 +336,10 @@ LABELLED = [(batch, torch.zeros(len(batch), 3)) for batch in rows()]
 @pytest.mark.parametrize(
     ("model", "loader", "settings", "error", "message"),
     [
-        (mlp, [], {}, ConfigError, "expected at least 2 samples in the loader, found 0"),
+        (mlp, [], {}, ConfigError, "quantize: expected at least one batch, found an empty loader"),
         (mlp, [torch.zeros(1, 6)], {}, ConfigError, "expected at least 2 samples in the loader, found 1"),
         (mlp, [torch.ones(4, 6)] * 3, {}, ConfigError, "expected samples that differ, found that all are equal"),
-        (mlp, ["text"], {}, ConfigError, "loader: expected batches of tensors"),
+        (mlp, ["text"], {}, ConfigError, "quantize, batch 0: expected batches with tensors that the model takes"),
         (mlp, [torch.full((4, 6), float("nan"))], {}, NonFiniteError, "expected finite samples, found NaN"),
         (mlp, rows(), {"samples": 1}, ConfigError, "expected samples of at least 2, found 1"),
         (mlp, rows(), {"epochs": -1}, ConfigError, "expected epochs of 0 or more, found -1"),

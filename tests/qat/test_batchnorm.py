@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nipq.config import Config, Phase
-from nipq.errors import ConfigError, OrderError
+from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.batchnorm import reestimate_bn_, reestimate_bn_if_better_
@@ -96,7 +96,7 @@ def test_what_cannot_be_measured_is_refused_and_changes_nothing() -> None:
     before = model.norm.running_var.clone()
     with pytest.raises(ConfigError, match="expected at least one batch, found an empty loader"):
         reestimate_bn_(model, [])
-    with pytest.raises(ConfigError, match="loader: expected batches"):
+    with pytest.raises(ConfigError, match="reestimate_bn_, batch 1: expected one input"):
         reestimate_bn_(model, [BATCHES[0], "text"])
     assert torch.equal(model.norm.running_var, before)
     plain = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
@@ -130,20 +130,79 @@ def test_a_norm_that_no_batch_reaches_stays(statistics: Any, caplog: pytest.LogC
     expected.load_state_dict(model.state_dict())
     model.register_module("training_only", nn.BatchNorm2d(3))
     before = {name: value.clone() for name, value in model.training_only.state_dict().items()}
-    reestimate_bn_(model, BATCHES, statistics=statistics)
+    update = reestimate_bn_(model, BATCHES, statistics=statistics)
     reestimate_bn_(expected, BATCHES, statistics=statistics)
     assert torch.equal(model.norm2.running_var, expected.norm2.running_var)
     assert all(torch.equal(before[name], value) for name, value in model.training_only.state_dict().items())
-    assert caplog.messages == ["1 of 3 batch norms were not reached and stay as they are"]
+    assert caplog.messages == ["batch norms that no batch reached stay as they are: training_only"]
+    assert update.unreached == ("training_only",)
+    assert update.to_dict()["unreached"] == ["training_only"]
+    assert "training_only: not reached, as before" in str(update)
+    assert [shift.name for shift in update.shifts] == ["norm", "norm2"]
 
 
-def test_batches_that_reach_no_norm_are_refused() -> None:
+def test_norms_of_heads_that_evaluation_leaves_out_stop_nothing() -> None:
     model = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
     calibrate_(model, [torch.randn(4, 2)])
     model.register_module("training_only", nn.Identity())
     model.training_only.register_module("norm", nn.BatchNorm1d(2))
-    with pytest.raises(OrderError, match="expected the batches to reach batch norms, found that none did"):
-        reestimate_bn_(model, [torch.randn(4, 2)])
+    update = reestimate_bn_(model, [torch.randn(4, 2)])
+    assert (update.unreached, update.shifts, update.batches) == (("training_only.norm",), (), 1)
+    update.undo()
+
+
+class Named(Net):
+    """Gives batch norms their input by name."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm2(input=self.second(torch.relu(self.norm(input=self.conv(x)))))
+
+
+@pytest.mark.parametrize("statistics", ["absolute", "relative"])
+def test_inputs_of_batch_norms_may_have_their_name(statistics: Any) -> None:
+    torch.manual_seed(0)
+    named, plain = (calibrate_(prepare_(Named(), BATCHES[0]), BATCHES) for _ in range(2))
+    plain.load_state_dict(named.state_dict())
+    plain.forward = lambda x: plain.norm2(plain.second(torch.relu(plain.norm(plain.conv(x)))))  # type: ignore[method-assign]
+    updates = [reestimate_bn_(model, BATCHES, statistics=statistics) for model in (named, plain)]
+    assert updates[0].to_dict() == updates[1].to_dict()
+    assert updates[0].shifts[0].std != 1
+
+
+def test_every_kind_of_averaging_is_measured_alike() -> None:
+    """A cumulative average, and statistics that stood still in training: evaluation uses them all the same."""
+    found = []
+    for settings in ({}, {"momentum": None}, {"stands": True}):
+        torch.manual_seed(0)
+        model = net()
+        model.norm.momentum = settings.get("momentum", 0.1)
+        model.norm.track_running_stats = "stands" not in settings
+        reestimate_bn_(model, BATCHES)
+        found.append(model.norm.running_var.clone())
+        assert (model.norm.momentum, model.norm.track_running_stats) == (
+            settings.get("momentum", 0.1), "stands" not in settings,
+        )  # fmt: skip
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_norms_without_statistics_are_left_out() -> None:
+    model = nn.Sequential(
+        nn.Linear(2, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2), nn.BatchNorm1d(2)
+    )
+    calibrate_(prepare_(model, torch.randn(4, 2)), [torch.randn(4, 2)])
+    update = reestimate_bn_(model, [torch.randn(8, 2)])
+    assert ([shift.name for shift in update.shifts], update.unreached) == (["3"], ())
+
+
+def test_statistics_that_are_not_finite_are_refused_by_name_and_undone() -> None:
+    model = net()
+    before = model.norm.running_mean.clone()
+    bad = BATCHES[0].clone()
+    bad[1, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match="norm: expected finite statistics, found NaN or infinity"):
+        reestimate_bn_(model, [bad])
+    assert torch.equal(model.norm.running_mean, before)
 
 
 # ---------------------------------------------------------------------- relative statistics, and the guard
@@ -241,7 +300,7 @@ def test_the_guard_judges_by_a_float_network_that_it_is_given() -> None:
 def test_a_guard_without_batch_norms_or_batches() -> None:
     plain = prepare_(nn.Sequential(nn.Linear(2, 2)), torch.zeros(1, 2))
     assert reestimate_bn_if_better_(plain, [], []).kept == "none"
-    with pytest.raises(ConfigError, match="expected at least one held-out batch"):
+    with pytest.raises(ConfigError, match="held-out data: expected at least one batch"):
         reestimate_bn_if_better_(net(), BATCHES, [])
     with pytest.raises(ConfigError, match="expected statistics 'absolute' or 'relative', found 'best'"):
         reestimate_bn_(net(), BATCHES, statistics="best")  # type: ignore[arg-type]

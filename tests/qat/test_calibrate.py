@@ -10,7 +10,7 @@ from nipq.config import Config
 from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.grid import SIGNED, UNSIGNED
-from nipq.prepare.batches import inputs_of, to_device
+from nipq.prepare.batches import to_device
 from nipq.prepare.layer_table import layer_table, phase_of, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
@@ -125,15 +125,41 @@ def test_batches_in_every_form(form: str) -> None:
     assert all(quantizer.calibrated for quantizer in quantizers(model))
 
 
-def test_inputs_of_a_mapping_leaves_the_labels_out() -> None:
-    x = torch.zeros(2)
-    assert inputs_of({"pixels": x, "labels": x, "label": x, "target": x}) == {"pixels": x}
-
-
 @pytest.mark.parametrize("batch", ["text", 3, (), ("text", torch.zeros(1)), None])
 def test_batches_without_tensors_are_refused(batch: object) -> None:
-    with pytest.raises(ConfigError, match="loader: expected batches of tensors, found"):
+    with pytest.raises(ConfigError, match=r"calibrate_, batch 0: expected one input, as in the example inputs, found"):
         calibrate_(prepared(), [batch])
+
+
+WRONG: dict[str, tuple[Tensor, str]] = {
+    "bytes": (torch.zeros(4, 6, dtype=torch.uint8), r"floating-point numbers.*found torch.uint8\. Cast it"),
+    "float64": (torch.zeros(4, 6).double(), r"its forward fails on float64 \[4, 6\]"),
+    "empty": (torch.zeros(0, 6), r"expected a sample at least, found none in float32 \[0, 6\]"),
+    "a sample": (torch.zeros(6), r"expected a batch of 2 axes.*found shape \[6\]\. Put a DataLoader"),
+    "width": (torch.zeros(4, 5), r"its forward fails on float32 \[4, 5\]"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_batches_that_the_model_does_not_take_are_refused_by_number(kind: str) -> None:
+    batch, message = WRONG[kind]
+    with pytest.raises(ConfigError, match=f"calibrate_, batch 1: .*{message}"):
+        calibrate_(prepared(), [torch.randn(4, 6), batch])
+
+
+def test_one_sample_of_nan_is_refused_wherever_it_stands() -> None:
+    batches = [torch.randn(SAMPLE_SIZE // 8, 6) for _ in range(2)]  # so large that calibration keeps few values
+    for bad in (torch.nan, torch.inf):
+        batches[1][77, 3] = bad
+        with pytest.raises(NonFiniteError, match=r"calibrate_, batch 1: .*expected finite.*\(sample 77\)\. Leave such"):
+            calibrate_(prepared(), batches)
+
+
+def test_batches_of_several_sizes_and_fewer_than_asked_for_will_do() -> None:
+    model = calibrate_(prepared(init="max"), [torch.full((n, 6), float(n)) for n in (1, 5, 2)], batches=50)
+    assert layer_table(model)[0].input.alpha.item() == pytest.approx(5.0, rel=0.01)
+    with pytest.raises(ConfigError, match="expected batches of at least 1, found 0"):
+        calibrate_(prepared(), [torch.zeros(1, 6)], batches=0)
 
 
 def test_moving_inputs_keeps_their_form() -> None:
@@ -146,13 +172,15 @@ def test_moving_inputs_keeps_their_form() -> None:
 def test_an_empty_loader_is_refused() -> None:
     with pytest.raises(ConfigError, match="expected at least one batch, found an empty loader"):
         calibrate_(prepared(), [])
+    with pytest.raises(ConfigError, match="calibrate_: expected a loader, an iterable of batches, found None"):
+        calibrate_(prepared(), None)  # type: ignore[arg-type]
 
 
 def test_activations_that_are_not_finite_are_refused_by_name_and_leave_the_modes() -> None:
     model = prepared().train()
     x = torch.randn(4, 6)
     x[0, 0] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"0\.input: expected finite activations while calibrating"):
+    with pytest.raises(NonFiniteError, match=r"own input: expected finite numbers while calibrating.*\(sample 0\)"):
         calibrate_(model, [x])
     assert model.training
     assert phase_of(model) == "noise"

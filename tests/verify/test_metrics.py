@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import nn
 
+from nipq.prepare.batches import BatchReader
 from nipq.verify.metrics import LayerComparison, OutputComparison, exact_check, most_by_chance
 from nipq.verify.reference import labels_of
 
@@ -107,8 +109,11 @@ def test_chance_fails_a_right_model_seldom_and_a_wrong_one_nearly_always() -> No
 
 def test_labels_are_found_where_loaders_put_them() -> None:
     x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    assert labels_of((x, y)) is y
-    assert labels_of({"pixels": x, "labels": y}) is y
-    assert labels_of(x) is None
-    assert labels_of((x,)) is None
-    assert labels_of((x, x)) is None
+    reader = BatchReader(nn.Linear(3, 2))
+    assert labels_of((x, y), reader) is y
+    assert labels_of((x, y, x), reader) is y
+    assert labels_of(({"input": x}, y), BatchReader(nn.Linear(3, 2))) is y
+    assert labels_of({"input": x, "labels": y}, BatchReader(nn.Linear(3, 2))) is y
+    assert labels_of(x, reader) is None
+    assert labels_of((x,), reader) is None
+    assert labels_of((x, x), reader) is None

@@ -18,6 +18,7 @@ from nipq.budget.solver import least_loss_bits
 from nipq.distributed import check_same_, from_rank_zero
 from nipq.errors import ConfigError
 from nipq.functional.bitwidth import raw_from_bits
+from nipq.prepare.batches import Inputs, check_rereadable
 from nipq.prepare.layer_table import layer_table, quantizers
 
 #: Ways of choosing the first bit-widths.
@@ -39,6 +40,7 @@ def allocate_bits_(
     seed: int = 0,
     rounds: int = 1,
     whole: bool = False,
+    inputs: Inputs | None = None,
 ) -> dict[str, float]:
     """Choose the bit-widths of least summed loss within the budget, as starts for training or for good.
 
@@ -55,7 +57,7 @@ def allocate_bits_(
 
     Args:
         model: a prepared and calibrated model, its bits where ``prepare_`` put them.
-        loader: batches, with targets if ``loss_fn`` is given; see :func:`nipq.budget.sensitivity.noise_losses`.
+        loader: batches, with targets if ``loss_fn`` is given.
         budget: the limits.
         loss_fn: of outputs and targets, a scalar; if left out, the distance from the float network's own outputs.
         method: see above.
@@ -65,6 +67,8 @@ def allocate_bits_(
             no training follows (``"noise"``).
         whole: count the cost of the nearest whole bits and keep no margin, for bits that are frozen next instead of
             learned (``"noise"``).
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         Loss that the noise of each tensor adds at its former bits, by its name (in the last round); empty where nothing
@@ -73,7 +77,8 @@ def allocate_bits_(
     Raises:
         BudgetError: if no allowed bit-widths keep the budget.
         OrderError: if the model is not prepared or not calibrated.
-        ConfigError: if a setting is unknown, the loader is empty, or targets are missing.
+        ConfigError: if a setting is unknown, the loader is empty, a batch is not what the model takes, or targets are
+            missing.
         NonFiniteError: if a gradient is not finite.
         DistributedError: if ranks hold different models or read different numbers of batches, or one of them failed.
     """
@@ -83,6 +88,8 @@ def allocate_bits_(
         raise ConfigError(
             f"allocate_bits_: expected rounds and batches of at least 1, found {rounds} and {batches}. Raise them."
         )
+    if rounds > 1:
+        check_rereadable(loader, "allocate_bits_")
     check_feasible(model, budget)
     check_same_(model, "allocate_bits_")
     learned = [quantizer for quantizer in quantizers(model) if not quantizer.is_frozen]
@@ -92,16 +99,16 @@ def allocate_bits_(
     if method == "uniform":
         uniform_bits_(model, budget)
     elif method == "hawq":
-        _allocate_by_curvature_(model, loader, budget, loss_fn, seed)
+        _allocate_by_curvature_(model, loader, budget, loss_fn, seed, inputs)
     else:
         for left in reversed(range(rounds)):
-            losses = noise_losses(model, learned, loader, loss_fn, batches=batches, seed=seed)
+            losses = noise_losses(model, learned, loader, loss_fn, batches=batches, seed=seed, inputs=inputs)
             _assign_(model, losses, budget, whole=whole or left > 0)
     return losses
 
 
 def _allocate_by_curvature_(
-    model: nn.Module, loader: Iterable[Any], budget: Budget, loss_fn: LossFn | None, seed: int
+    model: nn.Module, loader: Iterable[Any], budget: Budget, loss_fn: LossFn | None, seed: int, inputs: Inputs | None
 ) -> None:
     if loss_fn is None:
         raise ConfigError(
@@ -110,7 +117,7 @@ def _allocate_by_curvature_(
         )
     from nipq.budget.hawq import allocate_  # the Hessian's code, needed here alone
 
-    allocate_(model, loader, loss_fn, budget, seed=seed)
+    allocate_(model, loader, loss_fn, budget, seed=seed, inputs=inputs)
 
 
 def _assign_(model: nn.Module, losses: dict[str, float], budget: Budget, *, whole: bool) -> None:

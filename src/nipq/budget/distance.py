@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nipq.config import Phase
 from nipq.distributed import inner, reduce_mean_
 from nipq.errors import ConfigError, NonFiniteError
-from nipq.prepare.batches import ExampleInputs, call_model, evaluating, inputs_of, tensors_in, to_device
+from nipq.prepare.batches import BatchReader, Inputs, call_model, evaluating, to_device
+from nipq.prepare.input_form import ExampleInputs, tensors_in
 from nipq.prepare.layer_table import phase_of, quantizers, set_phase_
 
 #: Least variance that an output is divided by, so that a constant output has a finite distance.
@@ -115,34 +116,40 @@ class OutputJudge:
 
     Args:
         model: a prepared model.
-        batches: see :func:`nipq.prepare.batches.inputs_of`; read once, on this rank.
+        batches: read once, on this rank.
         reference: the float network in evaluation mode; if left out, the model in phase ``"float"`` as it is now.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Raises:
         ConfigError: if there is no batch.
         NonFiniteError: if an output of the float network is not finite.
     """
 
-    def __init__(self, model: nn.Module, batches: Iterable[Any], reference: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        reference: nn.Module | None = None,
+        *,
+        inputs: Inputs | None = None,
+    ) -> None:
         self._model = model
         self._kept: list[tuple[ExampleInputs, list[Tensor]]] = []
         device = next(model.parameters()).device
+        reader = BatchReader(model, inputs, "held-out data")
         with rounding(model), torch.no_grad():
-            for batch in batches:
-                inputs = to_device(inputs_of(batch), device)
+            for where, batch in reader.read(batches):
+                given = to_device(reader.inputs(batch, where), device)
                 truth = (
-                    float_outputs(inner(model), inputs)
-                    if reference is None
-                    else floats_in(call_model(reference, inputs))
+                    float_outputs(inner(model), given) if reference is None else floats_in(call_model(reference, given))
                 )
                 if not all(bool(torch.isfinite(tensor).all()) for tensor in truth):
                     raise NonFiniteError(
                         f"{type(model).__name__}: expected finite outputs of the float model, found NaN or infinity. "
                         "Check the float model and its inputs."
                     )
-                self._kept.append((inputs, truth))
-        if not self._kept:
-            raise ConfigError("expected at least one held-out batch to judge by, found none. Give some.")
+                self._kept.append((given, truth))
 
     def distance(self) -> float:
         """Mean over the batches, of all ranks, of :func:`output_distance`; evaluation with the true quantizers."""

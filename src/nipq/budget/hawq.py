@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,8 @@ from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.uniform import quantize
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import ExampleInputs, call_model, to_device
+from nipq.prepare.batches import BatchReader, Inputs, batches_of, call_model, to_device
+from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import layer_table
 
 
@@ -76,6 +78,7 @@ def allocate_(
     samples: int = 256,
     probes: int = 32,
     seed: int = 0,
+    inputs: Inputs | None = None,
 ) -> Assignment:
     """Freeze the bit-widths that add the least loss, by the curvature of the float network, within the budget.
 
@@ -94,6 +97,8 @@ def allocate_(
         samples: whole batches are read until there are so many samples.
         probes: random vectors for each trace, at least 2.
         seed: of the random vectors.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         The bit-widths, by tensor.
@@ -107,7 +112,7 @@ def allocate_(
     """
     check_feasible(model, budget)
     check_same_(model, "allocate_")
-    found = sensitivities(model, loader, loss_fn, samples=samples, probes=probes, seed=seed)
+    found = sensitivities(model, loader, loss_fn, samples=samples, probes=probes, seed=seed, inputs=inputs)
     losses = {one.name: np.array(list(one.losses.values())) for one in found}
     table, limits = BitTable(layer_table(model)), budget.limits(model)
     summed = [np.asarray(sum(losses.get(one.name, np.zeros(1)) for one in members)) for members in table.members]
@@ -122,6 +127,7 @@ def sensitivities(
     samples: int = 256,
     probes: int = 32,
     seed: int = 0,
+    inputs: Inputs | None = None,
 ) -> list[Sensitivity]:
     """Loss that each tensor is charged with at each of its allowed bit-widths; see the module for the equation.
 
@@ -134,6 +140,8 @@ def sensitivities(
         samples: whole batches are read until there are so many samples.
         probes: random vectors for each trace, at least 2.
         seed: of the random vectors.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         Weights, then inputs, as in :class:`~nipq.budget.bit_table.BitTable`.
@@ -157,7 +165,7 @@ def sensitivities(
     names = {module: name for name, module in model.named_modules()}
     copied = float_copy(model, quantized=False)
     weights: dict[str, nn.Parameter] = {}
-    inputs: dict[str, nn.Module] = {}
+    readers: dict[str, nn.Module] = {}
     for row in rows:
         if row.spec.is_product:
             if not row.weight.is_frozen:
@@ -170,13 +178,13 @@ def sensitivities(
         if not row.weight.is_frozen:
             weights.setdefault(row.weight.name, float_weight(layer))
         if row.input is not None and not row.input.is_frozen:
-            inputs[row.input.name] = layer
-    data = _first(loader, samples, next(copied.parameters()).device)
-    batches = [(batch.inputs, batch.targets) for batch in data]
-    traces = input_traces(copied, batches, loss_fn, inputs, probes=probes, seed=seed)
+            readers[row.input.name] = layer
+    data = _first(loader, samples, next(copied.parameters()).device, BatchReader(model, inputs, "allocate_"))
+    batches, own = [(batch.inputs, batch.targets) for batch in data], itemgetter(0)
+    traces = input_traces(copied, batches, loss_fn, readers, probes=probes, seed=seed, inputs=own)
     if weights:
-        traces |= weight_traces(copied, batches, loss_fn, weights, probes=probes, seed=seed)
-    values: dict[str, Tensor] = {**weights, **_activations(copied, inputs, [batch.inputs for batch in data])}
+        traces |= weight_traces(copied, batches, loss_fn, weights, probes=probes, seed=seed, inputs=own)
+    values: dict[str, Tensor] = {**weights, **_activations(copied, readers, [batch.inputs for batch in data])}
     open_ = [(q, choices) for q, choices in zip(table.quantizers, table.choices, strict=True) if not q.is_frozen]
     for quantizer, _ in open_:
         if quantizer.name not in traces:
@@ -212,15 +220,15 @@ def squared_error(quantizer: TensorQuantizer, values: Tensor, bits: int) -> floa
     return float((quantize(values, alpha, float(bits), quantizer.grid) - values).double().square().mean())
 
 
-def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[LabelledBatch]:
+def _first(loader: Iterable[Any], samples: int, device: torch.device, reader: BatchReader) -> list[LabelledBatch]:
     """Batches of all ranks in the order of one process that is given the ranks' batches side by side."""
     found: list[LabelledBatch] = []
     with all_or_none("allocate_"):
-        for batch in loader:
-            found += labelled([batch], device)
+        for batch in batches_of(loader, "allocate_"):
+            found += labelled([batch], device, reader)
             if sum(one.count for one in found) * world_size() >= samples:
                 break
-        found = found or labelled([], device)  # the latter raises
+        found = found or labelled([], device, reader)  # the latter raises
     if world_size() == 1:
         return found
     host = torch.device("cpu")
@@ -229,8 +237,7 @@ def _first(loader: Iterable[Any], samples: int, device: torch.device) -> list[La
 
 
 def _moved(batch: LabelledBatch, device: torch.device) -> LabelledBatch:
-    targets = None if batch.targets is None else to_device(batch.targets, device)
-    return LabelledBatch(to_device(batch.inputs, device), targets, batch.count)
+    return LabelledBatch(to_device(batch.inputs, device), to_device(batch.targets, device), batch.count)
 
 
 def _activations(network: nn.Module, layers: Mapping[str, nn.Module], inputs: list[ExampleInputs]) -> dict[str, Tensor]:

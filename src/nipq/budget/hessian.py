@@ -34,7 +34,8 @@ from nipq.errors import ConfigError, require
 from nipq.functional.clipping import even_stride
 from nipq.nn.kinds import is_supported, is_table
 from nipq.nn.layers import float_weight, is_prepared
-from nipq.prepare.batches import ExampleInputs, call_model, inputs_of, to_device
+from nipq.prepare.batches import BatchReader, Inputs, call_model, to_device
+from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import set_phase_, weight_table
 from nipq.prepare.prepare import restore_
 
@@ -95,6 +96,7 @@ def curvature(
     probes: int = 32,
     tolerance: float = 1e-3,
     seed: int = 0,
+    inputs: Inputs | None = None,
 ) -> Curvature:
     """Trace of each tensor's block of the Hessian and the top eigenvalue; see the module for which Hessian.
 
@@ -110,6 +112,8 @@ def curvature(
         probes: number of random vectors.
         tolerance: relative accuracy of the eigenvalue.
         seed: of the random vectors.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         The curvature.
@@ -121,7 +125,7 @@ def curvature(
     network = float_copy(model, quantized=quantized)
     chosen = stored_weights(network) if parameters is None else _named(network, parameters)
     tensors = list(chosen.values())
-    data = labelled(batches, tensors[0].device)
+    data = labelled(batches, tensors[0].device, BatchReader(model, inputs, "curvature"))
     with differentiable(tensors):
         operator = hessian(network, data, loss_fn, tensors)
         draws = _probe(operator, tensors, probes, seed)
@@ -145,6 +149,7 @@ def weight_traces(
     *,
     probes: int = 32,
     seed: int = 0,
+    inputs: Inputs | None = None,
 ) -> dict[str, Trace]:
     """Traces of the Hessian's blocks in chosen parameters of a float network in evaluation mode.
 
@@ -155,13 +160,16 @@ def weight_traces(
         parameters: of the network, by any names.
         probes: number of random vectors.
         seed: of the random vectors.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         A trace for each name.
     """
     tensors = list(parameters.values())
     with differentiable(tensors):
-        operator = hessian(network, labelled(batches, tensors[0].device), loss_fn, tensors)
+        data = labelled(batches, tensors[0].device, BatchReader(network, inputs, "weight_traces"))
+        operator = hessian(network, data, loss_fn, tensors)
         draws = _probe(operator, tensors, probes, seed)
     return {name: _estimate(values, p.numel()) for (name, p), values in zip(parameters.items(), draws, strict=True)}
 
@@ -174,6 +182,7 @@ def input_traces(
     *,
     probes: int = 32,
     seed: int = 0,
+    inputs: Inputs | None = None,
 ) -> dict[str, Trace]:
     """Mean over samples of the trace of one sample's Hessian in the input of each layer.
 
@@ -187,13 +196,15 @@ def input_traces(
         layers: of the network, by any names.
         probes: number of random vectors for each batch.
         seed: of the random vectors.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         A trace for each layer that the batches reach.
     """
     draws: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    data = labelled(batches, next(network.parameters()).device)
+    data = labelled(batches, next(network.parameters()).device, BatchReader(network, inputs, "input_traces"))
     total = sum(batch.count for batch in data)
     for place, batch in enumerate(data):
         shifted = _Shifted(network, layers, batch.inputs)
@@ -300,12 +311,13 @@ class LabelledBatch:
     count: int
 
 
-def labelled(batches: Iterable[Any], device: torch.device) -> list[LabelledBatch]:
+def labelled(batches: Iterable[Any], device: torch.device, reader: BatchReader) -> list[LabelledBatch]:
     """Read batches.
 
     Args:
-        batches: tuples or lists, the inputs first and the targets second.
+        batches: inputs and targets, see :class:`~nipq.prepare.batches.BatchReader`.
         device: where they are wanted.
+        reader: finds them in a batch.
 
     Returns:
         All of them.
@@ -314,23 +326,11 @@ def labelled(batches: Iterable[Any], device: torch.device) -> list[LabelledBatch
         ConfigError: if there is none, or one without targets.
     """
     found = []
-    for batch in batches:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise ConfigError(
-                f"Hessian: expected batches of inputs and targets, found {type(batch).__name__}. "
-                "Let the loader yield (inputs, targets)."
-            )
-        inputs = to_device(inputs_of(batch), device)
-        targets = batch[1] if batch[1] is None else to_device(batch[1], device)
-        found.append(LabelledBatch(inputs, targets, _count(inputs)))
-    if not found:
-        raise ConfigError("Hessian: expected at least one batch, found an empty loader. Give some data.")
+    for where, batch in reader.read(batches):
+        inputs = reader.inputs(batch, where)
+        targets = to_device(reader.targets(batch, where), device)
+        found.append(LabelledBatch(to_device(inputs, device), targets, reader.samples(inputs)))
     return found
-
-
-def _count(inputs: ExampleInputs) -> int:
-    values = [inputs] if isinstance(inputs, Tensor) else inputs.values() if isinstance(inputs, Mapping) else inputs
-    return next(len(value) for value in values if isinstance(value, Tensor))
 
 
 def hessian(

@@ -18,9 +18,8 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,11 +28,12 @@ from torch import Generator, Tensor, nn
 
 from nipq.budget.distance import float_outputs, output_distance
 from nipq.distributed import all_or_none, gather_objects, inner, rank_seed, reduce_mean_
-from nipq.errors import ConfigError, DistributedError, NonFiniteError, OrderError
+from nipq.errors import ConfigError, DistributedError, NipqError, NonFiniteError, OrderError, first_line
 from nipq.functional.noise import uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import call_model, evaluating, inputs_of, to_device
+from nipq.prepare.batches import BatchReader, Inputs, evaluating, to_device
+from nipq.prepare.input_form import described
 
 #: A loss of outputs and targets, a scalar.
 LossFn = Callable[[Any, Any], Tensor]
@@ -47,6 +47,7 @@ def noise_losses(
     *,
     batches: int,
     seed: int = 0,
+    inputs: Inputs | None = None,
 ) -> dict[str, float]:
     """Loss that the noise of each tensor adds at its present bits, -E[dL / db] / (2 ln 2), by the tensor's name.
 
@@ -57,30 +58,32 @@ def noise_losses(
     Args:
         model: a prepared and calibrated model.
         quantizers: those to measure; all of them are noisy at once, which changes no expectation to second order.
-        loader: batches as :func:`nipq.prepare.batches.inputs_of` takes them; with ``loss_fn`` also targets, the second
-            item of a tuple or ``labels``, ``label`` or ``target`` of a mapping.
+        loader: batches; with ``loss_fn`` also targets, see :class:`nipq.prepare.batches.BatchReader`.
         loss_fn: of outputs and targets; if left out, :func:`nipq.budget.distance.output_distance` from the outputs of
             the float network.
         batches: how many batches to read, at least 1; two forwards and backwards each, and a float forward if
             ``loss_fn`` is left out.
         seed: of the noise.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         Losses, in units of ``loss_fn``.
 
     Raises:
         OrderError: if a clipping range was never calibrated.
-        ConfigError: if the loader is empty, ``loss_fn`` finds no targets, or it returns no scalar.
+        ConfigError: if the loader is empty, a batch is not what the model takes, ``loss_fn`` finds no targets, fails,
+            or returns no scalar.
         NonFiniteError: if a gradient is not finite.
         DistributedError: if ranks read different numbers of batches, or one of them failed.
     """
     found: list[list[float]] = []
+    reader = BatchReader(model, inputs, "allocate_bits_")
     # Batch norms evaluate, so that their statistics stay.
     with evaluating(model), torch.enable_grad(), all_or_none("allocate_bits_"):
-        for number, batch in enumerate(islice(loader, batches)):
-            found.append(_slopes(inner(model), quantizers, batch, loss_fn, rank_seed(seed + number)))
-        if not found:
-            raise ConfigError("allocate_bits_: expected batches, found an empty loader. Give one that yields some.")
+        for where, batch in reader.read(loader, batches):
+            key = rank_seed(seed + len(found))
+            found.append(_slopes(inner(model), quantizers, batch, loss_fn, key, reader, where))
     counts = gather_objects(len(found))
     if len(set(counts)) > 1:
         raise DistributedError(
@@ -100,41 +103,54 @@ def _slopes(
     batch: Any,  # noqa: ANN401 -- whatever a loader yields
     loss_fn: LossFn | None,
     seed: int,
+    reader: BatchReader,
+    where: str,
 ) -> list[float]:
     """Slope of the loss in each quantizer's bits on one batch, summed over noise of both signs."""
     device = next(model.parameters()).device
-    inputs = to_device(inputs_of(batch), device)
-    compare: LossFn = output_distance if loss_fn is None else loss_fn
-    targets = float_outputs(model, inputs) if loss_fn is None else to_device(targets_of(batch), device)
+    inputs = to_device(reader.inputs(batch, where), device)
+    targets = to_device(reader.targets(batch, where), device) if loss_fn is not None else float_outputs(model, inputs)
     totals = [0.0] * len(quantizers)
     for sign in (1.0, -1.0):
         with _probed(quantizers, sign, seed) as bits:
-            loss = compare(call_model(model, inputs), targets)
-            check_scalar(loss)
+            outputs = reader.call(model, inputs, where)
+            loss = output_distance(outputs, targets) if loss_fn is None else loss_of(loss_fn, outputs, targets, where)
             slopes = torch.autograd.grad(loss, list(bits.values()), materialize_grads=True)
         totals = [total + float(slope) for total, slope in zip(totals, slopes, strict=True)]
     return totals
 
 
-def targets_of(batch: Any) -> Any:  # noqa: ANN401 -- whatever a loader yields
-    """Targets in a batch: the second item of a tuple, or ``labels``, ``label`` or ``target`` of a mapping.
+def loss_of(loss_fn: LossFn, outputs: Any, targets: Any, where: str = "loss_fn") -> Tensor:  # noqa: ANN401
+    """The loss of a batch, a finite scalar that gradients flow from; errors of the function tell the batch.
 
     Args:
-        batch: what a loader yields.
+        loss_fn: of outputs and targets.
+        outputs: what the model returned.
+        targets: see :class:`nipq.prepare.batches.BatchReader`.
+        where: name of the batch for messages.
 
     Raises:
-        ConfigError: if there are none.
+        ConfigError: if the function fails, as on labels out of range, or returns no scalar.
+        NonFiniteError: if the loss is not finite.
     """
-    if isinstance(batch, Mapping):
-        found = [batch[key] for key in ("labels", "label", "target") if key in batch]
-    else:
-        found = list(batch[1:2]) if isinstance(batch, (tuple, list)) else []
-    if not found:
+    try:
+        loss = loss_fn(outputs, targets)
+    except (NipqError, torch.OutOfMemoryError):
+        raise
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
+        whole = isinstance(targets, Tensor) and not targets.is_floating_point() and targets.numel()
+        values = f" with values from {int(targets.min())} to {int(targets.max())}" if whole else ""
         raise ConfigError(
-            "loss_fn: expected batches (inputs, targets), found one without targets. "
-            "Give targets, or leave loss_fn out to compare with the float model's own outputs."
+            f"{where}: loss_fn: expected a function of the model's outputs ({described(outputs)}) and the targets "
+            f"({described(targets)}{values}), found that it fails on them: {first_line(error)}. "
+            "Try loss_fn(model(x), y) on a batch of the loader."
+        ) from error
+    check_scalar(loss)
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteError(
+            f"{where}: loss_fn: expected a finite loss, found {float(loss.detach())}. Look at inputs and targets."
         )
-    return found[0]
+    return loss
 
 
 def check_scalar(loss: object) -> None:

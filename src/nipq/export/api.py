@@ -16,7 +16,8 @@ from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
 from nipq.export.program import program_bytes
 from nipq.files import check_free, written_whole
 from nipq.nn.deployed import check_deployed, deployed_layers, deployed_products
-from nipq.prepare.batches import ExampleInputs
+from nipq.prepare.batches import BatchReader
+from nipq.prepare.input_form import REMEDY, ExampleInputs, known_form
 from nipq.tables import Column, FittedTable, Prose, plain_text
 
 #: Formats of files.
@@ -44,7 +45,8 @@ def export(
         deployed: a model from ``nipq.convert`` or ``nipq.load``; it is not changed.
         path: the file.
         example_inputs: the model's inputs: a tensor, a sequence of arguments, or a mapping by name. Values
-            do not matter; the first dimension is the batch and stays open.
+            do not matter; the first dimension is the batch and stays open. A training batch will do: what the model
+            was not prepared with, such as labels, is left out.
         format: ``"onnx"`` (QuantizeLinear, Clip, DequantizeLinear), ``"qonnx"`` (Quant nodes), ``"arrays"`` (NPZ) or
             ``"program"`` (``torch.export``); by the end of the path if not given: ``.onnx``, ``.qonnx.onnx``,
             ``.npz``, ``.pt2``.
@@ -56,7 +58,8 @@ def export(
 
     Raises:
         NotQuantizableError: if a layer has no form in the format.
-        ConfigError: if the name is taken or says no format, the model is not deployed, or it cannot be traced.
+        ConfigError: if the name is taken or says no format, the model is not deployed or cannot be traced, or the
+            inputs are not those that it was prepared with.
         NonFiniteError: if a scale leaves the range of float32.
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
@@ -71,6 +74,8 @@ def export(
         )
     check_deployed(deployed, "export")
     check_free(path, overwrite=overwrite, command="export")
+    if known_form(deployed) is not None:  # not of a model that was loaded into a float one
+        example_inputs = _prepared_with(deployed, example_inputs)
     opset: int | None = None
     layers, products = deployed_layers(deployed), deployed_products(deployed)
     containers = {name: str(layer.weight_codes.dtype).removeprefix("torch.") for name, layer in layers.items()}
@@ -98,6 +103,14 @@ def export(
         warnings,
         tuple(ExportedProduct(name, product.x.bits, product.y.bits) for name, product in products.items()),
     )
+
+
+def _prepared_with(deployed: nn.Module, given: ExampleInputs) -> ExampleInputs:
+    """What the model was prepared with, out of a training batch."""
+    try:
+        return BatchReader(deployed, purpose="export").inputs(given)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(REMEDY, "Give inputs that the model was prepared with.")) from error
 
 
 def format_of(path: Path) -> Format:

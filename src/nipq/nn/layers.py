@@ -229,8 +229,8 @@ def leave_integer_domain(layer: nn.Module) -> None:
     record.folded = ()
 
 
-def _pass_on(_module: nn.Module, x: Tensor) -> Tensor:
-    return x
+def _pass_on(_module: nn.Module, input: Tensor) -> Tensor:
+    return input
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from nipq.nn.layers import (
 )
 from nipq.nn.quantizer import InputQuantizer, OffsetInputQuantizer, WeightQuantizer
 from nipq.nn.relu import neighbours, watch_hooks
-from nipq.prepare.batches import ExampleInputs
+from nipq.prepare.input_form import ExampleInputs, form_of, remember_form_
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
 from nipq.prepare.trace import PRODUCT_OPERANDS
@@ -52,7 +52,9 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
 
     Args:
         model: a float model, not wrapped for several devices and not compiled.
-        example_inputs: a tensor, a tuple or a dict that the model can be called with; a batch of one is enough.
+        example_inputs: a tensor, a tuple or a dict that the model can be called with; a batch of one is enough. Their
+            form is remembered: by it all functions find the inputs in a loader's batches, see
+            :mod:`nipq.prepare.input_form`.
         config: settings; the default learns 2 to 8 bits everywhere and keeps the model's input at 8 bits.
 
     Returns:
@@ -103,6 +105,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
             pair = products[attention.scores.name], products[attention.mix.name]
             install(model.get_submodule(attention.name), AttentionProducts(*pair, name=attention.name).to(device))
     close_shortcuts_(model)
+    remember_form_(model, form_of(example_inputs, model))
     set_phase_(model, Phase.NOISE)
     return model
 
@@ -125,6 +128,7 @@ def restore_(model: nn.Module) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(getattr(module, PRODUCTS, None), AttentionProducts):
             uninstall(module)
+        remember_form_(module, None)
     return model
 
 

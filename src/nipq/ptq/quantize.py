@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,20 @@ from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible, costs
 from nipq.budget.distance import Judgement, OutputJudge, floats_in, output_distance
 from nipq.budget.freeze import freeze_to_
-from nipq.budget.sensitivity import LossFn, check_scalar, targets_of
+from nipq.budget.sensitivity import LossFn, loss_of
 from nipq.config import Config, Phase
 from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.export.api import ExportReport, export
 from nipq.export.packed_write import file_bytes, save
 from nipq.nn.deployed import deployed_layers
 from nipq.nn.layers import is_prepared
-from nipq.prepare.batches import ExampleInputs, call_model, inputs_of, to_device
+from nipq.prepare.batches import BatchReader, Inputs, batches_of, call_model, check_rereadable, to_device
 from nipq.prepare.convert import convert
+from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.ptq.report import QuantizationReport, Stage
-from nipq.ptq.samples import Samples, cut, read_samples, sample_count
+from nipq.ptq.samples import Batch, Samples, part, read_samples
 from nipq.qat.batchnorm import batchnorms, reestimate_bn_, reestimate_bn_if_better_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.optim import param_groups
@@ -50,6 +52,9 @@ CONFIG = Config(granularity="channel")
 #: Learning rate of AdamW for weights and ranges. Ten times as much served a small network for digits better, and
 #: ruined a pretrained EfficientNet-Lite0 within 32 steps; see experiments/post_training/README.md.
 LR = 1e-4
+
+#: Finds the inputs in the pairs that samples are kept as.
+_first = itemgetter(0)
 
 #: Number of measurements of sensitivities: in the middle of the range or at one width, then at the first assignment.
 ROUNDS = 2
@@ -122,6 +127,7 @@ def quantize(
     loss_fn: LossFn | None = None,
     lr: float | None = None,
     seed: int = 0,
+    inputs: Inputs | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> QuantizedModel:
     """Quantize a trained float model within a budget, from a few hundred unlabelled samples.
@@ -138,7 +144,8 @@ def quantize(
 
     Args:
         model: a trained float model that :func:`nipq.prepare_` takes.
-        loader: batches: tensors, ``(inputs, targets)``, or mappings of keyword inputs. Read once without training.
+        loader: batches: tensors, ``(inputs, targets)``, or mappings of keyword inputs. Read once without training. A
+            model with several inputs finds them by ``example_inputs``, or else by the arguments of its forward.
         budget: limits on the result; None gives every tensor the most bits that the config allows (8 by default).
         config: settings of ``prepare_``; the default is :data:`CONFIG`.
         example_inputs: what ``prepare_`` traces the model with; the first sample if left out.
@@ -148,6 +155,8 @@ def quantize(
             and no targets are needed.
         lr: learning rate of the training, if not the default's.
         seed: of the noise, and of the training.
+        inputs: function from a batch to what the model is called with, where the form of ``example_inputs`` does
+            not say it; see :class:`nipq.prepare.batches.BatchReader`.
         progress: called with the name of each stage when it begins.
 
     Returns:
@@ -169,20 +178,17 @@ def quantize(
             f"{type(model).__name__}: expected parameters in float32 or bfloat16 to train, found float16, in which "
             "AdamW divides by zero. Give model.float(), or leave epochs out."
         )
-    if epochs and isinstance(loader, Iterator):
-        raise ConfigError(
-            f"quantize: expected a loader that can be read several times to train with, found a "
-            f"{type(loader).__name__}, which ends after one pass. Give the DataLoader or list itself."
-        )
-    found = read_samples(loader, samples)
+    if epochs:
+        check_rereadable(loader, "quantize")
+    reader = BatchReader(model, inputs, "quantize", example_inputs)
+    found = read_samples(loader, samples, reader, targets=loss_fn is not None)
     device = next(model.parameters()).device
     if example_inputs is None:
-        first = found.fit[0]
-        example_inputs = to_device(inputs_of(cut(first, 0, 1, sample_count(first))), device)
+        example_inputs = to_device(reader.cut(found.fit[0][0], 0, 1), device)
     student = copy.deepcopy(model).eval()
     float_bytes = sum(tensor.nbytes for tensor in (*student.parameters(), *student.buffers()))
     if loss_fn is not None:
-        _check_loss(student, found, loss_fn, device)
+        _check_loss(student, part(found.fit[0], 0, 2, reader), loss_fn, device)
     prepare_(student, example_inputs, config or CONFIG)
     set_phase_(student, Phase.ROUND)
     if budget is not None:
@@ -192,7 +198,7 @@ def quantize(
     stages.batchnorm()
     if epochs:
         teacher = copy.deepcopy(model).eval()
-        student = stages.train(teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr)
+        student = stages.train(teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr, reader=reader)
     set_phase_(student.eval(), Phase.ROUND)
     deployed = convert(student)
     total = summary(student)
@@ -225,7 +231,7 @@ class _Stages:
 
     def __init__(self, model: nn.Module, samples: Samples, seed: int, progress: Callable[[str], None]) -> None:
         self.model, self.samples, self.seed, self.progress = model, samples, seed, progress
-        self.judge = OutputJudge(model, samples.held_out)
+        self.judge = OutputJudge(model, samples.held_out, inputs=_first)
         self.stages: list[Stage] = []
 
     def bits(self, budget: Budget | None) -> None:
@@ -254,7 +260,7 @@ class _Stages:
             return
         started = time.perf_counter()
         self.progress("batch norms")
-        choice = reestimate_bn_if_better_(self.model, self.samples.fit, self.samples.held_out)
+        choice = reestimate_bn_if_better_(self.model, self.samples.fit, self.samples.held_out, inputs=_first)
         tried = min((name for name in choice.distances if name != "none"), key=choice.distances.__getitem__)
         judged = self.judge.judge() if choice.kept != "none" else Judgement(choice.distances[tried], None)
         kept, seconds = choice.kept != "none", time.perf_counter() - started
@@ -269,16 +275,14 @@ class _Stages:
         epochs: int,
         loss_fn: LossFn | None,
         lr: float | None,
+        reader: BatchReader,
     ) -> nn.Module:
         """Train at the chosen bits; without ``loss_fn`` what was there before is kept if it was nearer to float."""
         before = copy.deepcopy(self.model)
         nearest = next(stage.distance for stage in reversed(self.stages) if stage.kept)
         note = f"{epochs} epoch{'s' if epochs > 1 else ''} {'towards float' if loss_fn is None else 'by loss_fn'}"
-        self._stage(
-            "training",
-            lambda: _train_(self.model, teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr, seed=self.seed),
-            note=note,
-        )
+        settings: dict[str, Any] = {"epochs": epochs, "loss_fn": loss_fn, "lr": lr, "seed": self.seed}
+        self._stage("training", lambda: _train_(self.model, teacher, loader, budget, reader, **settings), note=note)
         self._keep_last(kept=loss_fn is not None or self.stages[-1].distance < nearest)
         return self.model if self.stages[-1].kept else before
 
@@ -298,7 +302,7 @@ class _Stages:
         """Distance that the model would have with batch-norm statistics moved, which comes next."""
         if not batchnorms(self.model):
             return self.stages[-1].distance
-        update = reestimate_bn_(self.model, self.samples.fit, statistics="relative")
+        update = reestimate_bn_(self.model, self.samples.fit, statistics="relative", inputs=_first)
         distance = min(self.judge.distance(), self.stages[-1].distance)
         update.undo()
         return distance
@@ -308,12 +312,12 @@ class _Stages:
         self._calibrate()
 
     def _allocate(self, budget: Budget) -> None:
-        batches = len(self.samples.fit)
-        allocate_bits_(self.model, self.samples.fit, budget, batches=batches, seed=self.seed, whole=True)
+        fit = self.samples.fit
+        allocate_bits_(self.model, fit, budget, batches=len(fit), seed=self.seed, whole=True, inputs=_first)
         self._calibrate()
 
     def _calibrate(self) -> None:
-        calibrate_(self.model, self.samples.fit, len(self.samples.fit))
+        calibrate_(self.model, self.samples.fit, len(self.samples.fit), inputs=_first)
 
 
 def _widths(table: BitTable) -> list[int]:
@@ -344,26 +348,17 @@ def _check_model(model: nn.Module) -> None:
             raise NonFiniteError(f"{key}: expected finite numbers, found NaN or infinity. Give a trained model.")
 
 
-def _check_loss(model: nn.Module, samples: Samples, loss_fn: LossFn, device: torch.device) -> None:
-    """Try the loss function on two samples of the float model."""
-    first = samples.fit[0]
-    few = cut(first, 0, 2, sample_count(first))
-    outputs = call_model(model, to_device(inputs_of(few), device))
+def _check_loss(model: nn.Module, few: Batch, loss_fn: LossFn, device: torch.device) -> None:
+    """Try the loss function on few samples of the float model."""
+    inputs, targets = to_device(few[0], device), to_device(few[1], device)
+    outputs = call_model(model, inputs)
     floats_in(outputs)
-    targets = to_device(targets_of(few), device)
-    try:
-        loss = loss_fn(outputs, targets)
-    except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
-        raise ConfigError(
-            f"loss_fn: expected a function of the model's outputs ({type(outputs).__name__}) and the targets, found "
-            f"that it fails on them: {error}. Try loss_fn(model(x), y) on a batch of the loader."
-        ) from error
     learns = any(parameter.requires_grad for parameter in model.parameters())  # else clipping ranges alone will
-    check_scalar(loss if learns or not isinstance(loss, Tensor) else loss.detach().requires_grad_())
-    if not bool(torch.isfinite(loss)):
-        raise NonFiniteError(
-            f"loss_fn: expected a finite loss of the float model, found {float(loss.detach())}. Look at targets."
-        )
+    loss_of(loss_fn if learns else lambda *given: _leaf(loss_fn(*given)), outputs, targets)
+
+
+def _leaf(loss: Any) -> Any:  # noqa: ANN401  (whatever a loss function returns)
+    return loss.detach().requires_grad_() if isinstance(loss, Tensor) else loss
 
 
 def _train_(
@@ -371,6 +366,7 @@ def _train_(
     teacher: nn.Module,
     loader: Iterable[Any],
     budget: Budget | None,
+    reader: BatchReader,
     *,
     epochs: int,
     loss_fn: LossFn | None = None,
@@ -388,6 +384,7 @@ def _train_(
         teacher: the float model in evaluation mode, whose outputs are the targets where there is no ``loss_fn``.
         loader: batches, read once an epoch.
         budget: the limits, which the frozen bits keep.
+        reader: finds inputs and targets in a batch.
         epochs: passes over the loader.
         loss_fn: of outputs and targets; if left out, the distance from the teacher's outputs.
         lr: learning rate; :data:`LR` if left out.
@@ -408,16 +405,15 @@ def _train_(
         for norm in norms:
             norm.eval()
         for _ in range(epochs):
-            for batch in loader:
-                inputs = to_device(inputs_of(batch), device)
-                outputs = call_model(model, inputs)
+            for where, batch in reader.read(loader):
+                inputs = to_device(reader.inputs(batch, where), device)
+                outputs = reader.call(model, inputs, where)
                 if loss_fn is None:
                     with torch.no_grad():
                         truth = floats_in(call_model(teacher, inputs))
                     loss = output_distance(outputs, truth)
                 else:
-                    loss = loss_fn(outputs, to_device(targets_of(batch), device))
-                    check_scalar(loss)
+                    loss = loss_of(loss_fn, outputs, to_device(reader.targets(batch, where), device), where)
                 if not bool(torch.isfinite(loss)):
                     raise NonFiniteError(
                         f"training: expected a finite loss, found {float(loss.detach())} at step {session.steps}. "
@@ -437,4 +433,4 @@ def _batches_in(loader: Iterable[Any]) -> int:
             return len(loader)
         except TypeError:  # a DataLoader over an iterable without a length
             pass
-    return sum(1 for _ in loader)
+    return sum(1 for _ in batches_of(loader, "quantize"))

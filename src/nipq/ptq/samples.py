@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nipq.errors import ConfigError, NonFiniteError
-from nipq.prepare.batches import inputs_of, tensors_in
+from nipq.prepare.batches import BatchReader
+from nipq.prepare.input_form import ExampleInputs, cut, tensors_in
 
 #: Samples in a batch of the measurements; larger batches of the loader are cut, smaller ones stay.
 BATCH = 32
@@ -18,10 +18,13 @@ BATCH = 32
 #: Every so many samples one is held out: the last ones, which neither calibration nor allocation see.
 HELD_OUT = 4
 
+#: Inputs of the model, and targets if they are wanted, else None.
+Batch = tuple[ExampleInputs, Any]
+
 
 @dataclass(frozen=True)
 class Samples:
-    """Batches for measurements.
+    """Batches for measurements, as pairs of inputs and targets.
 
     Attributes:
         fit: batches that ranges, bits and statistics are measured with.
@@ -30,35 +33,38 @@ class Samples:
         held_out_count: samples in ``held_out``.
     """
 
-    fit: list[Any]
-    held_out: list[Any]
+    fit: list[Batch]
+    held_out: list[Batch]
     fit_count: int
     held_out_count: int
 
 
-def read_samples(loader: Iterable[Any], count: int) -> Samples:
+def read_samples(loader: Iterable[Any], count: int, reader: BatchReader, *, targets: bool = False) -> Samples:
     """Read the first samples of a loader; the last quarter of them is held out.
 
     Args:
-        loader: batches, see :func:`nipq.prepare.batches.inputs_of`; read until there are ``count`` samples.
+        loader: batches; read until there are ``count`` samples.
         count: how many samples, at least 2.
+        reader: finds inputs and targets in a batch.
+        targets: whether targets are wanted.
 
     Returns:
-        The samples in batches of :data:`BATCH` at most, with their targets if there are some.
+        The samples in batches of :data:`BATCH` at most.
 
     Raises:
-        ConfigError: if there are fewer than 2 samples, or all of them are equal.
+        ConfigError: if there are fewer than 2 samples, all of them are equal, or a batch is not what the model takes.
         NonFiniteError: if a sample holds NaN or infinity.
     """
     if count < 2:
         raise ConfigError(f"quantize: expected samples of at least 2, found {count}. A few hundred do.")
-    batches: list[tuple[Any, int]] = []
+    batches: list[tuple[Batch, int]] = []
     read = 0
-    for batch in loader:
-        size = sample_count(batch)
-        taken = min(size, count - read)
+    for where, raw in reader.read(loader):
+        whole: Batch = reader.inputs(raw, where), reader.targets(raw, where) if targets else None
+        _check_finite(whole, where)
+        taken = min(reader.samples(whole[0]), count - read)
         batches += [
-            (cut(batch, start, min(start + BATCH, taken), size), min(start + BATCH, taken) - start)
+            (part(whole, start, min(start + BATCH, taken), reader), min(start + BATCH, taken) - start)
             for start in range(0, taken, BATCH)
         ]
         read += taken
@@ -69,65 +75,45 @@ def read_samples(loader: Iterable[Any], count: int) -> Samples:
             f"quantize: expected at least 2 samples in the loader, found {read}. "
             "Give a few hundred, unlabelled ones do."
         )
-    _check([batch for batch, _ in batches])
+    _check_differ([batch for batch, _ in batches])
     fit, held_out, left = [], [], read - max(1, read // HELD_OUT)
     fit_count = left
     for batch, size in batches:
         if left > 0:
-            fit.append(batch if size <= left else cut(batch, 0, left, size))
+            fit.append(batch if size <= left else part(batch, 0, left, reader))
         if size > left:
-            held_out.append(batch if left <= 0 else cut(batch, left, size, size))
+            held_out.append(batch if left <= 0 else part(batch, left, size, reader))
         left -= min(size, left)
     return Samples(fit, held_out, fit_count, read - fit_count)
 
 
-def sample_count(batch: Any) -> int:  # noqa: ANN401  (whatever a loader yields)
-    """Samples in a batch: the length of the first tensor among the inputs.
+def part(batch: Batch, start: int, stop: int, reader: BatchReader) -> Batch:
+    """Some samples of a batch; what belongs to all of its samples stays whole.
 
     Args:
-        batch: what a loader yields.
-
-    Raises:
-        ConfigError: if there is no such tensor, or it has no batch dimension.
-    """
-    first = next(tensors_in(inputs_of(batch)), None)
-    if first is None or first.ndim == 0:
-        raise ConfigError(
-            "loader: expected batches of tensors whose first dimension is the sample, found none. "
-            "Let it yield the model's inputs."
-        )
-    return len(first)
-
-
-def cut(batch: Any, start: int, stop: int, size: int) -> Any:  # noqa: ANN401  (whatever a loader yields)
-    """Some samples of a batch; what is not a tensor with one entry for each sample stays whole.
-
-    Args:
-        batch: tensors in mappings, tuples and lists.
+        batch: inputs and targets.
         start: the first sample.
         stop: the one after the last.
-        size: samples in the batch.
+        reader: knows which inputs have one entry for each sample.
     """
-    if isinstance(batch, Tensor):
-        return batch[start:stop] if batch.ndim and len(batch) == size else batch
-    if isinstance(batch, Mapping):
-        return {key: cut(value, start, stop, size) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return [cut(value, start, stop, size) for value in batch]
-    return batch
+    inputs, targets = batch
+    return reader.cut(inputs, start, stop), cut(targets, start, stop, reader.samples(inputs))
 
 
-def _check(batches: list[Any]) -> None:
-    """Refuse samples that are not finite, or all equal."""
+def _check_finite(batch: Batch, where: str) -> None:
+    for tensor in tensors_in(batch[0]):
+        if bool(tensor.isnan().any()) or bool(tensor.isposinf().any()):  # a mask may hold minus infinity
+            raise NonFiniteError(
+                f"{where}: expected finite samples, found NaN or infinity among them. Look at the loader."
+            )
+
+
+def _check_differ(batches: list[Batch]) -> None:
+    """Refuse samples that are all equal."""
     first, differ = None, False
-    for batch in batches:
-        tensors = list(tensors_in(inputs_of(batch)))
-        for tensor in tensors:
-            if not bool(torch.isfinite(tensor).all()):
-                raise NonFiniteError(
-                    "quantize: expected finite samples, found NaN or infinity among them. Look at the loader."
-                )
-        first = [tensor[:1] for tensor in tensors] if first is None else first
+    for inputs, _ in batches:
+        tensors = list(tensors_in(inputs))
+        first = [tensor[:1] if tensor.ndim else tensor for tensor in tensors] if first is None else first
         differ = differ or any(
             a.shape[1:] != b.shape[1:] or not torch.equal(a.expand_as(b), b)
             for a, b in zip(first, tensors, strict=False)

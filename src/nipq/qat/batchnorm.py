@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nipq.budget.distance import OutputJudge, float_outputs, rounding
 from nipq.distributed import check_same_, inner, reduce_sum_
 from nipq.distributed.sync_batchnorm import synced
-from nipq.errors import ConfigError, OrderError
-from nipq.prepare.batches import call_model, in_step, to_device
+from nipq.errors import ConfigError, NonFiniteError
+from nipq.prepare.batches import BatchReader, Inputs, check_rereadable, to_device
 from nipq.prepare.layer_table import quantizers
 
 #: Statistics of the batches themselves, or the present ones moved by what quantization changes on the batches.
@@ -48,12 +47,15 @@ class BatchNormUpdate:
     Attributes:
         shifts: one entry for each batch norm.
         batches: how many batches were read.
+        unreached: names of batch norms that no batch reached, such as those of an auxiliary head; they are as before.
     """
 
-    def __init__(self, before: dict[str, tuple[_BatchNorm, dict[str, Tensor]]], batches: int) -> None:
+    def __init__(
+        self, before: dict[str, tuple[_BatchNorm, dict[str, Tensor]]], batches: int, unreached: Sequence[str] = ()
+    ) -> None:
         self._before = before
         self._after = {name: _values(module) for name, (module, _) in before.items()}
-        self.batches = batches
+        self.batches, self.unreached = batches, tuple(unreached)
         self.shifts = tuple(_shift(name, module, values) for name, (module, values) in before.items())
 
     def is_current(self) -> bool:
@@ -72,12 +74,14 @@ class BatchNormUpdate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
-        return {"batches": self.batches, "shifts": [asdict(shift) for shift in self.shifts]}
+        shifts = [asdict(shift) for shift in self.shifts]
+        return {"batches": self.batches, "shifts": shifts, "unreached": list(self.unreached)}
 
     def __str__(self) -> str:
         """One line for each batch norm."""
         lines = [f"{shift.name}: mean moved {shift.mean:.3g} std, std x {shift.std:.4g}" for shift in self.shifts]
-        return "\n".join([f"{len(lines)} batch norms from {self.batches} batches", *lines])
+        lines += [f"{name}: not reached, as before" for name in self.unreached]
+        return "\n".join([f"{len(self.shifts)} batch norms from {self.batches} batches", *lines])
 
 
 class _Pooled:
@@ -102,19 +106,20 @@ class _Pooled:
         self.mean += delta * (count / total)
         self.count = total
 
-    def prepare(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def prepare(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """Let a batch of one value for each channel, which has no variance, be normalised by what was pooled before."""
-        module.training = self._size(args[0]) > 1
+        module.training = self._size(_input_of(args, kwargs)) > 1
         if not module.training and self.count > 1:
             _store(self.module, self.mean, self.var)
 
-    def add(self, _module: nn.Module, args: tuple[Tensor, ...], _output: Tensor) -> None:
+    def add(self, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], _output: Tensor) -> None:
         """Join one batch, whose statistics the module just stored (its momentum is 1)."""
         mean, var = self.module.running_mean, self.module.running_var
         assert mean is not None
         assert var is not None
-        size = self._size(args[0])
-        self.join(mean if size > 1 else args[0].detach().reshape(-1), var, size)
+        x = _input_of(args, kwargs)
+        size = self._size(x)
+        self.join(mean if size > 1 else x.detach().reshape(-1), var, size)
 
     def _size(self, x: Tensor) -> int:
         """Values of each channel that all ranks have together."""
@@ -153,9 +158,9 @@ class _Relative:
         self._floats: list[tuple[Tensor, Tensor]] = []
         self.quantizing = False
 
-    def look(self, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def look(self, _module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         """Note a batch of the float network, or move the statistics for the same batch of the quantized one."""
-        x = args[0].detach().float()
+        x = _input_of(args, kwargs).detach().float()
         axes = [axis for axis in range(x.ndim) if axis != 1]
         mean, count = x.mean(axes), x.numel() // x.shape[1]
         var = x.var(axes) if count > 1 else torch.zeros_like(mean)
@@ -189,9 +194,6 @@ class _Relative:
         self.module.running_var.copy_(self.before[1] * ((var + eps) / (float_var + eps)))
 
 
-Statistic = TypeVar("Statistic", _Pooled, _Relative)
-
-
 @torch.no_grad()
 def reestimate_bn_(
     model: nn.Module,
@@ -199,6 +201,7 @@ def reestimate_bn_(
     batches: int | None = None,
     *,
     statistics: Statistics = "absolute",
+    inputs: Inputs | None = None,
 ) -> BatchNormUpdate:
     """Adapt running means and variances to the quantized network over some batches.
 
@@ -209,29 +212,35 @@ def reestimate_bn_(
     quantized and the float network on the same samples, which leaves alone how these samples differ from the training
     data: mean + m_q - m_f, and variance (v_q + eps) / (v_f + eps). Use it with few samples, or others than in training.
 
-    Modes and phases are restored. Batch norms that no batch reaches, such as in a head that is there in training only,
-    stay as they are. With several ranks a batch is what all of them give at once (relative statistics are
-    of each rank's batches, joined at the end), and the rank with the fewest batches says how many are read.
+    Modes and phases are restored. Batch norms that no batch reaches, such as in an auxiliary head that is there in
+    training only, stay as they are; the result and a warning in the log name them. With several ranks a batch is what
+    all of them give at once (relative statistics are of each rank's batches, joined at the end), and the rank with the
+    fewest batches says how many are read.
 
     Paper: the batch-norm update, Q15 and Q20 in docs/internals/paper-map.md; relative statistics are not in it.
 
     Args:
         model: a prepared model with batch norms.
-        loader: batches, see :func:`nipq.prepare.batches.inputs_of`; augmented as in training, if training was.
+        loader: batches; augmented as in training, if training was.
         batches: how many batches to read; all if left out.
         statistics: see above.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         A handle with the shift of each layer and ``undo()``.
 
     Raises:
-        OrderError: if the model is not prepared, or no batch norm is reached.
+        OrderError: if the model is not prepared.
         ConfigError: if the model has no batch norm with running statistics, or the loader is empty, or holds one value
-            of each channel.
+            of each channel, or a batch is not what the model takes.
+        NonFiniteError: if statistics became NaN or infinite; all are as before.
         DistributedError: if ranks hold different models, or one of them failed or is gone.
     """
     if statistics not in get_args(Statistics):
         raise ConfigError(f"reestimate_bn_: expected statistics 'absolute' or 'relative', found {statistics!r}.")
+    if batches is not None and batches < 1:
+        raise ConfigError(f"reestimate_bn_: expected batches of at least 1, found {batches}. Leave it out for all.")
     quantizers(model)  # raises for a model that is not prepared
     found = batchnorms(model)
     if not found:
@@ -241,16 +250,19 @@ def reestimate_bn_(
     check_same_(model, "reestimate_bn_")
     before = {name: (module, _values(module)) for name, module in found.items()}
     measure = _absolute if statistics == "absolute" else _relative
+    reader = BatchReader(model, inputs, "reestimate_bn_")
     try:
         with rounding(model):
-            read = measure(model, list(found.values()), islice(loader, batches))
-            if read == 0:
-                raise ConfigError("reestimate_bn_: expected at least one batch, found an empty loader.")
+            read, reached = measure(model, list(found.values()), reader, loader, batches)
+            _check_finite({name: norm for name, norm in found.items() if norm in reached})
     except BaseException:
         for norm, values in before.values():
             _put_back(norm, values)
         raise
-    return BatchNormUpdate(before, read)
+    unreached = [name for name, norm in found.items() if norm not in reached]
+    if unreached:
+        logger.warning("batch norms that no batch reached stay as they are: %s", ", ".join(unreached))
+    return BatchNormUpdate({name: before[name] for name in before if name not in unreached}, read, unreached)
 
 
 def batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -299,6 +311,7 @@ def reestimate_bn_if_better_(
     *,
     candidates: Sequence[Statistics] = ("relative", "absolute"),
     reference: nn.Module | None = None,
+    inputs: Inputs | None = None,
 ) -> BatchNormChoice:
     """Re-estimate batch norms, and keep it only where it brings the outputs nearer to the float network's.
 
@@ -313,6 +326,8 @@ def reestimate_bn_if_better_(
         candidates: ways of re-estimation to try.
         reference: the float network in evaluation mode; if left out, the model in phase ``"float"`` with the statistics
             that it has now. Give it when the weights were trained since.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         What was kept, with the distances. A model without batch norms keeps ``"none"``.
@@ -323,13 +338,14 @@ def reestimate_bn_if_better_(
     norms = batchnorms(model)
     if not norms:
         return BatchNormChoice("none", {})
-    judge = OutputJudge(model, held_out, reference)
+    check_rereadable(loader, "reestimate_bn_if_better_")
+    judge = OutputJudge(model, held_out, reference, inputs=inputs)
     distances = {"none": judge.distance()}
     kept: Statistics | Literal["none"] = "none"
     best: BatchNormUpdate | None = None
     values: dict[str, dict[str, Tensor]] = {}
     for statistics in candidates:
-        update = reestimate_bn_(model, loader, batches, statistics=statistics)
+        update = reestimate_bn_(model, loader, batches, statistics=statistics, inputs=inputs)
         distances[statistics] = judge.distance()
         if distances[statistics] < distances[kept]:
             kept, best, values = statistics, update, {name: _values(norm) for name, norm in norms.items()}
@@ -339,30 +355,33 @@ def reestimate_bn_if_better_(
     return BatchNormChoice(kept, distances, best)
 
 
-def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[Any]) -> int:
-    """Replace the statistics by those of some batches; gives back how many were read."""
+def _absolute(
+    model: nn.Module, norms: Sequence[_BatchNorm], reader: BatchReader, loader: Iterable[Any], most: int | None
+) -> tuple[int, set[_BatchNorm]]:
+    """Replace the statistics by those of some batches; gives back how many were read, and what they reached."""
     pooled = [_Pooled(norm) for norm in norms]
-    momenta = [norm.momentum for norm in norms]
-    handles = [statistics.module.register_forward_hook(statistics.add) for statistics in pooled]
-    handles += [statistics.module.register_forward_pre_hook(statistics.prepare) for statistics in pooled]
+    settings = [(norm.momentum, norm.track_running_stats) for norm in norms]
+    handles = [one.module.register_forward_hook(one.add, with_kwargs=True) for one in pooled]
+    handles += [one.module.register_forward_pre_hook(one.prepare, with_kwargs=True) for one in pooled]
     device = next(model.parameters()).device
     read = 0
     try:
         for norm in norms:
             norm.train()
-            norm.momentum = 1.0
+            norm.momentum, norm.track_running_stats = 1.0, True  # statistics that stood still are in use, too
         with synced(model):
-            for inputs, ranks in in_step(loader, "reestimate_bn_"):
+            for where, inputs, ranks in reader.in_step(loader, most):
                 for statistics in pooled:
                     statistics.ranks = ranks
-                call_model(inner(model), to_device(inputs, device))
+                reader.call(inner(model), to_device(inputs, device), where)
                 read += 1
     finally:
         for handle in handles:
             handle.remove()
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-    for statistics in _reached([one.count for one in pooled], pooled) if read else ():
+        for norm, (momentum, tracks) in zip(norms, settings, strict=True):
+            norm.momentum, norm.track_running_stats = momentum, tracks
+    reached = [one for one in pooled if one.count]
+    for statistics in reached:
         if statistics.count < 2:
             raise ConfigError(
                 "reestimate_bn_: expected two values of each channel at least, found one, which has no variance. "
@@ -371,46 +390,49 @@ def _absolute(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[An
         _store(statistics.module, statistics.mean, statistics.var)
         if statistics.module.num_batches_tracked is not None:
             statistics.module.num_batches_tracked.fill_(read)
-    return read
+    return read, {one.module for one in reached}
 
 
-def _relative(model: nn.Module, norms: Sequence[_BatchNorm], loader: Iterable[Any]) -> int:
-    """Move the statistics by what quantization changes on some batches; gives back how many were read."""
+def _relative(
+    model: nn.Module, norms: Sequence[_BatchNorm], reader: BatchReader, loader: Iterable[Any], most: int | None
+) -> tuple[int, set[_BatchNorm]]:
+    """Move the statistics by what quantization changes on some batches; gives back the same."""
     moved = [_Relative(norm) for norm in norms]
-    handles = [one.module.register_forward_pre_hook(one.look) for one in moved]
+    handles = [one.module.register_forward_pre_hook(one.look, with_kwargs=True) for one in moved]
     device = next(model.parameters()).device
     read = 0
     try:
-        for batch, _ in in_step(loader, "reestimate_bn_"):
-            inputs = to_device(batch, device)
+        for where, found, _ in reader.in_step(loader, most):
+            inputs = to_device(found, device)
             for one in moved:
                 one.put_back()
             float_outputs(inner(model), inputs)
             for one in moved:
                 one.quantizing = True
-            call_model(inner(model), inputs)
+            reader.call(inner(model), inputs, where)
             read += 1
     finally:
         for handle in handles:
             handle.remove()
-    for one in _reached([one.quantized.count for one in moved], moved) if read else ():
+    reached = [one for one in moved if one.quantized.count]
+    for one in reached:
         one.store()
-    return read
+    return read, {one.module for one in reached}
 
 
-def _reached(counts: Sequence[int], norms: Sequence[Statistic]) -> list[Statistic]:
-    """Those that saw values; the others, such as of a head that is there in training only, stay as they are."""
-    found = [norm for count, norm in zip(counts, norms, strict=True) if count]
-    if not found:
-        raise OrderError(
-            "reestimate_bn_: expected the batches to reach batch norms, found that none did. "
-            "Give batches that use the whole model."
-        )
-    if len(found) < len(norms):
-        logger.warning(
-            "%d of %d batch norms were not reached and stay as they are", len(norms) - len(found), len(norms)
-        )
-    return found
+def _input_of(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
+    """The input of a batch norm, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _check_finite(norms: dict[str, _BatchNorm]) -> None:
+    for name, norm in norms.items():
+        for buffer in (norm.running_mean, norm.running_var):
+            if buffer is not None and not bool(torch.isfinite(buffer).all()):
+                raise NonFiniteError(
+                    f"{name}: expected finite statistics, found NaN or infinity. Look for it in the batches and in the "
+                    "weights; go back to a state from before the training diverged."
+                )
 
 
 def _store(module: _BatchNorm, mean: Tensor, var: Tensor) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import islice
 from typing import Any
 
 import torch
@@ -22,17 +21,18 @@ from nipq.distributed import (
     whole,
     world_size,
 )
-from nipq.errors import ConfigError, OrderError
+from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.functional.clipping import SAMPLE_SIZE, even_stride
 from nipq.nn.init import start_input_range_, start_weight_range_
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import call_model, evaluating, in_step, inputs_of, to_device
+from nipq.prepare.batches import BatchReader, Inputs, evaluating, to_device
+from nipq.prepare.input_form import ExampleInputs, tensors_in
 from nipq.prepare.layer_table import input_quantizers, layer_table, phase_of, set_phase_, weight_table
 
 
 @torch.no_grad()
-def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.Module:
+def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8, *, inputs: Inputs | None = None) -> nn.Module:
     """Calibrate all clipping ranges: the inputs' grids and ranges from data, the weights' ranges from the weights.
 
     Runs the float model (evaluation mode, phase ``"float"``) and keeps an evenly spaced sample of each input. Modes and
@@ -45,24 +45,30 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
 
     Args:
         model: a prepared model.
-        loader: batches, see :func:`nipq.prepare.batches.inputs_of`; only the first ``batches`` are read, on each rank.
-            Of a sharded model the rank with the fewest says how many.
+        loader: batches; only the first ``batches`` are read, on each rank. Of a sharded model the rank with the fewest
+            says how many.
         batches: how many batches to read, at least 1.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         The same model.
 
     Raises:
         OrderError: if the model is not prepared, or a layer was not reached.
-        ConfigError: if the loader is empty or yields no tensors.
-        NonFiniteError: if an activation is not finite.
+        ConfigError: if the loader is empty, or a batch is not what the model takes.
+        NonFiniteError: if an input or an activation is not finite.
         DistributedError: if ranks hold different models, or one of them failed.
     """
+    if batches < 1:
+        raise ConfigError(f"calibrate_: expected batches of at least 1, found {batches}. Raise it.")
     rows = layer_table(model)
     check_same_(model, "calibrate_")
+    reader = BatchReader(model, inputs, "calibrate_")
     samples: dict[InputQuantizer, list[Tensor]] = {quantizer: [] for quantizer in input_quantizers(rows)}
-    share = max(1, SAMPLE_SIZE // max(1, batches))
+    share = max(1, SAMPLE_SIZE // batches)
     own, ranks = rank(), world_size()
+    finite: dict[str, Tensor] = {}
 
     def keep(quantizer: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(quantizer, InputQuantizer)
@@ -70,6 +76,13 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
         stride = even_stride(flat.numel() * ranks, share)
         start = -own * flat.numel() % stride  # as if the ranks' batches were one
         samples[quantizer].append(flat[start::stride].clone())
+        name, sound = quantizer.name, torch.isfinite(flat).all()
+        finite[name] = finite[name] & sound if name in finite else sound  # one layer may be called several times
+
+    def run(where: str, given: ExampleInputs, network: nn.Module) -> ExampleInputs:
+        given = to_device(given, device)
+        reader.call(network, given, where)
+        return given
 
     device = next(model.parameters()).device
     phase = phase_of(model)
@@ -78,10 +91,14 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
         with evaluating(model):
             set_phase_(model, Phase.FLOAT)
             if any(is_sharded(parameter) for parameter in model.parameters()):  # every forward needs all ranks
-                _read(model, (inputs for inputs, _ in in_step(islice(loader, batches), "calibrate_")), batches)
+                for where, given, _ in reader.in_step(loader, batches):
+                    given = run(where, given, model)
+                    with all_or_none("calibrate_"):
+                        _check_finite(where, given, finite)
             else:
                 with all_or_none("calibrate_"):
-                    _read(inner(model), loader, batches)
+                    for where, batch in reader.read(loader, batches):
+                        _check_finite(where, run(where, reader.inputs(batch, where), inner(model)), finite)
     finally:
         for handle in handles:
             handle.remove()
@@ -103,14 +120,27 @@ def calibrate_(model: nn.Module, loader: Iterable[Any], batches: int = 8) -> nn.
     return model
 
 
-def _read(model: nn.Module, loader: Iterable[Any], batches: int) -> None:
-    """Run the model on the first batches."""
-    device = next(model.parameters()).device
-    read = 0
-    for batch in loader:
-        call_model(model, to_device(inputs_of(batch), device))
-        read += 1
-        if read >= batches:
-            break
-    if read == 0:
-        raise ConfigError("calibrate_: expected at least one batch, found an empty loader. Give some training data.")
+def _check_finite(where: str, inputs: ExampleInputs, reached: dict[str, Tensor]) -> None:
+    """Refuse a batch with NaN in it, or one that made an activation NaN or infinite; waits for the device once."""
+    floats = [tensor for tensor in tensors_in(inputs) if tensor.is_floating_point()]
+    sound = [~torch.isnan(tensor).any() for tensor in floats]  # infinity may stand in a mask
+    names, flags = ["the model's own input"] * len(sound) + list(reached), [*sound, *reached.values()]
+    reached.clear()
+    if not flags:
+        return
+    found = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    if all(found):
+        return
+    name = names[found.index(False)]
+    bad = [
+        number
+        for tensor in floats
+        if tensor.ndim
+        for number, sample in enumerate(tensor.flatten(1) if tensor.ndim > 1 else tensor)
+        if not bool(torch.isfinite(sample).all())
+    ]
+    samples = f" (sample {bad[0]}{f' and {len(bad) - 1} more' if len(bad) > 1 else ''})" if bad else ""
+    raise NonFiniteError(
+        f"{where}: {name}: expected finite numbers while calibrating, found NaN or infinity{samples}. "
+        f"{'Leave such samples out, or mend them in the loader.' if bad else 'Check the float model and its inputs.'}"
+    )

@@ -23,6 +23,7 @@ from nipq.config import Phase
 from nipq.distributed import check_same_, is_sharded
 from nipq.distributed.fsdp import check_wrapper, unwrapped, waits_for_all
 from nipq.errors import ConfigError, OrderError
+from nipq.prepare.batches import Inputs, check_rereadable
 from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
 from nipq.qat.batchnorm import BatchNormUpdate, reestimate_bn_
 from nipq.qat.calibrate import calibrate_
@@ -98,6 +99,8 @@ class QATSession:
         seed: of the allocation's noise.
         on_state: called with the name of each finished state of the model, when the model is in it: ``"calibrated"``,
             ``"frozen"``, ``"bn"``, ``"finetuned"``.
+        inputs: function from a batch of ``loader`` to what the model is called with, where the form of ``prepare_``'s
+            example inputs does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Attributes:
         stage: ``"search"``, ``"finetune"`` or ``"done"``.
@@ -138,6 +141,7 @@ class QATSession:
         oscillation: Mapping[str, Any] | None = None,
         seed: int = 0,
         on_state: Callable[[str], None] | None = None,
+        inputs: Inputs | None = None,
     ) -> None:
         if not 0 <= finetune <= 1:
             raise ConfigError(f"QATSession: expected finetune from 0 to 1, a share of total_steps; found {finetune}.")
@@ -162,7 +166,7 @@ class QATSession:
         if budget is not None:
             check_feasible(self.model, budget)
         has_batchnorm = any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in self.model.modules())
-        self._loader, self._batches = loader, batchnorm_batches if has_batchnorm else 0
+        self._loader, self._inputs, self._batches = loader, inputs, batchnorm_batches if has_batchnorm else 0
         starts = calibration_batches > 0 and not is_calibrated(self.model)
         self._check_loader(starts=starts)
         self.total_steps, self.finetune, self.noise_mix, self.finetune_phase = (
@@ -188,7 +192,7 @@ class QATSession:
             assert loader is not None  # checked above
             self.sensitivity = calibrate_and_allocate_(
                 self.model, loader, budget, loss_fn, allocation=allocation, calibration_batches=calibration_batches,
-                allocation_batches=allocation_batches, seed=seed,
+                allocation_batches=allocation_batches, seed=seed, inputs=inputs,
             )  # fmt: skip
         self._tell("calibrated")
         scale_rates_(*self._optimizers)
@@ -465,7 +469,7 @@ class QATSession:
         measures = self._batches > 0 and is_calibrated(self.model)  # else a checkpoint is loaded later
         if measures:
             assert self._loader is not None
-            self._measured = reestimate_bn_(self.model, self._loader, self._batches)
+            self._measured = reestimate_bn_(self.model, self._loader, self._batches, inputs=self._inputs)
         return measures
 
     def _mix_noise(self) -> None:
@@ -486,11 +490,7 @@ class QATSession:
                 f"{type(self.model).__name__}: expected a loader to calibrate the model and to re-estimate its batch "
                 "norms, found none. Give loader=...; a calibrated model needs none with batchnorm_batches=0."
             )
-        if isinstance(self._loader, Iterator):
-            raise ConfigError(
-                f"QATSession: expected a loader that can be read several times, found a {type(self._loader).__name__}, "
-                "which ends after one pass. Give the DataLoader or list itself."
-            )
+        check_rereadable(self._loader, "QATSession")
 
 
 def calibrate_and_allocate_(
@@ -503,6 +503,7 @@ def calibrate_and_allocate_(
     calibration_batches: int = 8,
     allocation_batches: int = 32,
     seed: int = 0,
+    inputs: Inputs | None = None,
 ) -> dict[str, float] | None:
     """Calibrate clipping ranges, allocate the first bit-widths, and calibrate again at these bit-widths.
 
@@ -515,6 +516,8 @@ def calibrate_and_allocate_(
         calibration_batches: batches read for ranges.
         allocation_batches: batches read for the allocation.
         seed: of its noise.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         Loss that the noise of each tensor adds, by its name; None where nothing was allocated.
@@ -530,14 +533,17 @@ def calibrate_and_allocate_(
             f"{type(model).__name__}: expected bit-widths to be allocated before the model is sharded, found a sharded "
             "model that is not calibrated. Call nipq.qat.session.calibrate_and_allocate_ before fully_shard."
         )
-    calibrate_(model, loader, calibration_batches)
+    if allocates:
+        check_rereadable(loader, "calibrate_and_allocate_")
+    calibrate_(model, loader, calibration_batches, inputs=inputs)
     if not allocates:
         return None
     assert budget is not None
     losses = allocate_bits_(
-        model, loader, budget, loss_fn, method=allocation or "noise", batches=allocation_batches, seed=seed
-    )
-    calibrate_(model, loader, calibration_batches)
+        model, loader, budget, loss_fn, method=allocation or "noise", batches=allocation_batches, seed=seed,
+        inputs=inputs,
+    )  # fmt: skip
+    calibrate_(model, loader, calibration_batches, inputs=inputs)
     return losses
 
 

@@ -13,8 +13,9 @@ from torch import nn
 
 from nipq.config import Phase
 from nipq.errors import ConfigError, FileFormatError, OrderError
-from nipq.prepare.batches import ExampleInputs, evaluating, inputs_of
+from nipq.prepare.batches import BatchReader, Inputs, evaluating
 from nipq.prepare.convert import convert
+from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import layer_table, phase_of, quantization_points, quantizers, set_phase_
 from nipq.verify.archives import ArraysCandidate, ProgramCandidate
 from nipq.verify.candidate import Candidate, UnreadableCandidate
@@ -44,6 +45,7 @@ def verify(
     loader: Iterable[Any] | None = None,
     file: str | Path | None = None,
     metric: Metric | None = None,
+    inputs: Inputs | None = None,
 ) -> VerifyResult:
     """Check deployed models and files against the trained model, from single numbers up to the task.
 
@@ -73,7 +75,9 @@ def verify(
             loader yields is used.
         file: the packed file of the one deployed module among the artifacts, to be checked with it.
         metric: the task's score, called as ``metric(model, loader)`` on every model. Without one, top-1 accuracy in per
-            cent when the batches hold labels (second item of a tuple, or ``"labels"`` of a dict).
+            cent when the batches hold labels, see :class:`nipq.prepare.batches.BatchReader`.
+        inputs: function from a batch to what the model is called with, where the form of ``prepare_``'s example inputs
+            does not say it; see :class:`nipq.prepare.batches.BatchReader`.
 
     Returns:
         A :class:`VerifyResult`, true when every check of every artifact passed. A file that cannot be read fails E0.
@@ -90,12 +94,13 @@ def verify(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model, *(artifact for artifact in given if isinstance(artifact, nn.Module))))
         stack.callback(set_phase_, model, phase_of(model))
-        example = _first_inputs(batches)
+        reader = BatchReader(model, inputs, "verify")
+        example = reader.inputs(*reversed(next(reader.read(batches))))
         packed = None if file is None else Path(file)
         points = quantization_points(rows)
         candidates = [_candidate(artifact, model, points, example, packed) for artifact in given]
         checks = {candidate: [candidate.static_check()] for candidate in candidates}
-        for reference in reference_runs(model, rows, batches):
+        for reference in reference_runs(model, rows, batches, reader):
             for candidate in candidates:
                 candidate.compare(reference)
         scores = _scores(model, candidates, batches, metric)
@@ -163,12 +168,6 @@ def _check_arguments(model: nn.Module, given: Sequence[Artifact], file: str | Pa
             f"verify: expected one deployed module with file={str(file)!r}, found {modules}. "
             "Give the file as one of the artifacts."
         )
-
-
-def _first_inputs(loader: Iterable[Any]) -> ExampleInputs:
-    for batch in loader:
-        return inputs_of(batch)
-    raise ConfigError("verify: expected at least one batch, found an empty loader. Give some real data.")
 
 
 def _scores(

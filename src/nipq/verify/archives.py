@@ -309,6 +309,12 @@ def _program_differences(ours: Mapping[str, bytes], theirs: Mapping[str, bytes],
     made, found = (graph.get("torch_version") for graph in graphs)
     if made != found:
         yield f"written by torch {found}, compared with a program of torch {made}: export it again with this one"
+    mine, other = map(_inputs, graphs)
+    if mine != other:
+        yield (
+            f"exported with the inputs {', '.join(other)}, verified with {', '.join(mine)}: export it with the inputs "
+            "that the model was prepared with, without labels that it does not need"
+        )
     nodes = [_nodes(graph) for graph in graphs]
     for a, b in zip(*nodes, strict=False):
         if _meaning(a) != _meaning(b):
@@ -359,6 +365,16 @@ def _nodes(graph: dict[str, Any]) -> list[dict[str, Any]]:
     try:
         nodes = graph["graph_module"]["graph"]["nodes"]
         return [node for node in nodes if isinstance(node, dict)]
+    except (KeyError, TypeError):
+        return []
+
+
+def _inputs(graph: dict[str, Any]) -> list[str]:
+    """Names of the tensors that the program is called with."""
+    try:
+        specs = graph["graph_module"]["signature"]["input_specs"]
+        users = [spec["user_input"]["arg"] for spec in specs if "user_input" in spec]
+        return [str(arg["as_tensor"]["name"]) for arg in users if "as_tensor" in arg]
     except (KeyError, TypeError):
         return []
 

@@ -21,10 +21,12 @@ from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
 
 from nipq.config import Phase
+from nipq.errors import ConfigError
 from nipq.functional.uniform import widened
 from nipq.nn.deployed import DeployedKeptLayer, DeployedLayer, DeployedOperand, deployed_layers, deployed_products
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import ExampleInputs, call_model, device_of, inputs_of, tensors_in, to_device
+from nipq.prepare.batches import BatchReader, call_model, device_of, to_device
+from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import LayerRow, operand_point, quantizers_at, set_phase_
 from nipq.verify.metrics import LayerComparison, logits_of
 
@@ -74,23 +76,26 @@ class ReferenceRun:
     exact: Tensor
 
 
-def reference_runs(model: nn.Module, rows: dict[str, LayerRow], loader: Iterable[Any]) -> Iterator[ReferenceRun]:
+def reference_runs(
+    model: nn.Module, rows: dict[str, LayerRow], loader: Iterable[Any], reader: BatchReader
+) -> Iterator[ReferenceRun]:
     """Run the trained model on all that a loader yields; its phase is changed.
 
     Args:
         model: prepared, bits frozen, in evaluation mode.
         rows: its layers by name.
         loader: batches.
+        reader: finds the model's inputs and the labels in a batch.
 
     Yields:
         One run for each piece of a batch.
     """
     measured = 0
-    for batch in loader:
-        inputs, labels = inputs_of(batch), labels_of(batch)
-        count = _samples_in(inputs)
+    for where, batch in reader.read(loader):
+        inputs, labels = reader.inputs(batch, where), labels_of(batch, reader)
+        count = reader.samples(inputs)
         for start in range(0, count, AT_ONCE):
-            piece = _cut(inputs, count, start, min(start + AT_ONCE, count))
+            piece = reader.cut(inputs, start, min(start + AT_ONCE, count))
             set_phase_(model, Phase.ROUND)
             with _recording(rows) as calls:
                 logits = logits_of(run_model(model, piece))
@@ -100,8 +105,7 @@ def reference_runs(model: nn.Module, rows: dict[str, LayerRow], loader: Iterable
             alone = None
             if measured < NOISE_SAMPLES:
                 measured += len(logits)
-                samples = _samples_in(piece)
-                singles = [_cut(piece, samples, i, i + 1) for i in range(samples)]
+                singles = [reader.cut(piece, i, i + 1) for i in range(reader.samples(piece))]
                 alone = torch.cat([logits_of(run_model(model, one)) for one in singles])
             set_phase_(model, Phase.INT)
             with _recording_integers(rows) as codes:
@@ -115,32 +119,19 @@ def run_model(model: nn.Module, inputs: ExampleInputs) -> Any:  # noqa: ANN401  
     return call_model(model, to_device(inputs, device_of(model)))
 
 
-def labels_of(batch: Any) -> Tensor | None:  # noqa: ANN401  (whatever a loader yields)
-    """Whole-number labels of a batch: second item of a tuple, or under a usual name of a mapping; None if none."""
-    found = None
-    if isinstance(batch, (tuple, list)) and len(batch) > 1:
-        found = batch[1]
-    elif isinstance(batch, Mapping):
-        found = next((batch[key] for key in ("labels", "label", "target") if key in batch), None)
+def labels_of(batch: Any, reader: BatchReader) -> Tensor | None:  # noqa: ANN401  (whatever a loader yields)
+    """Whole-number labels of a batch: the first of its targets, None if there are none.
+
+    Args:
+        batch: what the loader yields.
+        reader: finds the targets in it.
+    """
+    try:
+        found = reader.targets(batch)
+    except ConfigError:  # it has none
+        return None
+    found = found[0] if isinstance(found, tuple) and found else found
     return found if isinstance(found, Tensor) and not found.is_floating_point() else None
-
-
-def _samples_in(inputs: ExampleInputs) -> int:
-    """Length of the first axis of the first tensor."""
-    return len(next(tensor for tensor in tensors_in(inputs) if tensor.ndim))
-
-
-def _cut(inputs: ExampleInputs, count: int, start: int, end: int) -> ExampleInputs:
-    """Samples ``start`` to ``end`` of a batch of ``count``."""
-
-    def cut(value: Any) -> Any:  # noqa: ANN401  (tensors among a model's arguments)
-        return value[start:end] if isinstance(value, Tensor) and value.ndim and value.shape[0] == count else value
-
-    if isinstance(inputs, Tensor):
-        return inputs[start:end]
-    if isinstance(inputs, Mapping):
-        return {key: cut(value) for key, value in inputs.items()}
-    return [cut(value) for value in inputs]
 
 
 @contextmanager
