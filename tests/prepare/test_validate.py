@@ -153,10 +153,12 @@ def test_wrapped_models_are_refused(inside: bool) -> None:
         prepare_(getattr(model, inner), X)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.11 about itself
 def test_a_compiled_model_is_refused() -> None:
     refused(torch.compile(nn.Linear(4, 4)), "it is wrapped in OptimizedModule")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch 2.11 about itself
 def test_models_compiled_in_place_are_refused_and_the_remedies_help() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].compile()
@@ -205,13 +207,13 @@ def test_layers_that_are_called_or_read_past_their_hooks_are_refused() -> None:
 
 
 def test_attributes_with_names_of_ours_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model[0].quantization, model[1].parametrizations = "int4", nn.Module()
-    for place, name in enumerate(("quantization", "parametrizations")):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[0].quantization, model[1].parametrizations, model[2].deployed_in = "int4", nn.Module(), "here"
+    for place, name in enumerate(("quantization", "parametrizations", "deployed_in")):
         refused(
             model, f"error: {place}: it has an attribute {name!r}, a name that preparing needs. Rename it, or leave"
         )
-    prepare_(model, X, Config(rules=[Rule("[01]", quantize=False)]))
+    prepare_(model, X, Config(rules=[Rule("[012]", quantize=False)]))
     assert model[0].quantization == "int4"
 
 

@@ -13,7 +13,6 @@ Needs the package curvlinops, which multiplies with the Hessian without forming 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ from nipq.errors import ConfigError, require
 from nipq.functional.clipping import even_stride
 from nipq.nn.kinds import is_supported, is_table
 from nipq.nn.layers import float_weight, is_prepared
-from nipq.prepare.batches import BatchReader, Inputs, call_model, to_device
+from nipq.prepare.batches import BatchReader, Inputs, call_model, copy_of, to_device
 from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import set_phase_, weight_table
 from nipq.prepare.prepare import restore_
@@ -467,7 +466,7 @@ def float_copy(model: nn.Module, *, quantized: bool = True) -> nn.Module:
     Returns:
         The copy; inputs are not quantized in it.
     """
-    copied = copy.deepcopy(model).eval().requires_grad_(False)
+    copied = copy_of(model).eval().requires_grad_(False)
     if not is_quantized(copied):
         return copied
     set_phase_(copied, Phase.ROUND if quantized else Phase.FLOAT)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from itertools import chain, islice
 from typing import Any
 
@@ -32,6 +34,7 @@ __all__ = [
     "batches_of",
     "call_model",
     "check_rereadable",
+    "copy_of",
     "device_of",
     "evaluating",
     "tensors_in",
@@ -62,6 +65,40 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def copy_of(model: nn.Module, memo: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model, also of one that keeps results of a forward, such as its last features.
+
+    Python's own copy refuses tensors that belong to an autograd graph; here they are copied without the graph.
+
+    Args:
+        model: the model.
+        memo: copies of some of its objects, by their ids, as for ``copy.deepcopy``.
+
+    Returns:
+        The copy.
+    """
+    known = dict(memo or {})
+    for module in model.modules():
+        for tensor in _kept_tensors(vars(module)):
+            if not tensor.is_leaf:
+                known[id(tensor)] = tensor.detach().clone()
+    return copy.deepcopy(model, known)
+
+
+def _kept_tensors(value: object) -> Iterator[Tensor]:
+    """The tensors among attributes, in containers and dataclasses, however deep."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _kept_tensors(item)
+    elif isinstance(value, (tuple, list, set)):
+        for item in value:
+            yield from _kept_tensors(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from _kept_tensors(getattr(value, "__dict__", {}))
 
 
 def device_of(model: nn.Module) -> torch.device:

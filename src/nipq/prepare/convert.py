@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import close_shortcuts_, is_plain, output_channels
 from nipq.nn.layers import detach, float_weight
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.prepare.batches import copy_of
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, set_phase_, weight_table
 
 
@@ -79,7 +79,7 @@ def deploy_copy(model: nn.Module) -> nn.Module:
     Returns:
         A deployed copy.
     """
-    return deploy_(copy.deepcopy(model))
+    return deploy_(copy_of(model))
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ operation. Nothing of the layer, its buffers or the state of any random number g
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from nipq.nn.kinds import (
     weight_uses,
 )
 from nipq.nn.layers import Form
-from nipq.prepare.batches import evaluating, tensors_in
+from nipq.prepare.batches import copy_of, evaluating, tensors_in
 
 #: Methods and attributes that decide what a layer computes.
 _DECISIVE = (
@@ -215,7 +214,7 @@ class _Trial:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         empty = nn.Parameter(weight.new_empty(0), requires_grad=weight.requires_grad)
-        self.layer = copy.deepcopy(layer, {id(weight): empty}).eval()  # without its weight, which may be large
+        self.layer = copy_of(layer, {id(weight): empty}).eval()  # without its weight, which may be large
         for module in self.layer.modules():  # hooks belong to the model, not to what the layer computes
             module._forward_hooks.clear()
             module._forward_pre_hooks.clear()

@@ -28,7 +28,7 @@ from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import channel_dim, is_supported, is_table, weight_uses
 from nipq.nn.layers import LayerSpec
 from nipq.nn.relu import cap_of, neighbours
-from nipq.prepare.batches import ExampleInputs, call_model, evaluating, tensors_in
+from nipq.prepare.batches import ExampleInputs, call_model, copy_of, evaluating, tensors_in
 from nipq.prepare.probe import Call, has_own_forward
 from nipq.prepare.readers import ReaderMode, forwards_watched, held, parameters_watched
 
@@ -262,7 +262,7 @@ def _relus_of_training(model: nn.Module, example_inputs: ExampleInputs) -> dict[
     """
     shared = {id(tensor): tensor for m in model.modules() if is_supported(m) for tensor in m._parameters.values()}
     try:
-        clone, inputs = copy.deepcopy(model, dict(shared)), copy.deepcopy(example_inputs)
+        clone, inputs = copy_of(model, shared), copy.deepcopy(example_inputs)
         clone.train()
         for module in clone.modules():
             if isinstance(module, _BatchNorm):

@@ -40,8 +40,8 @@ _WRAPPERS = {
     "FSDPModule": "",
     "ScriptModule": "",
 }
-#: Attributes that preparing adds to a layer.
-_OURS = ("quantization", "parametrizations")
+#: Attributes that preparing and deploying add to a layer.
+_OURS = ("quantization", "parametrizations", "deployed_in")
 
 
 def validate(model: nn.Module, example_inputs: ExampleInputs, config: Config | None = None) -> list[Diagnostic]:

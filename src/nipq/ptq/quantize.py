@@ -7,7 +7,6 @@ sensitivity, measured again at the first assignment; batch-norm statistics moved
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass, field, replace
@@ -31,7 +30,7 @@ from nipq.export.api import ExportReport, export
 from nipq.export.packed_write import file_bytes, save
 from nipq.nn.deployed import deployed_layers
 from nipq.nn.layers import is_prepared
-from nipq.prepare.batches import BatchReader, Inputs, batches_of, call_model, check_rereadable, to_device
+from nipq.prepare.batches import BatchReader, Inputs, batches_of, call_model, check_rereadable, copy_of, to_device
 from nipq.prepare.convert import convert
 from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import layer_table, set_phase_
@@ -185,7 +184,7 @@ def quantize(
     device = next(model.parameters()).device
     if example_inputs is None:
         example_inputs = to_device(reader.cut(found.fit[0][0], 0, 1), device)
-    student = copy.deepcopy(model).eval()
+    student = copy_of(model).eval()
     float_bytes = sum(tensor.nbytes for tensor in (*student.parameters(), *student.buffers()))
     if loss_fn is not None:
         _check_loss(student, part(found.fit[0], 0, 2, reader), loss_fn, device)
@@ -197,7 +196,7 @@ def quantize(
     stages.bits(budget)
     stages.batchnorm()
     if epochs:
-        teacher = copy.deepcopy(model).eval()
+        teacher = copy_of(model).eval()
         student = stages.train(teacher, loader, budget, epochs=epochs, loss_fn=loss_fn, lr=lr, reader=reader)
     set_phase_(student.eval(), Phase.ROUND)
     deployed = convert(student)
@@ -278,7 +277,7 @@ class _Stages:
         reader: BatchReader,
     ) -> nn.Module:
         """Train at the chosen bits; without ``loss_fn`` what was there before is kept if it was nearer to float."""
-        before = copy.deepcopy(self.model)
+        before = copy_of(self.model)
         nearest = next(stage.distance for stage in reversed(self.stages) if stage.kept)
         note = f"{epochs} epoch{'s' if epochs > 1 else ''} {'towards float' if loss_fn is None else 'by loss_fn'}"
         settings: dict[str, Any] = {"epochs": epochs, "loss_fn": loss_fn, "lr": lr, "seed": self.seed}

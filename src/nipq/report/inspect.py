@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -20,7 +19,7 @@ from nipq.errors import Diagnostic
 from nipq.export.onnx_write import promised_bytes
 from nipq.nn.layers import LayerSpec
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import ExampleInputs
+from nipq.prepare.batches import ExampleInputs, copy_of
 from nipq.prepare.layer_table import LayerRow, layer_table
 from nipq.prepare.prepare import prepare_
 from nipq.prepare.validate import validate
@@ -212,7 +211,7 @@ def inspect(
     rows: list[LayerRow] = []
     ranges: list[BudgetRange] = []
     if not any(finding.severity == "error" for finding in findings):
-        prepared = prepare_(copy.deepcopy(model), example_inputs, config)
+        prepared = prepare_(copy_of(model), example_inputs, config)
         rows = layer_table(prepared)
         ranges = _ranges(prepared, rows)
         if onnx:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import reduce
@@ -17,7 +16,7 @@ from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_fea
 from nipq.distributed import part, reduce_min_, reduce_sum_
 from nipq.errors import ConfigError, NonFiniteError, require
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import call_model
+from nipq.prepare.batches import call_model, copy_of
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
 from nipq.train.batches import Nested
@@ -66,7 +65,7 @@ def preflight(
         NotQuantizableError: if the model cannot be prepared.
         MissingDependencyError: if the allocation needs a package that is not there.
     """
-    trial = copy.deepcopy(model).eval()
+    trial = copy_of(model).eval()
     try:
         with torch.no_grad():
             outputs = call_model(trial, example)

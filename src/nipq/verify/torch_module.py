@@ -6,7 +6,6 @@ on the task (E2).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from nipq.nn.deployed import (
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import is_plain, output_channels
 from nipq.nn.layers import float_weight
+from nipq.prepare.batches import copy_of
 from nipq.prepare.layer_table import OPERANDS, LayerRow, layer_table, weight_table
 from nipq.prepare.prepare import restore_
 from nipq.prepare.teacher_forcing import run_teacher_forced
@@ -74,7 +74,7 @@ class DeployedCandidate(Candidate):
         if self.file is not None:
             numbers["bytes_promised"] = file_bytes(self.deployed)
             try:
-                loaded = load(self.file, restore_(copy.deepcopy(self.model)))
+                loaded = load(self.file, restore_(copy_of(self.model)))
                 numbers["bytes_found"] = self.file.stat().st_size
                 if numbers["bytes_found"] != numbers["bytes_promised"]:
                     found.append(
@@ -150,7 +150,7 @@ def packed_candidate(path: Path, layers: Iterable[str], model: nn.Module) -> Can
     Raises:
         FileFormatError: if the file cannot be loaded.
     """
-    loaded = load(path, restore_(copy.deepcopy(model)))
+    loaded = load(path, restore_(copy_of(model)))
     return DeployedCandidate(path.name, loaded, layers, model, path, is_file=True)
 
 
