@@ -241,7 +241,7 @@ def most_by_chance(expected: float) -> int:
 
 
 def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model returns)
-    """The first floating tensor that the model returns, in float32 at least.
+    """The first floating tensor with axes that the model returns, in float32 at least; a loss in front has none.
 
     Args:
         output: a tensor, or a tuple, list or mapping of such.
@@ -250,7 +250,7 @@ def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model retur
         ConfigError: if there is none.
     """
     for tensor in tensors_in(output):
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and tensor.ndim:
             return tensor.float() if tensor.itemsize < 4 else tensor
     raise ConfigError(
         f"verify: expected a model that returns floating tensors, found {type(output).__name__}. "
