@@ -43,6 +43,8 @@ def float_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
 def floats_in(outputs: object) -> list[Tensor]:
     """Floating-point tensors in an output: a tensor, or mappings, tuples and lists of them, however deep.
 
+    A number without axes beside others, such as the loss that a model of transformers returns for labels, is left out.
+
     Args:
         outputs: what a model returned, such as logits or a ``ModelOutput`` of transformers.
 
@@ -58,7 +60,7 @@ def floats_in(outputs: object) -> list[Tensor]:
             f"expected a model that returns floating-point tensors, alone or in tuples, lists and mappings; found "
             f"{type(outputs).__name__}. Wrap the model so that it returns them, or give loss_fn."
         )
-    return found
+    return [tensor for tensor in found if tensor.ndim] or found
 
 
 def output_distance(outputs: Any, reference: list[Tensor]) -> Tensor:  # noqa: ANN401  (whatever a model returns)
