@@ -63,6 +63,23 @@ def floats_in(outputs: object) -> list[Tensor]:
     return [tensor for tensor in found if tensor.ndim] or found
 
 
+def check_outputs(model: nn.Module, outputs: list[Tensor]) -> None:
+    """Refuse NaN and infinity in outputs of a float model.
+
+    Args:
+        model: the model, for its name.
+        outputs: see :func:`floats_in`.
+
+    Raises:
+        NonFiniteError: if there is some.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+        raise NonFiniteError(
+            f"{type(model).__name__}: expected finite outputs of the float model, found NaN or infinity. "
+            "Check the float model and its inputs."
+        )
+
+
 def output_distance(outputs: Any, reference: list[Tensor]) -> Tensor:  # noqa: ANN401  (whatever a model returns)
     """Squared error of outputs relative to the variance of the float network's: 0 is equal, 1 is a constant guess.
 
@@ -146,11 +163,7 @@ class OutputJudge:
                 truth = (
                     float_outputs(inner(model), given) if reference is None else floats_in(call_model(reference, given))
                 )
-                if not all(bool(torch.isfinite(tensor).all()) for tensor in truth):
-                    raise NonFiniteError(
-                        f"{type(model).__name__}: expected finite outputs of the float model, found NaN or infinity. "
-                        "Check the float model and its inputs."
-                    )
+                check_outputs(model, truth)
                 self._kept.append((given, truth))
 
     def distance(self) -> float:
