@@ -165,8 +165,17 @@ class BitRange(Settings):
             return {"fixed": value}
         if isinstance(value, Set):
             return {"allowed": list(value)}
-        if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
+        if isinstance(value, tuple) and len(value) == 2:
             return {"min": value[0], "max": value[1]}
+        if isinstance(value, list):
+            ends = f"{min(value)}, {max(value)}" if value and all(isinstance(v, int) for v in value) else "2, 8"
+            low, high = ends.split(", ")
+            every = ", ".join(map(str, value)) or "2, 4, 8"
+            raise ValueError(
+                f"expected a range or a set of bit-widths, found the list {value!r}, which may be either; write "
+                f"({ends}) or {{min: {low}, max: {high}}} for the range, {{{every}}} or {{allowed: [{every}]}} for the "
+                "set"
+            )
         raise ValueError(
             'expected a number of bits, a pair (fewest, most), a set, {"allowed": [...]} or a BitRange; '
             f"found {value!r}; write for instance 4, (2, 8) or {{2, 4, 8}}"

@@ -103,6 +103,8 @@ def _with_target(limit: Limit, target: float) -> Limit:
         (4096, 4096),
         ("1e6", 1_000_000),
         ("0.3 KB", 300),
+        ("2 GiB", 2**31),
+        ("7 bytes", 7),
     ],
 )
 def test_sizes_are_read_exactly(value: int | str, bytes_: int) -> None:
@@ -113,7 +115,10 @@ def test_operations_are_read_exactly() -> None:
     assert BitOps("5.3 G").count == 5_300_000_000 == BitOps(5.3e9).count == BitOps("5.3 GBOPs").count
 
 
-@pytest.mark.parametrize("value", ["", "big", "1.2.3 MB", "-3 MB", 0, "0.1", float("nan"), float("inf")])
+UNITS = ["30 mB", "30 Mb", "1 mib", "1 gb"]  # milli, and bits
+
+
+@pytest.mark.parametrize("value", ["", "big", "1.2.3 MB", "-3 MB", 0, "0.1", float("nan"), float("inf"), *UNITS])
 def test_what_is_no_size_is_refused(value: float | str) -> None:
     with pytest.raises(ConfigError, match="ModelSize: expected a number above 0"):
         ModelSize(value)

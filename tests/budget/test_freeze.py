@@ -19,7 +19,7 @@ from nipq.budget.bit_table import Limit
 from nipq.budget.budget import AverageBits, BitOps, ModelSize, costs
 from nipq.budget.freeze import assign, freeze_bits_
 from nipq.config import Config, Rule
-from nipq.errors import BudgetError, NonFiniteError
+from nipq.errors import BudgetError, NonFiniteError, OrderError
 from nipq.functional.cost import CostForm
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
@@ -178,3 +178,21 @@ def test_the_assignment_prints_and_is_plain_data() -> None:
     found = freeze_bits_(spread_(net()), AverageBits(weights=4))
     assert str(found).splitlines()[0].startswith("0.weight")
     assert found.to_dict()["costs"][0]["unit"] == "bit"
+
+
+def test_a_second_freeze_within_another_budget_is_refused() -> None:
+    model = net()
+    budget = AverageBits(weights=4, activations=4)
+    first = freeze_bits_(model, budget)
+    assert freeze_bits_(model, budget).bits == freeze_bits_(model).bits == first.bits
+    with pytest.raises(OrderError, match=r"found them frozen within average weight bits 4, average act"):
+        freeze_bits_(copy.deepcopy(model), AverageBits(weights=6, activations=6))
+
+
+def test_weights_of_nan_are_not_frozen() -> None:
+    model = net()
+    name, weight = next((n, p) for n, p in model.named_parameters() if n.endswith("weight.original"))
+    with torch.no_grad():
+        weight.view(-1)[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=rf"^freeze_bits_: {name.split('.')[0]}\.weight: expected finite numbers"):
+        freeze_bits_(model, AverageBits(weights=4))

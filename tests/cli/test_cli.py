@@ -197,7 +197,7 @@ def test_train_overrides_and_refuses_to_overwrite(settings: Path, tmp_path: Path
 
 def test_train_takes_the_target(settings: Path, tmp_path: Path) -> None:
     arguments = ("train", settings, "--run", tmp_path / "run", "--target", "openvino")
-    status, answer = call_json(*arguments, "--set", "quantization.weight_bits=[2, 9]")
+    status, answer = call_json(*arguments, "--set", "quantization.weight_bits={min: 2, max: 9}")
     assert (status, answer["ok"]) == (1, False)
     assert "expected at most 8 bits for target 'openvino'" in answer["message"]
 

@@ -163,3 +163,24 @@ def test_bits_that_are_not_finite_are_named() -> None:
     for call in (search.penalty, search.step, search.distance):
         with pytest.raises(NonFiniteError, match=r"2\.weight: expected a finite bit-width"):
             call()
+
+
+def test_bits_that_no_optimizer_moves_are_noticed() -> None:
+    """Built before the model was prepared: weights learn, and nobody would see that bits do not."""
+    layers = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(24, 3)]
+    model = nn.Sequential(*layers)
+    early = torch.optim.SGD(model.parameters(), lr=0.1)
+    calibrate_(prepare_(model, X[:1]), [X])
+    with pytest.raises(OrderError, match="that moves the bit-widths, found them where they were 20 steps ago"):
+        train(model, Search(model, AverageBits(weights=4), 50), early, 21)
+
+
+def test_steps_past_the_end_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = net()
+    search = Search(model, AverageBits(weights=4), 3)
+    optimizer = torch.optim.SGD(param_groups(model, lr=0.1), lr=0.1)
+    train(model, search, optimizer, 3)
+    assert not caplog.messages
+    train(model, search, optimizer, 3)
+    assert [message for message in caplog.messages if "more often than total_steps=3" in message] == caplog.messages
+    assert len(caplog.messages) == 1

@@ -36,9 +36,8 @@ from nipq.prepare.layer_table import LayerRow, layer_table
 
 #: Decimal prefixes of units and their factors, ascending.
 SI_PREFIXES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-#: Prefixes that a budget may have, in lower case, binary ones too.
-_PREFIXES = {"": 1} | {name.lower(): factor for name, factor in SI_PREFIXES.items()}
-_PREFIXES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30}
+#: Prefixes that a budget may have, binary ones too. Case counts: m is milli, and b is a bit.
+_PREFIXES = {"": 1, "K": 10**3} | SI_PREFIXES | {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 def stored_rows(rows: Sequence[LayerRow]) -> list[LayerRow]:
@@ -86,7 +85,7 @@ def whole_amount(value: float | str, kind: str, units: str, example: str) -> int
     Args:
         value: such as ``1200000`` or ``"1.2 MB"``.
         kind: whose argument it is, for the message.
-        units: units that may follow, lower case, separated by ``|``.
+        units: units that may follow, separated by ``|``.
         example: of a good text, for the message.
 
     Returns:
@@ -95,13 +94,16 @@ def whole_amount(value: float | str, kind: str, units: str, example: str) -> int
     Raises:
         ConfigError: if the value cannot be read or is below 1.
     """
-    match = re.fullmatch(rf"\s*([0-9.]+(?:e[+-]?\d+)?)\s*({'|'.join(_PREFIXES)})(?:{units})?\s*", str(value).lower())
+    match = re.fullmatch(rf"\s*([0-9.]+(?:[eE][+-]?\d+)?)\s*({'|'.join(_PREFIXES)})(?:{units})?\s*", str(value))
     try:
         amount = math.floor(Fraction(match[1]) * _PREFIXES[match[2]]) if match else 0
     except ValueError:  # such as two points
         amount = 0
     if amount < 1:
-        raise ConfigError(f"{kind}: expected a number above 0 like 1200000 or {example}, found {value!r}. Change it.")
+        raise ConfigError(
+            f"{kind}: expected a number above 0 like 1200000 or {example}, found {value!r}. Change it; prefixes are "
+            f"{', '.join(filter(None, _PREFIXES))}, in upper and lower case as here."
+        )
     return amount
 
 
@@ -264,7 +266,7 @@ class ModelSize(Budget):
     @property
     def bytes(self) -> int:
         """The size in bytes, rounded down."""
-        return whole_amount(self.size, "ModelSize", "b|byte|bytes", "'1.2 MB'")
+        return whole_amount(self.size, "ModelSize", "B|byte|bytes", "'1.2 MB'")
 
     def _limits(self, model: nn.Module) -> list[Limit]:
         rows = layer_table(model)
@@ -303,7 +305,7 @@ class BitOps(Budget):
     @property
     def count(self) -> int:
         """The limit in single bit-operations, rounded down."""
-        return whole_amount(self.operations, "BitOps", "bop|bops", "'5.3 G'")
+        return whole_amount(self.operations, "BitOps", "BOP|BOPs", "'5.3 G'")
 
     def _limits(self, model: nn.Module) -> list[Limit]:
         rows = layer_table(model)

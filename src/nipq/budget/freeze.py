@@ -23,8 +23,10 @@ from torch import nn
 from nipq.budget.bit_table import BitTable, Limit, LimitCost, limit_cost
 from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.solver import Choices, least_loss_bits, prices
-from nipq.distributed import check_same_, from_rank_zero
-from nipq.prepare.layer_table import layer_table
+from nipq.distributed import all_or_none, check_same_, from_rank_zero
+from nipq.errors import OrderError
+from nipq.nn.layers import quantization
+from nipq.prepare.layer_table import check_finite, layer_table, quantizers
 
 logger = logging.getLogger(__name__)
 
@@ -71,19 +73,23 @@ def freeze_bits_(model: nn.Module, budget: Budget | None = None) -> Assignment:
     Raises:
         BudgetError: if no allowed bit-widths keep the budget, naming the range.
         OrderError: if the model is not prepared.
-        NonFiniteError: if a bit-width is not finite.
+        OrderError: if bit-widths were frozen within another budget before; they would stay.
+        NonFiniteError: if a bit-width, a weight or a clipping range is not finite.
         DistributedError: if ranks hold different models.
     """
     table = BitTable(layer_table(model))
     soft = table.bits().detach()
     table.check_finite(soft)
     check_same_(model, "freeze_bits_")
+    with all_or_none("freeze_bits_"):
+        check_finite(model, "freeze_bits_: ")
     limits: list[Limit] = []
     if budget is None:
         bits = [int(choice) for choice in table.round(soft).tolist()]
     else:
         check_feasible(model, budget)
         limits = budget.limits(model)
+        check_same_freeze(model, limits)
         bits = from_rank_zero(lambda: assign(table.choices, soft.cpu().numpy(), limits))
     return freeze_to_(model, bits, limits)
 
@@ -106,9 +112,37 @@ def freeze_to_(model: nn.Module, bits: Sequence[int], limits: Sequence[Limit] = 
         quantizer.freeze_bits_(choice)
     frozen = BitTable(layer_table(model))
     costs = tuple(limit_cost(limit, frozen) for limit in limits)
+    if limits:
+        for row in layer_table(model):
+            quantization(row.layer).frozen_within = _targets(limits)
     assignment = Assignment(dict(zip(names, bits, strict=True)), dict(zip(names, soft, strict=True)), costs)
     logger.info("frozen bit-widths:\n%s", assignment)
     return assignment
+
+
+def check_same_freeze(model: nn.Module, limits: Sequence[Limit]) -> None:
+    """Refuse another budget for bit-widths that were frozen within one: nothing is left to choose.
+
+    Args:
+        model: a prepared model.
+        limits: of the budget now.
+
+    Raises:
+        OrderError: if all bit-widths were frozen within other limits.
+    """
+    rows = layer_table(model)
+    before, wanted = quantization(rows[0].layer).frozen_within, _targets(limits)
+    if before is None or before == wanted or any(not quantizer.is_frozen for quantizer in quantizers(model)):
+        return
+    was, now = (", ".join(f"{name} {target:g}" for name, target in found.items()) for found in (before, wanted))
+    raise OrderError(
+        f"{type(model).__name__}: expected learned bit-widths to freeze within {now}, found them frozen within {was}. "
+        "They no longer change: load a state from before the freeze, or prepare the model anew."
+    )
+
+
+def _targets(limits: Sequence[Limit]) -> dict[str, float]:
+    return {limit.name: float(limit.target) for limit in limits}
 
 
 def assign(choices: Choices[int], soft: NDArray[np.float64], limits: Sequence[Limit]) -> list[int]:

@@ -91,6 +91,8 @@ class LayerQuantization(nn.Module):
         self.spec = spec
         self.order = order
         self.input = input_quantizer
+        #: Limits that the bit-widths were frozen within, by name; None before, or where there was no budget.
+        self.frozen_within: dict[str, float] | None = None
         #: The batch norm folded into the layer while in phase ``int``; in a tuple, so that it is not a submodule.
         self.folded: tuple[nn.Module, ...] = ()
         #: The ReLU in front that training leaves out, see ``nipq.nn.relu``; in a tuple likewise.

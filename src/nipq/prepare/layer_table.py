@@ -11,9 +11,11 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nipq.config import Phase
-from nipq.errors import ConfigError, OrderError
+from nipq.distributed import part
+from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.nn.layers import (
     LayerSpec,
     enter_integer_domain,
@@ -257,6 +259,33 @@ def _by_name(row: LayerRow, bits: int) -> dict[str, int]:
     """Bit-widths that a bare number sets, by name."""
     weights = {} if row.spec.is_table else {"weights": bits}
     return weights if row.input is None or row.spec.is_input else weights | {"activations": bits}
+
+
+def check_finite(model: nn.Module, where: str = "") -> None:
+    """Refuse NaN and infinity in the parameters and batch-norm statistics of a model.
+
+    Args:
+        model: any model; of sharded parameters each rank looks at its part.
+        where: what to put before the message.
+
+    Raises:
+        NonFiniteError: naming the first tensor.
+    """
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            tensors |= {f"{name}.running_mean": module.running_mean, f"{name}.running_var": module.running_var}
+    flags = {name: torch.isfinite(part(tensor.detach())).all() for name, tensor in tensors.items()}
+    devices = {flag.device for flag in flags.values()}
+    found = (torch.stack([flag for flag in flags.values() if flag.device == device]) for device in devices)
+    if all(bool(flag.all()) for flag in found):
+        return
+    name = next(name for name, flag in flags.items() if not flag)
+    raise NonFiniteError(
+        f"{where}{name.replace('parametrizations.weight.original', 'weight')}: expected finite numbers, found NaN or "
+        "infinity. The training has diverged, or a sample holds such numbers: look at the loss and the data, go back "
+        "to a state from before, and lower the learning rate."
+    )
 
 
 def operand_point(product: str, operand: str) -> str:

@@ -27,6 +27,7 @@ from nipq.nn.relu import neighbours, watch_hooks
 from nipq.prepare.input_form import ExampleInputs, form_of, remember_form_
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
+from nipq.prepare.rehearsal import rehearse
 from nipq.prepare.trace import PRODUCT_OPERANDS
 from nipq.prepare.validate import checked_trace
 
@@ -62,8 +63,8 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
 
     Raises:
         OrderError: if the model is prepared already.
-        NotQuantizableError: if a layer cannot be quantized (every reason is listed with the module's name), or there is
-            none to quantize.
+        NotQuantizableError: if a layer cannot be quantized (every reason is listed with the module's name), there is
+            none to quantize, or a deployed copy of the model was seen to compute something else than the model.
         ConfigError: if a rule matches no layer, or rules ask for two things of one weight.
 
     Example:
@@ -107,6 +108,11 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
     close_shortcuts_(model)
     remember_form_(model, form_of(example_inputs, model))
     set_phase_(model, Phase.NOISE)
+    try:
+        rehearse(model, example_inputs)
+    except NotQuantizableError:
+        restore_(model)
+        raise
     return model
 
 

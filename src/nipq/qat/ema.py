@@ -32,8 +32,7 @@ class WeightAverage:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ConfigError(f"WeightAverage: expected a decay from 0 to below 1, found {decay}. Try 0.999.")
+        check_decay(decay, "WeightAverage")
         self.decay = decay
         self._average: dict[str, Tensor] = {}
         self.update(model)
@@ -93,6 +92,20 @@ class WeightAverage:
         """
         self.decay = state["decay"]
         self._average = {name: tensor.clone() for name, tensor in state["average"].items()}
+
+
+def check_decay(decay: object, where: str) -> None:
+    """Refuse a decay that is no share below 1.
+
+    Args:
+        decay: of an average.
+        where: whose argument it is, for the message.
+
+    Raises:
+        ConfigError: if it is out of range.
+    """
+    if not isinstance(decay, (int, float)) or isinstance(decay, bool) or not 0 <= decay < 1:
+        raise ConfigError(f"{where}: expected a decay from 0 to below 1, found {decay!r}. Try 0.999.")
 
 
 def _averaged(model: nn.Module) -> dict[str, Tensor]:

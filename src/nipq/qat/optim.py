@@ -151,6 +151,39 @@ def check_optimizer(model: nn.Module, *optimizers: Optimizer) -> None:
         )
 
 
+def check_decay_of_ranges(model: nn.Module, *optimizers: Optimizer) -> None:
+    """Refuse weight decay on clipping ranges and bit-widths in groups that :func:`param_groups` did not make.
+
+    It pulls every range to softplus(0) and every bit-width to the middle of its range.
+
+    Args:
+        model: a prepared model.
+        *optimizers: all optimizers of the loop.
+
+    Raises:
+        ConfigError: naming the parameters.
+    """
+    own = {
+        id(parameter): f"{quantizer.name}.{name}"
+        for quantizer in quantizers(model)
+        for name, parameter in quantizer.named_parameters()
+    }
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    decayed = [
+        own[id(parameter)]
+        for group in groups
+        if group.get("weight_decay") and group.get("name") != "ranges"  # asked for by range_decay
+        for parameter in group["params"]
+        if id(parameter) in own and parameter.requires_grad
+    ]
+    if decayed:
+        raise ConfigError(
+            f"{type(model).__name__}: expected no weight decay on clipping ranges and bit-widths, found it on "
+            f"{_some(decayed)}; it would pull them to the same values whatever the data. Build the optimizer from "
+            "nipq.param_groups(model, weight_decay=...), or give them a group with weight_decay=0."
+        )
+
+
 def check_float32(model: nn.Module) -> None:
     """Refuse clipping ranges and bit-widths in half precision.
 

@@ -76,16 +76,7 @@ class Oscillations:
         freeze: float | None = None,
         momentum: float = MOMENTUM,
     ) -> None:
-        if total_steps < 1:
-            raise ConfigError(f"Oscillations: expected at least one step, found total_steps={total_steps}.")
-        if dampen is not None and not (dampen >= 0 and math.isfinite(dampen)):
-            raise ConfigError(f"Oscillations: expected dampen >= 0, found {dampen}. The published recipe has 0.1.")
-        if freeze is not None and not 0 < freeze <= FREEZE_START:
-            raise ConfigError(
-                f"Oscillations: expected freeze above 0 and at most {FREEZE_START}, found {freeze}. Try 0.01."
-            )
-        if not 0 < momentum <= 1:
-            raise ConfigError(f"Oscillations: expected momentum above 0 and at most 1, found {momentum}. Try 0.01.")
+        check_oscillation(total_steps, dampen, freeze, momentum)
         self.total_steps = total_steps
         self.dampen = dampen
         self.freeze = freeze
@@ -218,6 +209,30 @@ class Oscillations:
             "mean": mean,
             "frozen": frozen,
         }
+
+
+def check_oscillation(total_steps: int, dampen: float | None, freeze: float | None, momentum: float) -> None:
+    """Refuse settings of :class:`Oscillations` that are out of range.
+
+    Args:
+        total_steps: see there.
+        dampen: see there.
+        freeze: see there.
+        momentum: see there.
+
+    Raises:
+        ConfigError: naming the first one.
+    """
+    if total_steps < 1:
+        raise ConfigError(f"Oscillations: expected at least one step, found total_steps={total_steps}.")
+    if dampen is not None and not (dampen >= 0 and math.isfinite(dampen)):
+        raise ConfigError(f"Oscillations: expected dampen >= 0, found {dampen}. The published recipe has 0.1.")
+    if freeze is not None and not 0 < freeze <= FREEZE_START:
+        raise ConfigError(
+            f"Oscillations: expected freeze above 0 and at most {FREEZE_START}, found {freeze}. Try 0.01."
+        )
+    if not 0 < momentum <= 1:
+        raise ConfigError(f"Oscillations: expected momentum above 0 and at most 1, found {momentum}. Try 0.01.")
 
 
 def _span(quantizer: WeightQuantizer) -> Tensor:

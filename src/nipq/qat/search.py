@@ -36,7 +36,7 @@ from nipq.budget.bit_table import BitTable, Limit
 from nipq.budget.budget import Budget, check_feasible
 from nipq.distributed import check_same_
 from nipq.distributed.fsdp import check_wrapper
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, OrderError
 from nipq.functional.cost import cost
 from nipq.prepare.layer_table import layer_table
 from nipq.qat.optim import check_optimizer
@@ -131,6 +131,8 @@ class PriceController:
 
 #: Off the CPU, looking whether bits are finite waits for the device, so it is done once in so many steps.
 CHECK_EVERY = 50
+#: Steps after which bit-widths that have not moved at all are an error.
+STILL = 20
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +207,7 @@ class Search:
         two_sided = torch.tensor([limit.mode == "target" for limit in self._limits], device=bits.device)
         self._controller = PriceController(self._relative_costs(bits), two_sided, total_steps, ramp)
         self._calls = 0
+        self._first_bits = bits.clone()
 
     def penalty(self) -> Tensor:
         """The term to add to the loss.
@@ -227,16 +230,38 @@ class Search:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Move the schedule and the prices; call it after the optimizer's step. May be called past ``total_steps``.
+        """Move the schedule and the prices; call it after the optimizer's step.
+
+        Past ``total_steps``, which a warning in the log tells once, the prices go on as at the end.
 
         Raises:
+            OrderError: if the bit-widths get gradients and no optimizer moves them.
             NonFiniteError: if a bit-width is not finite (looked for once in 50 steps off the CPU).
         """
         bits = self._bits()
         if bits.device.type == "cpu" or self._calls % CHECK_EVERY == 0:
             self._table.check_finite(bits)
         self._calls += 1
+        if self._calls == min(STILL, self._controller.total_steps):
+            self._check_moved(bits)
+        if self._calls == self._controller.total_steps + 1:
+            logger.warning(
+                "Search.step was called more often than total_steps=%d says: freeze the bit-widths, or give the length "
+                "of the search",
+                self._controller.total_steps,
+            )
         self._controller.step(self._relative_costs(bits))
+
+    def _check_moved(self, bits: Tensor) -> None:
+        """Refuse an optimizer that was built before the bit-widths existed: they would stay where they are."""
+        if not torch.equal(bits, self._first_bits.to(bits.device)):
+            return
+        raws = [quantizer.bit_raw for quantizer in self._table.quantizers if not quantizer.is_frozen]
+        if any(raw.grad is not None and bool(raw.grad.any()) for raw in raws):
+            raise OrderError(
+                f"Search: expected an optimizer that moves the bit-widths, found them where they were {self._calls} "
+                "steps ago, with gradients. Build it from nipq.param_groups(model, lr=...) after nipq.prepare_."
+            )
 
     @torch.no_grad()
     def distance(self) -> dict[str, dict[str, Any]]:
@@ -292,6 +317,7 @@ class Search:
         device = self._table.device
         self._controller.total_steps, self._controller.ramp = state["total_steps"], state["ramp"]
         self._controller.state = {name: tensor.clone().to(device) for name, tensor in state["controller"].items()}
+        self._calls = int(self._controller.state["step"])
 
     def __repr__(self) -> str:
         """Each limit with the range within reach, one a line."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +17,34 @@ from torch.utils.hooks import RemovableHandle
 from nipq.budget.allocate import allocate_bits_
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible
-from nipq.budget.freeze import freeze_bits_, freeze_to_
+from nipq.budget.freeze import check_same_freeze, freeze_bits_, freeze_to_
 from nipq.budget.sensitivity import LossFn
 from nipq.config import Phase
 from nipq.distributed import check_same_, is_sharded
 from nipq.distributed.fsdp import check_wrapper, unwrapped, waits_for_all
 from nipq.errors import ConfigError, OrderError
 from nipq.prepare.batches import Inputs, check_rereadable
-from nipq.prepare.layer_table import layer_table, quantizers, set_noise_mix_, set_phase_
+from nipq.prepare.layer_table import check_finite, layer_table, quantizers, set_noise_mix_, set_phase_
 from nipq.qat.batchnorm import BatchNormUpdate, reestimate_bn_
 from nipq.qat.calibrate import calibrate_
 from nipq.qat.ema import WeightAverage
-from nipq.qat.optim import check_float32, check_optimizer, drop_frozen_, drop_frozen_on_load_, scale_rates_
+from nipq.qat.optim import (
+    check_decay_of_ranges,
+    check_float32,
+    check_optimizer,
+    drop_frozen_,
+    drop_frozen_on_load_,
+    scale_rates_,
+)
 from nipq.qat.oscillation import Oscillations
 from nipq.qat.schedule import Schedule, check_rates, check_schedule, cosine, resume_, schedulers
 from nipq.qat.search import Search
+from nipq.qat.settings import Allocation, NoiseMix, check_model, check_settings
 
 StageName: TypeAlias = Literal["search", "finetune", "done"]
-Allocation: TypeAlias = Literal["noise", "hawq", "uniform"] | None
-NoiseMix: TypeAlias = Literal["none", "linear", "cosine"]
+
+#: Between two looks whether parameters are finite, in optimizer steps.
+CHECK_EVERY = 50
 
 logger = logging.getLogger(__name__)
 
@@ -143,28 +152,29 @@ class QATSession:
         on_state: Callable[[str], None] | None = None,
         inputs: Inputs | None = None,
     ) -> None:
-        if not 0 <= finetune <= 1:
-            raise ConfigError(f"QATSession: expected finetune from 0 to 1, a share of total_steps; found {finetune}.")
-        if total_steps < 0:
-            raise ConfigError(f"QATSession: expected total_steps of 0 or more, found {total_steps}.")
-        _check_choices(finetune_phase=(finetune_phase, ("round", "noise")), noise_mix=(noise_mix, get_args(NoiseMix)))
-        for name, count, least in (
-            ("calibration_batches", calibration_batches, 0),
-            ("allocation_batches", allocation_batches, 1),
-            ("batchnorm_batches", batchnorm_batches, 0),
-        ):
-            if count < least:
-                raise ConfigError(f"QATSession: expected {name} of at least {least}, found {count}.")
+        self._optimizers = _listed(optimizer)
+        check_model(model, budget, self._optimizers)
+        check_settings(
+            total_steps=total_steps, finetune=finetune, finetune_phase=finetune_phase, noise_mix=noise_mix,
+            penalty=penalty, allocation=allocation, ramp=ramp, ema_decay=ema_decay, oscillation=oscillation, seed=seed,
+            counts={
+                "calibration_batches": (calibration_batches, 0),
+                "allocation_batches": (allocation_batches, 1),
+                "batchnorm_batches": (batchnorm_batches, 0),
+            },
+            functions={"loss_fn": loss_fn, "on_state": on_state, "inputs": inputs},
+        )  # fmt: skip
         self.model, self.budget = unwrapped(model), budget
         check_float32(self.model)
         check_wrapper(model)
         check_same_(self.model, "QATSession")
-        self._optimizers = _listed(optimizer)
         if self._optimizers:
             check_optimizer(self.model, *self._optimizers)
+            check_decay_of_ranges(self.model, *self._optimizers)
         check_schedule(schedule, self._optimizers)
         if budget is not None:
             check_feasible(self.model, budget)
+            check_same_freeze(self.model, budget.limits(self.model))
         has_batchnorm = any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in self.model.modules())
         self._loader, self._inputs, self._batches = loader, inputs, batchnorm_batches if has_batchnorm else 0
         starts = calibration_batches > 0 and not is_calibrated(self.model)
@@ -253,6 +263,8 @@ class QATSession:
         Raises:
             OrderError: if the loss of a search was computed in evaluation mode, in which there is no noise; or if a
                 learning rate is not what the schedule set, as where the optimizer got another scheduler.
+            NonFiniteError: if a parameter is NaN or infinite (looked for once in 50 steps, at the freeze and at the
+                end).
         """
         if not self._stepped or self.stage == "done":
             return
@@ -273,6 +285,8 @@ class QATSession:
             self.oscillations.step()
         if self._ema is not None:
             self._ema.update(self.model)
+        if self.steps % CHECK_EVERY == 0:
+            self._check_finite()
         if self.stage == "search":
             self._mix_noise()
             if self.steps >= self.search_steps:
@@ -285,6 +299,7 @@ class QATSession:
         """
         if self.stage == "done":
             return
+        self._check_finite()
         if self.stage == "search":
             self._freeze()
         elif self.steps > self.search_steps:
@@ -293,6 +308,11 @@ class QATSession:
             self._reestimate_batchnorm()
             self._tell("finetuned")
         self._end()
+
+    def _check_finite(self) -> None:
+        """Refuse weights that a loss of NaN has spoilt; of a sharded model when it is converted."""
+        if not any(is_sharded(parameter) for parameter in self.model.parameters()):
+            check_finite(self.model, f"QATSession, step {self.steps}: ")
 
     def _end(self) -> None:
         self.stage, self._ema = "done", None
@@ -437,7 +457,7 @@ class QATSession:
                 f"{other}. Prepare the model with the config that it was trained with."
             )
         bits = {name: bits[name] for name in names}  # files may have sorted them
-        freeze_to_(self.model, list(bits.values()))
+        freeze_to_(self.model, list(bits.values()), [] if self.budget is None else self.budget.limits(self.model))
         self._settle(bits)
         if self._ema is not None:
             self._ema = WeightAverage(self.model, self._ema.decay)
@@ -552,17 +572,10 @@ def is_calibrated(model: nn.Module) -> bool:
     return all(quantizer.calibrated for quantizer in quantizers(model))
 
 
-def _check_choices(**settings: tuple[object, Sequence[object]]) -> None:
-    for name, (found, choices) in settings.items():
-        if found not in choices:
-            expected = " or ".join(map(repr, choices))
-            raise ConfigError(f"QATSession: expected {name} {expected}, found {found!r}.")
-
-
 def _listed(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
     if optimizer is None:
         return []
-    return [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    return list(optimizer) if isinstance(optimizer, Iterable) else [optimizer]
 
 
 def _key(limit: str) -> str:

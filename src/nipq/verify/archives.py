@@ -33,9 +33,10 @@ from nipq.export.program import program_bytes
 from nipq.nn.deployed import DeployedLayer, deployed_layers, deployed_products
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import OPERANDS, operand_point
+from nipq.prepare.teacher_forcing import run_teacher_forced
 from nipq.verify.candidate import Candidate, differences
 from nipq.verify.metrics import exact_check, layer_check
-from nipq.verify.reference import ReferenceRun, run_model, run_teacher_forced
+from nipq.verify.reference import ReferenceRun, run_model
 from nipq.verify.result import Check
 
 #: Times the promised size that a file may have before it is refused unread.

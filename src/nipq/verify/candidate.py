@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.verify.metrics import LayerComparison, OutputComparison, logits_of
+from nipq.prepare.teacher_forcing import LayerComparison
+from nipq.verify.metrics import OutputComparison, logits_of
 from nipq.verify.reference import ReferenceRun, run_model
 from nipq.verify.result import Check
 
@@ -42,7 +43,9 @@ class Candidate(ABC):
         self.output.add_kernel_noise(reference.logits, reference.other_kernels)
         if reference.alone is not None:
             self.output.add_batch_noise(reference.logits, reference.alone)
-        self.output.add(reference.logits, self.logits(reference), reference.exact, reference.labels)
+        kind = reference.calls.results[reference.place].dtype
+        half = torch.finfo(kind).eps if kind.itemsize < 4 else 0.0
+        self.output.add(reference.logits, self.logits(reference), reference.exact, reference.labels, half)
 
     def logits(self, reference: ReferenceRun) -> Tensor:
         """Logits of the candidate on one piece of data; candidates with layers compare those on the way.
@@ -51,7 +54,7 @@ class Candidate(ABC):
             reference: the trained model on the same data.
         """
         assert self.module is not None
-        return logits_of(run_model(self.module, reference.inputs))
+        return logits_of(run_model(self.module, reference.inputs), reference.place)
 
     @abstractmethod
     def checks(self, scores: Mapping[str, float]) -> list[Check]:

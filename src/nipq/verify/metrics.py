@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError
-from nipq.prepare.batches import tensors_in
+from nipq.prepare.teacher_forcing import HALF_ROUNDINGS, RESULTS, LayerComparison, distances, float_results, larger
 from nipq.verify.result import Check
 
-#: E1: largest share of codes that may flip by one level between two layers, as sums run in another order.
-FLIPS = 1e-4
-#: The same for each level of the grid: a float32 sum that is off by so much of the range flips that share of codes.
-FLIPS_PER_LEVEL = 4e-7
-#: E1: largest difference of a layer's output relative to its largest value: some float32 roundings of a long sum.
-OUTPUT_TOLERANCE = 1e-5
 #: E2: times the trained model's own noise that the deployed model's logits may be away from its logits.
 TIMES_OWN_NOISE = 3.0
 #: E2: change of one sample's logits that a single flipped code was seen to make, relative to the largest logit.
@@ -35,84 +28,6 @@ ROUNDING = 1e-6
 #: E2: share of decisions that must be alike in the long run, unless the trained model's own are not.
 AGREEMENT = 0.995
 
-_CALLS_DIFFER = "called differently often, or on other shapes, than in the trained model"
-
-
-@dataclass
-class LayerComparison:
-    """Differences of one layer, product or operand (E1, E3), summed over calls and batches.
-
-    Attributes:
-        calls_differ: whether the layer was called differently often, or on different shapes.
-        codes: codes compared.
-        wrong: codes that differ on the same input.
-        flips: codes that differ on what arrived when the layers before got the trained inputs.
-        jump: largest such difference in levels.
-        error: largest difference of an output.
-        largest: largest magnitude of an output.
-        exact_codes: codes that differ between the deployed model and the trained one in phase ``"int"``.
-        levels: levels of the grid of its input.
-        inexact: whether the format itself may round a code of the same input to the other side.
-    """
-
-    calls_differ: bool = False
-    codes: int = 0
-    wrong: int = 0
-    flips: int = 0
-    jump: float = 0.0
-    error: float = 0.0
-    largest: float = 0.0
-    exact_codes: int = 0
-    levels: int = 0
-    inexact: bool = False
-
-    @property
-    def allowed(self) -> float:
-        """Share of codes that may flip."""
-        return max(FLIPS, FLIPS_PER_LEVEL * self.levels)
-
-    def add_codes(self, expected: Tensor, same_input: Tensor, arrived: Tensor) -> None:
-        """Add the codes of one call (E1).
-
-        Args:
-            expected: whole codes of the trained layer.
-            same_input: codes of the deployed layer on the trained input.
-            arrived: its codes of what arrived when the layers before got the trained inputs.
-        """
-        distance = (arrived - expected).abs()
-        self.codes += expected.numel()
-        self.wrong += int((same_input != expected).sum())
-        self.flips += int((distance != 0).sum())
-        self.jump = _larger(self.jump, distance)
-        if self.inexact:
-            self.jump = _larger(self.jump, (same_input - expected).abs())
-
-    def add_output(self, expected: Tensor, found: Tensor) -> None:
-        """Add the output of one call (E1)."""
-        self.error = _larger(self.error, (found - expected).abs())
-        self.largest = _larger(self.largest, expected.abs())
-
-    def layer_fault(self) -> str | None:
-        """The reason for which E1 fails here, or None."""
-        if self.calls_differ:
-            return _CALLS_DIFFER
-        most = math.ceil(self.allowed * self.codes)
-        if self.wrong > (most if self.inexact else 0):
-            return f"{self.wrong:,} of {self.codes:,} codes differ on the same input"
-        if not self.jump <= 1:
-            return f"codes of what arrived differ by up to {self.jump:g} levels"
-        if self.flips > most:
-            return f"{self.flips:,} of {self.codes:,} codes of what arrived flipped, more than {self.allowed:g} of them"
-        if not self.error <= OUTPUT_TOLERANCE * self.largest:
-            return f"the output differs by {self.error:.3g}, more than {OUTPUT_TOLERANCE:g} of its largest value"
-        return None
-
-    def exact_fault(self) -> str | None:
-        """The reason for which E3 fails here, or None."""
-        if self.calls_differ:
-            return _CALLS_DIFFER
-        return f"{self.exact_codes:,} codes differ from phase int" if self.exact_codes else None
-
 
 def flips_in(layers: Mapping[str, LayerComparison]) -> int:
     """Number of codes that were rounded to the other of two levels, in all layers."""
@@ -126,7 +41,10 @@ def layer_check(layers: Mapping[str, LayerComparison]) -> Check:
         "codes": sum(layer.codes for layer in layers.values()),
         "wrong": sum(layer.wrong for layer in layers.values()),
         "flips": flips_in(layers),
-        "worst_output": max((layer.error / layer.largest for layer in layers.values() if layer.largest), default=0.0),
+        "worst_output": max(
+            (layer.error / layer.largest for name, layer in layers.items() if layer.largest and name != RESULTS),
+            default=0.0,
+        ),
         "layers_at_fault": len(faults),
     }
     return Check("E1 layers", "each layer on the trained inputs", not faults, numbers, _first(faults))
@@ -150,14 +68,14 @@ class OutputComparison:
 
     def __init__(self) -> None:
         self.samples = self.decisions = self.disagreements = 0
-        self.largest = self.exact = 0.0
+        self.largest = self.exact = self.half = 0.0
         self._apart: list[Tensor] = []
         self._batch_noise: list[Tensor] = []
         self._kernel_noise: list[Tensor] = []
         self._own_decisions: list[Tensor] = []
         self._hits: list[tuple[int, int, int]] = []
 
-    def add(self, trained: Tensor, deployed: Tensor, exact: Tensor, labels: Tensor | None) -> None:
+    def add(self, trained: Tensor, deployed: Tensor, exact: Tensor, labels: Tensor | None, half: float = 0.0) -> None:
         """Add one batch.
 
         Args:
@@ -165,12 +83,14 @@ class OutputComparison:
             deployed: logits of the deployed model.
             exact: logits of the trained model in phase ``"int"``.
             labels: right answers, or None.
+            half: one rounding of half precision, where the model computes in it.
         """
+        self.half = max(self.half, half)
         deployed, exact = deployed.to(trained.device), exact.to(trained.device)
         self.samples += len(trained)
-        self.largest = _larger(self.largest, trained.abs())
-        self.exact = _larger(self.exact, (deployed - exact).abs())
-        self._apart.append((deployed - trained).abs().flatten())
+        self.largest = larger(self.largest, torch.where(trained.isinf(), 0, trained).abs())
+        self.exact = larger(self.exact, distances(exact, deployed))
+        self._apart.append(distances(trained, deployed).flatten())
         a, b = _decisions(trained), _decisions(deployed)
         self.decisions += a.numel()
         self.disagreements += int((a != b).sum())
@@ -181,12 +101,12 @@ class OutputComparison:
     def add_kernel_noise(self, trained: Tensor, other: Tensor) -> None:
         """Add the difference of a batch's logits to those of the same trained model on other kernels."""
         self._own_decisions.append((_decisions(other) != _decisions(trained)).double().flatten())
-        self._kernel_noise.append((other - trained).abs().flatten())
+        self._kernel_noise.append(distances(trained, other).flatten())
 
     def add_batch_noise(self, trained: Tensor, single: Tensor) -> None:
         """Add the difference of a batch's logits to those of the same samples one by one."""
         self._own_decisions.append((_decisions(single) != _decisions(trained)).double().flatten())
-        self._batch_noise.append((single - trained).abs().flatten())
+        self._batch_noise.append(distances(trained, single).flatten())
 
     def accuracies(self) -> dict[str, float]:
         """Top-1 accuracy of both models in per cent; empty without labels."""
@@ -207,7 +127,7 @@ class OutputComparison:
         apart = _mean(self._apart) / largest
         noise = max(_mean(self._batch_noise), _mean(self._kernel_noise)) / largest
         by_chance = max(CHANCE_FLIPS, min(most_by_chance(flips), self.samples // SAMPLES_A_FLIP))
-        limit = max(TIMES_OWN_NOISE * noise, by_chance * ONE_FLIP / self.samples, ROUNDING)
+        limit = max(TIMES_OWN_NOISE * noise, by_chance * ONE_FLIP / self.samples, ROUNDING, HALF_ROUNDINGS * self.half)
         allowed = max(1 - AGREEMENT, TIMES_OWN_NOISE * _mean(self._own_decisions))
         faults = []
         if not apart <= limit:
@@ -240,22 +160,51 @@ def most_by_chance(expected: float) -> int:
     return high
 
 
-def logits_of(output: Any) -> Tensor:  # noqa: ANN401  (whatever the model returns)
-    """The first floating tensor that the model returns, in float32 at least.
+def logits_place(output: Any) -> int:  # noqa: ANN401  (whatever the model returns)
+    """Which of the floating tensors that a model returns are its logits.
+
+    Those named ``logits``; else the first that is no single number, as a loss is.
 
     Args:
-        output: a tensor, or a tuple, list or mapping of such.
+        output: tensors alone or in mappings, sequences, dataclasses and other objects.
+
+    Returns:
+        Place among :func:`nipq.prepare.teacher_forcing.float_results`.
 
     Raises:
         ConfigError: if there is none.
     """
-    for tensor in tensors_in(output):
-        if tensor.is_floating_point():
-            return tensor.float() if tensor.itemsize < 4 else tensor
+    found = float_results(output)
+    named = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    for place, tensor in enumerate(found):
+        if tensor is named:
+            return place
+    for place, tensor in enumerate(found):
+        if tensor.ndim:
+            return place
     raise ConfigError(
-        f"verify: expected a model that returns floating tensors, found {type(output).__name__}. "
-        "Wrap the model so that it returns its logits."
+        f"verify: expected a model that returns floating tensors with a batch axis, found {type(output).__name__} with "
+        f"{len(found)} single numbers. Wrap the model so that it returns its logits."
     )
+
+
+def logits_of(output: Any, place: int) -> Tensor:  # noqa: ANN401  (whatever the model returns)
+    """The logits that a model returns, in float32 at least.
+
+    Args:
+        output: as for :func:`logits_place`.
+        place: what that found in the trained model's output.
+
+    Raises:
+        ConfigError: if the output holds fewer tensors.
+    """
+    found = float_results(output)
+    if place >= len(found):
+        raise ConfigError(
+            f"verify: expected {place + 1} floating tensors at least, as the trained model returns, found "
+            f"{len(found)}. Export the model again, with all that it returns."
+        )
+    return found[place].float() if found[place].itemsize < 4 else found[place]
 
 
 def _decisions(logits: Tensor) -> Tensor:
@@ -265,9 +214,3 @@ def _decisions(logits: Tensor) -> Tensor:
 
 def _mean(parts: list[Tensor]) -> float:
     return float(torch.cat([part.double() for part in parts]).mean()) if parts else 0.0
-
-
-def _larger(so_far: float, values: Tensor) -> float:
-    """The larger of a number and a tensor's maximum; NaN wins, so that no comparison with a limit passes."""
-    largest = float(values.max()) if values.numel() else 0.0
-    return largest if math.isnan(largest) or largest > so_far else so_far

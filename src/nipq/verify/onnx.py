@@ -40,9 +40,10 @@ from nipq.nn.deployed import Deployed, deployed_layers
 from nipq.nn.kinds import along_channels
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.layer_table import operand_point
+from nipq.prepare.teacher_forcing import Calls
 from nipq.verify.candidate import Candidate, differences
 from nipq.verify.metrics import flips_in, layer_check
-from nipq.verify.reference import Calls, ReferenceRun
+from nipq.verify.reference import ReferenceRun
 from nipq.verify.result import Check
 
 if TYPE_CHECKING:

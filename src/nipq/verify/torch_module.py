@@ -33,9 +33,10 @@ from nipq.nn.layers import float_weight
 from nipq.prepare.batches import copy_of
 from nipq.prepare.layer_table import OPERANDS, LayerRow, layer_table, weight_table
 from nipq.prepare.prepare import restore_
+from nipq.prepare.teacher_forcing import run_teacher_forced
 from nipq.verify.candidate import Candidate, differences
 from nipq.verify.metrics import exact_check, flips_in, layer_check, logits_of
-from nipq.verify.reference import ReferenceRun, compare_codes, recording_codes, run_model, run_teacher_forced
+from nipq.verify.reference import ReferenceRun, compare_codes, recording_codes, run_model
 from nipq.verify.result import Check
 
 
@@ -90,7 +91,7 @@ class DeployedCandidate(Candidate):
         """Logits, with the layers compared for E1 and E3 on the way."""
         run_teacher_forced(self.deployed, reference.calls, self.layers, partial(run_model, inputs=reference.inputs))
         with recording_codes(self.deployed) as codes:
-            found = logits_of(run_model(self.deployed, reference.inputs))
+            found = logits_of(run_model(self.deployed, reference.inputs), reference.place)
         compare_codes(reference.codes, codes, self.layers)
         return found
 

@@ -1,0 +1,251 @@
+"""Rehearse the deployment of a freshly prepared model, so that what would go wrong is refused before it is trained.
+
+A copy that shares the float weights gets clipping ranges from the example inputs, is deployed, and is compared with a
+second copy that rounds as the trained model will, layer by layer under teacher forcing and in all that the model
+returns; so nothing is deployed, after training, that was not seen to compute what was trained. What this cannot see are
+ways through the model that the example inputs do not take.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nipq.config import Phase
+from nipq.errors import NipqError, NotQuantizableError, first_line
+from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.nn.quantizer import InputQuantizer
+from nipq.prepare.batches import ExampleInputs, call_model, device_of, evaluating, to_device
+from nipq.prepare.convert import deploy_
+from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers, set_phase_
+from nipq.prepare.teacher_forcing import (
+    RESULTS,
+    LayerComparison,
+    float_results,
+    recording,
+    run_teacher_forced,
+)
+
+#: Times the limits of ``nipq.verify`` within which a rehearsal passes: it has one batch, and no range was learned.
+SLACK = 10
+#: Share of codes that may flip between layers.
+MOST_FLIPS = 0.02
+
+
+class _Reached(Exception):  # noqa: N818  (never seen by anyone)
+    """A layer of the model itself was called while its copy ran."""
+
+
+@torch.no_grad()
+def rehearse(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Deploy a copy of a freshly prepared model and compare it with the model that would be trained.
+
+    Needs memory for a quarter of the weights, and four forwards. The model, its random state and its modes stay as
+    they are.
+
+    Args:
+        model: a prepared model, not trained yet.
+        example_inputs: as for ``prepare_``. Floating tensors that hold one value throughout are filled with random
+            numbers if the model gives finite results on those.
+
+    Raises:
+        NotQuantizableError: if the copies differ, a deployed layer is not called, or a copy calls a layer of the model
+            itself; names the layer.
+    """
+    rows = {name: row.layer for name, row in _named_rows(model).items()}
+    with ExitStack() as stack:
+        for name, layer in rows.items():
+            hook = partial(_refuse_call, name)
+            stack.callback(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+        stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
+        try:
+            faults = list(_faults(_copy(model), to_device(example_inputs, device_of(model))))
+        except _Reached as reached:
+            name = str(reached)
+            way = _way(model, rows[name])
+            faults = [f"{name}: a copy of the model still calls the layer of the model itself, {way}"]
+        except NipqError:
+            raise
+        except Exception as error:
+            faults = [f"{type(model).__name__}: a deployed copy of the model does not run: {first_line(error)}"]
+    if faults:
+        remedy = "Leave such layers float with Rule(name, quantize=False), or change the model's forward."
+        raise NotQuantizableError(
+            "expected a model whose deployed form computes what is trained, found\n" + "\n".join(faults) + f"\n{remedy}"
+        )
+
+
+def _named_rows(model: nn.Module) -> dict[str, Any]:
+    names = {module: name for name, module in model.named_modules()}
+    return {names[row.layer]: row for row in layer_table(model)}
+
+
+def _refuse_call(name: str, *_call: object) -> None:
+    raise _Reached(name)
+
+
+def _cuda_devices(model: nn.Module) -> list[torch.device]:
+    device = device_of(model)
+    return [device] if device.type == "cuda" else []
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose parameters share their memory with the model's, but for those of quantizers."""
+    own = {id(parameter) for quantizer in quantizers(model) for parameter in quantizer.parameters()}
+    shared = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=False)
+        for parameter in model.parameters()
+        if id(parameter) not in own
+    }
+    clone: nn.Module = copy.deepcopy(model, dict(shared))
+    for module in clone.modules():  # what watches the model's own layers must not come along
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, partial) and hook.func is _refuse_call:
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return clone
+
+
+def _faults(trained: nn.Module, example_inputs: ExampleInputs) -> Iterator[str]:
+    """Compare a copy of the model with what it becomes when it is deployed."""
+    with evaluating(trained):
+        inputs = _calibrate_(trained, example_inputs)
+        rows = _named_rows(trained)
+        set_phase_(trained, Phase.ROUND)
+        with recording(rows) as calls:
+            output = call_model(trained, _fresh(inputs))
+        calls.results = [tensor.clone() for tensor in float_results(output)]
+        layers: dict[str, LayerComparison] = {}
+        deployed = deploy_(trained)
+        run_teacher_forced(deployed, calls, layers, lambda network: call_model(network, _fresh(inputs)))
+    for name, layer in layers.items():
+        if (fault := _fault(layer)) is not None:
+            yield f"{name}: {fault}"
+            if name != RESULTS:
+                return  # those after it may follow from it
+
+
+def _fault(layer: LayerComparison) -> str | None:
+    if layer.calls_differ:
+        return "the deployed model calls it differently often, or on other shapes, or not at all"
+    if layer.wrong:
+        return f"{layer.wrong:,} of {layer.codes:,} codes of the same input differ"
+    most = max(SLACK, MOST_FLIPS * layer.codes, layer.allowed * layer.codes)
+    if not (layer.flips <= most and layer.jump <= layer.longest_jump):
+        return f"{layer.flips:,} of {layer.codes:,} codes of its input differ, by up to {layer.jump:g} levels"
+    layer.tolerance *= SLACK
+    return layer.output_fault()
+
+
+def _fresh(inputs: ExampleInputs) -> Any:  # noqa: ANN401  (in the same form)
+    """Copies of the tensors: a forward may write into its input."""
+    if isinstance(inputs, Tensor):
+        return inputs.clone()
+    if isinstance(inputs, Mapping):
+        return {key: _fresh(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        fresh = [_fresh(value) for value in inputs]
+        return type(inputs)(*fresh) if hasattr(inputs, "_fields") else type(inputs)(fresh)
+    return inputs
+
+
+def _calibrate_(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
+    """Set provisional clipping ranges from the largest values; returns the inputs that they were found on."""
+    set_phase_(model, Phase.FLOAT)
+    ends: dict[InputQuantizer, tuple[float, float]] = {}
+    inputs = example_inputs
+    for inputs in (_random(example_inputs), example_inputs):
+        ends.clear()
+        with ExitStack() as stack:
+            for quantizer in input_quantizers(layer_table(model)):
+                stack.callback(quantizer.register_forward_pre_hook(partial(_widen, ends)).remove)
+            try:
+                results = float_results(call_model(model, _fresh(inputs)))
+            except _Reached:
+                raise
+            except Exception:
+                if inputs is example_inputs:
+                    raise
+                continue
+        if all(bool(torch.isfinite(tensor).all()) for tensor in results):
+            break
+    for quantizer, (low, high) in ends.items():
+        largest = max(-low, high)
+        alpha = largest if 1e-6 < largest < 1e6 else 1.0
+        if quantizer.estimator.learns_offset:
+            quantizer.grid = Grid("shifted", max(0.0, -low))
+            alpha = high - low if 1e-6 < high - low < 1e6 else 1.0
+        elif quantizer.grid_choice == "auto":
+            quantizer.grid = SIGNED if low < 0 else UNSIGNED
+        quantizer.set_alpha_(quantizer.alpha_raw.new_full((1,), alpha))
+    return inputs
+
+
+def _widen(ends: dict[InputQuantizer, tuple[float, float]], quantizer: InputQuantizer, args: tuple[Tensor]) -> None:
+    found = args[0].detach().float()
+    low, high = ends.get(quantizer, (0.0, 0.0))
+    if found.numel():
+        ends[quantizer] = min(low, float(found.min().nan_to_num())), max(high, float(found.max().nan_to_num()))
+
+
+def _random(inputs: ExampleInputs) -> Any:  # noqa: ANN401  (in the same form)
+    """The inputs with random numbers in floating tensors that hold one value throughout, as zeros show nothing."""
+    if isinstance(inputs, Tensor):
+        constant = inputs.is_floating_point() and inputs.numel() > 1 and bool((inputs == inputs.flatten()[0]).all())
+        return torch.rand_like(inputs) if constant else inputs
+    if isinstance(inputs, Mapping):
+        return {key: _random(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        found = [_random(value) for value in inputs]
+        return type(inputs)(*found) if hasattr(inputs, "_fields") else type(inputs)(found)
+    return inputs
+
+
+# ---------------------------------------------------------------------- how a layer is reached
+
+
+def _way(model: nn.Module, layer: nn.Module) -> str:
+    """How something else than the tree of modules reaches a layer, in words."""
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if not key.startswith("_") and _reaches(value, layer):
+                owner = name or type(model).__name__
+                return f"through the function that {owner} keeps as {key!r}, which copies share"
+    return "through a closure, a global or another reference that copies share"
+
+
+def _reaches(value: object, layer: nn.Module, depth: int = 0) -> bool:
+    """Return whether a function, or a list or dict of them, holds on to a layer or to a module that has it."""
+    if isinstance(value, nn.Module):
+        return depth > 0 and any(module is layer for module in value.modules())
+    if depth > 4:
+        return False
+    inside: list[object] = []
+    if isinstance(value, types.FunctionType):
+        inside = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
+        inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
+        inside += [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
+    elif isinstance(value, partial):
+        inside = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        inside = [value.__self__, value.__func__]
+    elif isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, (tuple, list, set)):
+        inside = list(value)
+    return any(_reaches(item, layer, depth + 1) for item in inside)
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
