@@ -220,6 +220,7 @@ class _Trial:
             module._forward_pre_hooks.clear()
         if dtype is not None:
             self.layer.to(dtype)
+        del self.layer._parameters["weight"]
         self.dtype, self.device, self.shape = dtype or weight.dtype, weight.device, weight.shape
         self.close = 1e-9 if self.dtype == torch.float64 else 1e-4 if self.dtype == torch.float32 else 3e-2
         self.seed = torch.Generator().manual_seed(0)
@@ -260,7 +261,7 @@ class _Trial:
             no_bias: call it without the parameter.
             stop: end the forward in front of the operation, where its result is not asked for.
         """
-        self.layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        self.layer.__dict__["weight"] = weight = weight.view_as(weight)  # no parameter, nor is it once quantized
         x = self.x if x is None else x
         args, kwargs = list(self.args), dict(self.kwargs)
         if x is not None:
@@ -270,14 +271,12 @@ class _Trial:
         if own is not None:
             value = self.bias if bias is None else bias
             self.layer._parameters["bias"] = None if no_bias else nn.Parameter(value, requires_grad=False)  # type: ignore[arg-type]
-        parameter = self.layer._parameters["weight"]
-        assert parameter is not None
-        known = [parameter, x, self.layer._parameters.get("bias")]
+        known = [weight, x, self.layer._parameters.get("bias")]
         others = [*self.layer.parameters(), *self.layer.buffers(), *tensors_in((args, kwargs))]
         found = _Run()
         try:
             others = [tensor for tensor in others if not any(tensor is one for one in known)]
-            with _Watch(found, parameter, x, others, stop=stop):
+            with _Watch(found, weight, x, others, stop=stop):
                 found.output = self.layer.forward(*args, **kwargs)
         except _ReachedError:
             pass
@@ -293,8 +292,7 @@ class _Trial:
         return not same or self.numbers_now() != self.numbers
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = dict(self.layer.named_buffers()) | dict(self.layer.named_parameters())
-        return {key: value for key, value in found.items() if key != "weight"}
+        return dict(self.layer.named_buffers()) | dict(self.layer.named_parameters())
 
     def numbers_now(self) -> dict[str, int | float]:
         """Numbers and switches among the attributes of the copy and its submodules."""

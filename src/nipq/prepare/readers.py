@@ -96,7 +96,7 @@ def parameters_watched(modules: Mapping[nn.Module, str], report: Callable[[nn.Mo
 def forwards_watched(
     modules: Iterator[nn.Module], stack: list[nn.Module], report: Callable[[nn.Module], None]
 ) -> Iterator[None]:
-    """Report every call of a module's forward that passes its hooks by, such as ``layer.forward(x)``.
+    """Report calls of a module's forward that pass its hooks by, such as ``layer.forward(x)`` or ``_conv_forward``.
 
     Args:
         modules: the modules.
@@ -104,7 +104,7 @@ def forwards_watched(
         report: called with the module.
     """
 
-    def forward(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def called(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if stack[-1:] == [module]:
             return original(*args, **kwargs)
         report(module)
@@ -114,16 +114,17 @@ def forwards_watched(
         finally:
             stack.pop()
 
-    before = {module: module.__dict__.get("forward") for module in modules}
-    for module in before:
-        module.__dict__["forward"] = partial(forward, module, module.forward)
+    methods = [(module, name) for module in modules for name in ("forward", "_conv_forward") if hasattr(module, name)]
+    before = {method: method[0].__dict__.get(method[1]) for method in methods}
+    for module, name in methods:
+        module.__dict__[name] = partial(called, module, getattr(module, name))
     try:
         yield
     finally:
-        for module, own in before.items():
-            del module.__dict__["forward"]
+        for (module, name), own in before.items():
+            del module.__dict__[name]
             if own is not None:
-                module.__dict__["forward"] = own
+                module.__dict__[name] = own
 
 
 def held(tensors: Mapping[int, Tensor]) -> set[int]:
