@@ -149,6 +149,7 @@ REFUSED = {
     "random": (conv(lambda s, x: _conv(s, x) + torch.rand(1)), "draws random numbers"),
     "counter": (Counter(4, 4, 3), "counters"),
     "running buffer": (Drifting(), "changes its buffers"),
+    "written into": (conv(lambda s, x: (s.weight.data.clamp_(-0.2, 0.2), _conv(s, x))[1]), "writes into its weight"),
     "no parameter any more": (conv(lambda s, x: functional.conv2d(x, s._parameters["weight"])), "KeyError: 'weight'"),
     "failing": (conv(lambda s, x: _conv(s, x) if (x[:, 0] == X[:, 0]).all() else 1 / 0), "ZeroDivisionError"),
 }

@@ -232,6 +232,7 @@ class _Trial:
         self.x_dtype = None if first is None else first.dtype
         bias = getattr(layer, "bias", None)
         self.bias = None if bias is None else self.random(bias.shape)
+        self.writes = False
         self.state = {key: value.clone() for key, value in self._tensors().items()}
         #: Numbers among the attributes, once a call has filled in those that it keeps (``cached_property``).
         self.numbers: dict[str, int | float] = {}
@@ -261,7 +262,9 @@ class _Trial:
             no_bias: call it without the parameter.
             stop: end the forward in front of the operation, where its result is not asked for.
         """
-        self.layer.__dict__["weight"] = weight = weight.view_as(weight)  # no parameter, nor is it once quantized
+        given = weight
+        weight = weight.view_as(weight) if self.is_table and weight.numel() > _LARGE else weight.clone()
+        self.layer.__dict__["weight"] = weight  # no parameter, nor is it once quantized
         x = self.x if x is None else x
         args, kwargs = list(self.args), dict(self.kwargs)
         if x is not None:
@@ -283,6 +286,7 @@ class _Trial:
         finally:
             if own is not None:
                 self.layer._parameters["bias"] = own
+        self.writes |= not torch.equal(weight, given)
         return found
 
     def changed_itself(self) -> bool:
@@ -336,6 +340,8 @@ def _probe(trial: _Trial) -> Probe:
     if len(first.products) != 1:
         what = "looks its weight up" if trial.is_table else "multiplies its first argument with its weight"
         return Probe(None, f"its own forward {what} {len(first.products)} times, not once")
+    if trial.writes:
+        return Probe(None, "its own forward writes into its weight")
     if not _is_scaled(trial, first.weight, weight, lambda w: trial.run(w, stop=True).weight, by_channel=True):
         return Probe(
             None,
@@ -370,7 +376,7 @@ def _is_scaled(
         reach: what reaches the operation, as a function of either.
         by_channel: for a weight.
     """
-    if found.data_ptr() == value.data_ptr() and found.shape == value.shape and found.stride() == value.stride():
+    if by_channel and found is trial.layer.__dict__["weight"]:
         return True  # the very tensor
     other, signs = trial.random(value.shape), trial.random(value.shape).sign()
     linear = (
