@@ -96,10 +96,10 @@ def probe(layer: nn.Module, call: Call) -> Probe:
     """
     if any(name in vars(layer) for name in _DECISIVE):
         return Probe(None, "the forward of this very layer was replaced")
-    if not is_table(layer):
-        first = next(iter(call.args), None) if call.args else next(tensors_in(call.kwargs), None)
-        if not isinstance(first, Tensor) or not first.is_floating_point():
-            return Probe(None, "its first argument is no tensor of floats, so its input cannot be quantized")
+    first = call.args[0] if call.args else next(tensors_in(call.kwargs), None)
+    if not isinstance(first, Tensor) or not (first.is_floating_point() or is_table(layer)):
+        floats = "" if is_table(layer) else " of floats, so its input cannot be quantized"
+        return Probe(None, f"its first argument is no tensor{floats}")
     exact = layer.weight.numel() <= _LARGE  # type: ignore[operator]  # a module, to torch
     error: Exception | None = None
     for dtype in (torch.float64, None) if exact else (None,):
