@@ -99,13 +99,15 @@ def test_what_is_counted() -> None:
     average, size, operations = (AverageBits(weights=4) & ModelSize("1 MB") & BitOps("1 G")).limits(model)
     shares = dict(zip([row.name for row in rows], average.form.weight.tolist(), strict=True))
     assert shares == {"words": 0, "places": 0, "hidden": 64 / 152, "head": 88 / 152}
-    assert average.accounting == "over 152 weights in 2 tensors, first and last layer included, 2 embedding tables not"
+    covers = "over 152 weights in 2 tensors, 51.4% of all parameters, first and last layer included"  # 152 / (288 + 8)
+    assert average.accounting == f"{covers}, 2 embedding tables not"
     assert size.form.weight.tolist() == [11, 6, 8, 11]
     assert operations.accounting.startswith("per sample over 2 layers")
     assert summary(model).bops == (64 + 88) * 6 * 5 * 5
     assert "Embedding tables count in the model's size alone" in inspect(Language(), IDS).policy
     (tied,) = AverageBits(weights=4).limits(model := prepared(tied=True))
-    assert tied.accounting == "over 152 weights in 2 tensors, first and last layer included, 1 embedding tables not"
+    covers = "over 152 weights in 2 tensors, 73.1% of all parameters, first and last layer included"  # 152 / (200 + 8)
+    assert tied.accounting == f"{covers}, 1 embedding tables not"
     assert stored_rows(layer_table(model))[0].name == "head"
 
 

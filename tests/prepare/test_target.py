@@ -136,8 +136,6 @@ def test_grids_have_it() -> None:
     assert {check_config(cell.config).quantization.target for cell in cells} == {"inductor"}
     with pytest.raises(ConfigError, match=r"row 'diffq': .*weight_bits of up to 15"):
         expand(Grid.model_validate({**fields, "methods": ["nipq", "diffq"]}))
-    narrow = {
-        "method": "diffq",
-        "quantization": {"weight_bits": {"min": 2, "max": 8}, "activation_bits": {"min": 2, "max": 8}},
-    }
+    bits = {"min": 2, "max": 8}
+    narrow = {"method": "diffq", "quantization": {"weight_bits": bits, "activation_bits": bits}}
     assert expand(Grid.model_validate({**fields, "methods": {"nipq": None, "diffq": narrow}}))

@@ -327,6 +327,11 @@ def test_forwards_that_are_called_directly() -> None:
     traced = trace(model, torch.randn(1, 3))
     assert traced.by_hand == {"both", "direct"}
     assert traced.unused == ("direct",)
+    convolution = nn.Conv2d(3, 3, 1)
+    inner = type("Inner", (nn.Module,), {"forward": lambda s, x: s.c._conv_forward(s.c(x), s.c.weight, s.c.bias)})()
+    inner.c = convolution
+    assert trace(inner, torch.randn(1, 3, 2, 2)).by_hand == {"c"}
+    assert "_conv_forward" not in vars(convolution)
     assert traced.weight_readers == {}  # they read their own
     assert not any("forward" in vars(module) for module in model.modules())
     assert type(model.both._parameters) is dict

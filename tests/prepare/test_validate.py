@@ -206,6 +206,30 @@ def test_layers_that_are_called_or_read_past_their_hooks_are_refused() -> None:
     prepare_(model, X, Config(rules=rules))
 
 
+@pytest.mark.parametrize("how", ["data", "no_grad", "view"])
+def test_layers_whose_weight_the_forward_writes_are_refused(how: str) -> None:
+    class Clipped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            match how:
+                case "data":
+                    self.layer.weight.data.clamp_(-1, 1)
+                case "no_grad":
+                    with torch.no_grad():
+                        self.layer.weight.clamp_(-1, 1)
+                case "view":
+                    self.layer.weight.detach()[0].zero_()
+            return self.head(self.layer(x))
+
+    refused(
+        Clipped(), "error: layer: the forward writes into its weight or bias, and a quantized weight is computed anew"
+    )
+    assert not [name for severity, name in found(Clipped()) if severity == "error" and name != "layer"]
+
+
 def test_attributes_with_names_of_ours_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
     model[0].quantization, model[1].parametrizations, model[2].deployed_in = "int4", nn.Module(), "here"

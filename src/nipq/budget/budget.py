@@ -49,6 +49,18 @@ def stored_rows(rows: Sequence[LayerRow]) -> list[LayerRow]:
     return [first[quantizer] for quantizer in dict.fromkeys(row.weight for row in rows) if quantizer in first]
 
 
+def parameter_count(model: nn.Module, rows: Sequence[LayerRow]) -> int:
+    """Elements of a model's own parameters, without those of its quantizers.
+
+    Args:
+        model: a prepared model.
+        rows: ``layer_table(model)``.
+    """
+    parts = [part for row in rows for part in (row.weight, row.input) if part is not None]
+    added = {parameter for part in parts for parameter in part.parameters()}
+    return sum(parameter.numel() for parameter in model.parameters() if parameter not in added)
+
+
 def activation_counts(rows: Sequence[LayerRow]) -> list[tuple[TensorQuantizer, int]]:
     """Elements per sample of every quantized activation, keys and values of attention among them.
 
@@ -207,7 +219,9 @@ class AverageBits(Budget):
         if self.weights is not None:
             stored = stored_rows(rows)
             counts = {row.weight: row.spec.weight_count for row in stored if not row.spec.is_table}
-            what = f"over {sum(counts.values()):,} weights in {len(counts)} tensors, first and last layer included"
+            weights = sum(counts.values())
+            share = f"{weights / parameter_count(model, rows):.1%} of all parameters"
+            what = f"over {weights:,} weights in {len(counts)} tensors, {share}, first and last layer included"
             if len(counts) < len(stored):
                 what += f", {len(stored) - len(counts)} embedding tables not"
             limits.append(average_limit("weight", self.weights, self.mode, table, list(counts.items()), what))

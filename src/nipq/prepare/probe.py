@@ -96,10 +96,10 @@ def probe(layer: nn.Module, call: Call) -> Probe:
     """
     if any(name in vars(layer) for name in _DECISIVE):
         return Probe(None, "the forward of this very layer was replaced")
-    if not is_table(layer):
-        first = next(iter(call.args), None) if call.args else next(tensors_in(call.kwargs), None)
-        if not isinstance(first, Tensor) or not first.is_floating_point():
-            return Probe(None, "its first argument is no tensor of floats, so its input cannot be quantized")
+    first = call.args[0] if call.args else next(tensors_in(call.kwargs), None)
+    if not isinstance(first, Tensor) or not (first.is_floating_point() or is_table(layer)):
+        floats = "" if is_table(layer) else " of floats, so its input cannot be quantized"
+        return Probe(None, f"its first argument is no tensor{floats}")
     exact = layer.weight.numel() <= _LARGE  # type: ignore[operator]  # a module, to torch
     error: Exception | None = None
     for dtype in (torch.float64, None) if exact else (None,):
@@ -220,6 +220,7 @@ class _Trial:
             module._forward_pre_hooks.clear()
         if dtype is not None:
             self.layer.to(dtype)
+        del self.layer._parameters["weight"]
         self.dtype, self.device, self.shape = dtype or weight.dtype, weight.device, weight.shape
         self.close = 1e-9 if self.dtype == torch.float64 else 1e-4 if self.dtype == torch.float32 else 3e-2
         self.seed = torch.Generator().manual_seed(0)
@@ -231,6 +232,7 @@ class _Trial:
         self.x_dtype = None if first is None else first.dtype
         bias = getattr(layer, "bias", None)
         self.bias = None if bias is None else self.random(bias.shape)
+        self.writes = False
         self.state = {key: value.clone() for key, value in self._tensors().items()}
         #: Numbers among the attributes, once a call has filled in those that it keeps (``cached_property``).
         self.numbers: dict[str, int | float] = {}
@@ -260,7 +262,9 @@ class _Trial:
             no_bias: call it without the parameter.
             stop: end the forward in front of the operation, where its result is not asked for.
         """
-        self.layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        given = weight
+        weight = weight.view_as(weight) if self.is_table and weight.numel() > _LARGE else weight.clone()
+        self.layer.__dict__["weight"] = weight  # no parameter, nor is it once quantized
         x = self.x if x is None else x
         args, kwargs = list(self.args), dict(self.kwargs)
         if x is not None:
@@ -270,20 +274,19 @@ class _Trial:
         if own is not None:
             value = self.bias if bias is None else bias
             self.layer._parameters["bias"] = None if no_bias else nn.Parameter(value, requires_grad=False)  # type: ignore[arg-type]
-        parameter = self.layer._parameters["weight"]
-        assert parameter is not None
-        known = [parameter, x, self.layer._parameters.get("bias")]
+        known = [weight, x, self.layer._parameters.get("bias")]
         others = [*self.layer.parameters(), *self.layer.buffers(), *tensors_in((args, kwargs))]
         found = _Run()
         try:
             others = [tensor for tensor in others if not any(tensor is one for one in known)]
-            with _Watch(found, parameter, x, others, stop=stop):
+            with _Watch(found, weight, x, others, stop=stop):
                 found.output = self.layer.forward(*args, **kwargs)
         except _ReachedError:
             pass
         finally:
             if own is not None:
                 self.layer._parameters["bias"] = own
+        self.writes |= not torch.equal(weight, given)
         return found
 
     def changed_itself(self) -> bool:
@@ -293,8 +296,7 @@ class _Trial:
         return not same or self.numbers_now() != self.numbers
 
     def _tensors(self) -> dict[str, Tensor]:
-        found = dict(self.layer.named_buffers()) | dict(self.layer.named_parameters())
-        return {key: value for key, value in found.items() if key != "weight"}
+        return dict(self.layer.named_buffers()) | dict(self.layer.named_parameters())
 
     def numbers_now(self) -> dict[str, int | float]:
         """Numbers and switches among the attributes of the copy and its submodules."""
@@ -338,6 +340,8 @@ def _probe(trial: _Trial) -> Probe:
     if len(first.products) != 1:
         what = "looks its weight up" if trial.is_table else "multiplies its first argument with its weight"
         return Probe(None, f"its own forward {what} {len(first.products)} times, not once")
+    if trial.writes:
+        return Probe(None, "its own forward writes into its weight")
     if not _is_scaled(trial, first.weight, weight, lambda w: trial.run(w, stop=True).weight, by_channel=True):
         return Probe(
             None,
@@ -372,7 +376,7 @@ def _is_scaled(
         reach: what reaches the operation, as a function of either.
         by_channel: for a weight.
     """
-    if found.data_ptr() == value.data_ptr() and found.shape == value.shape and found.stride() == value.stride():
+    if by_channel and found is trial.layer.__dict__["weight"]:
         return True  # the very tensor
     other, signs = trial.random(value.shape), trial.random(value.shape).sign()
     linear = (

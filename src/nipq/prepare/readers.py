@@ -7,11 +7,12 @@ are looked up in a dictionary that reports it, so that a model which only asks w
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,7 +35,22 @@ class ReaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         self.owners: dict[int, set[nn.Module]] = {}
         #: Readers of a parameter outside of the modules that hold it, by its id.
         self.outside: dict[int, set[str]] = {}
+        #: Parameters that an operation wrote into, by their ids, and where the elements of each are.
+        self.written: set[int] = set()
+        self.storages: dict[int, int] = {}
         self.keep: list[object] = []  # ids stay unique only while the tensors live
+
+    def watch(self, module: nn.Module, tensors: Iterable[Tensor | None]) -> None:
+        """Watch tensors that a module holds: readers outside of it, and writers.
+
+        Args:
+            module: the module.
+            tensors: its parameters and buffers.
+        """
+        for tensor in tensors:
+            self.owners.setdefault(id(tensor), set()).add(module)
+            if isinstance(tensor, nn.Parameter) and (place := _place(tensor)):
+                self.storages[place] = id(tensor)
 
     def read(self, tensor: Tensor) -> None:
         """Note that the module which is running reads a tensor."""
@@ -56,7 +72,16 @@ class ReaderMode(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch g
         self.keep.append(operands)
         for tensor in operands:
             self.read(tensor)
+        if operands and func._schema.is_mutable:  # type: ignore[attr-defined]  # operators have one
+            changed = [*operands[:1], *tensors_in((kwargs or {}).get("out"))]
+            self.written |= {self.storages[place] for place in map(_place, changed) if place in self.storages}
         return func(*args, **(kwargs or {}))
+
+
+def _place(tensor: Tensor) -> int:
+    """Address of a tensor's elements; 0 for tensors that have none of their own."""
+    plain = tensor.layout == torch.strided and type(tensor) in (Tensor, nn.Parameter)
+    return tensor.untyped_storage().data_ptr() if plain else 0
 
 
 class _Reported(dict[str, Any]):
@@ -96,7 +121,7 @@ def parameters_watched(modules: Mapping[nn.Module, str], report: Callable[[nn.Mo
 def forwards_watched(
     modules: Iterator[nn.Module], stack: list[nn.Module], report: Callable[[nn.Module], None]
 ) -> Iterator[None]:
-    """Report every call of a module's forward that passes its hooks by, such as ``layer.forward(x)``.
+    """Report calls of a module's forward that pass its hooks by, such as ``layer.forward(x)`` or ``_conv_forward``.
 
     Args:
         modules: the modules.
@@ -104,7 +129,7 @@ def forwards_watched(
         report: called with the module.
     """
 
-    def forward(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def called(module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         if stack[-1:] == [module]:
             return original(*args, **kwargs)
         report(module)
@@ -114,16 +139,17 @@ def forwards_watched(
         finally:
             stack.pop()
 
-    before = {module: module.__dict__.get("forward") for module in modules}
-    for module in before:
-        module.__dict__["forward"] = partial(forward, module, module.forward)
+    methods = [(module, name) for module in modules for name in ("forward", "_conv_forward") if hasattr(module, name)]
+    before = {method: method[0].__dict__.get(method[1]) for method in methods}
+    for module, name in methods:
+        module.__dict__[name] = partial(called, module, getattr(module, name))
     try:
         yield
     finally:
-        for module, own in before.items():
-            del module.__dict__["forward"]
+        for (module, name), own in before.items():
+            del module.__dict__[name]
             if own is not None:
-                module.__dict__["forward"] = own
+                module.__dict__[name] = own
 
 
 def held(tensors: Mapping[int, Tensor]) -> set[int]:

@@ -8,7 +8,6 @@ ways through the model that the example inputs do not take.
 
 from __future__ import annotations
 
-import copy
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from nipq.config import Phase
 from nipq.errors import NipqError, NotQuantizableError, first_line
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import ExampleInputs, call_model, device_of, evaluating, to_device
+from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, evaluating, to_device
 from nipq.prepare.convert import deploy_
 from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers, set_phase_
 from nipq.prepare.teacher_forcing import (
@@ -104,7 +103,7 @@ def _copy(model: nn.Module) -> nn.Module:
         for parameter in model.parameters()
         if id(parameter) not in own
     }
-    clone: nn.Module = copy.deepcopy(model, dict(shared))
+    clone = copy_of(model, shared)
     for module in clone.modules():  # what watches the model's own layers must not come along
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, partial) and hook.func is _refuse_call:
@@ -193,7 +192,7 @@ def _calibrate_(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInput
 
 def _widen(ends: dict[InputQuantizer, tuple[float, float]], quantizer: InputQuantizer, args: tuple[Tensor]) -> None:
     found = args[0].detach().float()
-    low, high = ends.get(quantizer, (0.0, 0.0))
+    low, high = ends.setdefault(quantizer, (0.0, 0.0))  # also of a layer that is given no rows
     if found.numel():
         ends[quantizer] = min(low, float(found.min().nan_to_num())), max(high, float(found.max().nan_to_num()))
 

@@ -117,6 +117,7 @@ class Trace:
         by_hand: names of the supported layers whose forward was called past their hooks, as ``layer.forward(x)``.
         weight_readers: names of the modules that read a layer's weight or bias outside of it, by the layer's name.
         past: names of the layers whose weight or bias is read without a look at any module that holds it.
+        written: names of the layers whose weight or bias the forward writes into.
         unused_norms: full names of batch norms with running statistics that did not run.
     """
 
@@ -129,6 +130,7 @@ class Trace:
     by_hand: frozenset[str] = frozenset()
     weight_readers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     past: frozenset[str] = frozenset()
+    written: frozenset[str] = frozenset()
     unused_norms: tuple[str, ...] = ()
 
     def ordered(self, *, products: bool) -> list[LayerSpec]:
@@ -205,6 +207,11 @@ def trace(model: nn.Module, example_inputs: ExampleInputs) -> Trace:
         by_hand=frozenset(name for name, module in supported.items() if module in watcher.by_hand),
         weight_readers={name: found for name, layer in supported.items() if (found := watcher.readers_outside(layer))},
         past=frozenset(name for name, layer in supported.items() if watcher.reads_past(layer)),
+        written=frozenset(
+            name
+            for name, layer in supported.items()
+            if not watcher.readers.written.isdisjoint(map(id, layer._parameters.values()))
+        ),
         unused_norms=tuple(
             name
             for module, name in watcher.names.items()
@@ -409,8 +416,7 @@ class _Watcher(TorchFunctionMode):
         """Call the model, without gradients; its modules are in the mode that they are to be watched in."""
         for module in self.names:
             if is_supported(module) or isinstance(module, _BatchNorm):
-                for tensor in (*module._parameters.values(), *module._buffers.values()):
-                    self.readers.owners.setdefault(id(tensor), set()).add(module)
+                self.readers.watch(module, (*module._parameters.values(), *module._buffers.values()))
         handles = []
         for module in self.names:
             handles.append(module.register_forward_pre_hook(self.enter, with_kwargs=True))

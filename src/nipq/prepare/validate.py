@@ -229,6 +229,13 @@ def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan, traced: Trace)
             "its forward is called directly as well, past the hooks that quantize its input",
             f"Call the layer, not layer.forward, or leave it float with {_rule(name)}.",
         )
+    if name in traced.written:
+        yield Diagnostic(
+            name,
+            "error",
+            "the forward writes into its weight or bias, and a quantized weight is computed anew for each call",
+            f"Change the weight after the optimizer's step instead, or leave the layer float with {_rule(name)}.",
+        )
     readers = ", ".join(reader or "the model" for reader in traced.weight_readers.get(name, ()))
     if name in traced.past:
         yield Diagnostic(

@@ -10,10 +10,19 @@ from rich.console import Group, RenderableType
 from torch import nn
 
 from nipq.budget.bit_table import BitTable
-from nipq.budget.budget import FLOAT_BITS, IMAGE_BITS, AverageBits, BitOps, Budget, activation_counts, stored_rows
+from nipq.budget.budget import (
+    FLOAT_BITS,
+    IMAGE_BITS,
+    AverageBits,
+    BitOps,
+    Budget,
+    activation_counts,
+    parameter_count,
+    stored_rows,
+)
 from nipq.functional.packing import payload_bytes
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.layer_table import LayerRow, layer_table, quantizers
+from nipq.prepare.layer_table import LayerRow, layer_table
 from nipq.tables import Column, FittedTable, Prose, plain_text
 
 
@@ -174,9 +183,7 @@ def summary(model: nn.Module) -> Summary:
         return float(limit.exact_cost(weights, inputs))
 
     counts = activation_counts(rows)
-    added = {parameter for quantizer in quantizers(model) for parameter in quantizer.parameters()}
-    parameters = sum(parameter.numel() for parameter in model.parameters() if parameter not in added)
-    stored = stored_rows(rows)
+    parameters, stored = parameter_count(model, rows), stored_rows(rows)
     own = [(row.input, row.spec.activation_count) for row in rows if row.input is not None and row.spec.is_input]
     return Summary(
         layers=tuple(_layer(row) for row in rows),
