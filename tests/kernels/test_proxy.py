@@ -279,3 +279,12 @@ def test_either_way_gives_the_same_numbers(noise: NoiseKind, monkeypatch: pytest
         torch.manual_seed(3)  # of the elements that an error table is made from
         found.append(noise_proxy(x, tensors, chosen))
     assert torch.equal(*found)
+
+
+def test_not_a_number_passes_no_gradient_and_stays_visible() -> None:
+    x, grad = torch.tensor([float("nan"), 0.3]), torch.ones(2)
+    for function in (fused_noise_proxy, plain_noise_proxy):
+        y, d_x, *others = outcome(function, x, grad, parameters(), settings())
+        assert y[0].isnan()
+        assert d_x.tolist() == [0, 1]
+        assert all(bool(other.isfinite().all()) for other in others)

@@ -85,3 +85,23 @@ def test_float64_goes_the_plain_way() -> None:
     x = torch.randn(50, dtype=torch.float64)
     alpha, bits = torch.ones(1, dtype=torch.float64), torch.tensor([4.0])
     assert torch.equal(rounding.quantize(x, alpha, bits, SIGNED), uniform.quantize(x, alpha, bits, SIGNED))
+
+
+#: x, clipping range: quotients that overflow float32, and x that is no number.
+EXTREMES = [(float("inf"), 1.0), (-float("inf"), 1.0), (3e38, 0.01), (-3e38, 0.01), (1.0, 1e-38), (float("nan"), 1.0)]
+
+
+@pytest.mark.parametrize("quantize", [rounding.quantize, uniform.quantize], ids=["kernel", "plain"])
+@pytest.mark.parametrize(("value", "boundary"), EXTREMES)
+@pytest.mark.parametrize("grid", GRIDS[:2], ids=lambda grid: grid.kind)
+def test_gradients_are_those_of_the_table_where_quotients_overflow(
+    quantize, value: float, boundary: float, grid
+) -> None:
+    x = torch.tensor([value, 0.3 * boundary])
+    grad = torch.tensor([1.0, 0.0])  # the second element is in range, and adds nothing
+    args = (x, grad, torch.tensor([boundary]), torch.tensor([4.0]), grid)
+    _, d_x, d_alpha, d_bits = outcome(quantize, *args)
+    above, below = value > 0, value < 0 and grid.kind == "signed"
+    assert d_x.tolist() == [0, 0]
+    assert d_alpha.item() == pytest.approx(above - below)
+    assert d_bits.item() == 0

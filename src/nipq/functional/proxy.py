@@ -63,6 +63,7 @@ def noise_proxy(
         x >= alpha                 0       1            0
         x <= -alpha (signed)       0       -1           0
         x <= 0 (unsigned)          0       0            0
+        x is not a number          0       0            0
 
     which is ``quantize`` with the noise in place of the error e: the content of the paper's section 5.2.
 

@@ -166,7 +166,8 @@ class StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
         """The gradients of a truncation, with the rounding error for slope."""
         x, step, lower, upper, low, high = ctx.saved_tensors
-        error = integer_codes(x, step, low, high) - x / step
+        # Outside of the range it counts for nothing, be it infinite or not a number.
+        error = (integer_codes(x, step, low, high) - x / step).nan_to_num_(0, 0, 0)
         return *truncation_gradients(grad, x, error, (lower, upper), step, ctx.needs_input_grad), None, None
 
 
@@ -180,8 +181,10 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tens
         x >= alpha                 0       1            0
         x <= -alpha (signed)       0       -1           0
         x <= 0 (unsigned)          0       0            0
+        x is not a number          0       0            0
 
-    On a shifted grid the whole zero point z is a constant: the ends -z step and alpha - z step have the derivatives
+    An x whose quotient by the step overflows is outside, too. On a shifted grid the whole zero point z is a constant:
+    the ends -z step and alpha - z step have the derivatives
     -z/n and 1 - z/n in alpha, and -z d step / d bits in bits.
 
     Paper: the quantizer of section 3 and section 5.2; see docs/internals/paper-map.md.

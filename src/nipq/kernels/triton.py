@@ -487,7 +487,7 @@ def proxy_backward_kernel(
         value = tl.load(y + place, mask=real, other=0).to(tl.float32)
         noise = noise_times(65536.0, tile, place, low, high, table, count, tile_channels == 1)
         below, above = value == low_end, value == up_end
-        inside = tl.where(below | above, 0.0, g)
+        inside = tl.where(below | above | (value != value), 0.0, g)
         passed = inside
         if capped and cutting:
             highest = with_noise(cap, noise * unit, low_end, up_end, after_low, before_up, element)
@@ -606,10 +606,10 @@ def round_backward_kernel(
         g = tl.load(grad + place, mask=real, other=0).to(tl.float32)
         given = tl.load(x + place, mask=real, other=0).to(tl.float32)
         value = tl.where(given > cap, cap, given)
-        inside = tl.where((value > lower) & (value < upper), g, 0.0)
-        tl.store(dx + place, tl.where(given < cap, inside, 0.0).to(dx.dtype.element_ty), mask=real)
+        within = (value > lower) & (value < upper)  # not a number is not
+        tl.store(dx + place, tl.where(within & (given < cap), g, 0.0).to(dx.dtype.element_ty), mask=real)
         quotient = tl.div_rn(value, step)
-        slopes += inside * (code_of(quotient, zero, n, kind) - quotient)
+        slopes += tl.where(within, g * (code_of(quotient, zero, n, kind) - quotient), 0.0)
         lowers += tl.where(value <= lower, g, 0.0)
         uppers += tl.where(value >= upper, g, 0.0)
     put_sums(sums, slopes, lowers, uppers, chunk, chunks, channel, channels)

@@ -27,7 +27,10 @@ from nipq.nn.kinds import (
     shell_class,
     weight_channel_axis,
 )
+from nipq.nn.weight_view import FixedWeight
 
+#: Refuses writes.
+_FIXED = FixedWeight("layer.weight")
 #: Where a module keeps its hooks.
 _HOOKS = [key for key in vars(nn.Module()) if key.endswith("_hooks") or "_hooks_" in key]
 
@@ -269,8 +272,9 @@ class DeployedLayer(_Deployed):
         """
         codes = self.weight_codes
         if self.batchnorm is not None:
-            return self.like.new_full((), torch.nan).expand(codes.shape)
-        return (codes.to(self.scale.dtype) * along_channels(self.weight_scale, self.layer, codes)).to(self.like.dtype)
+            return _FIXED.fixed(self.like.new_full((), torch.nan).expand(codes.shape))
+        steps = along_channels(self.weight_scale, self.layer, codes)
+        return _FIXED.fixed((codes.to(self.scale.dtype) * steps).to(self.like.dtype))
 
     @property
     def bias(self) -> Tensor | None:
@@ -340,13 +344,12 @@ class DeployedWeightOnlyLayer(_Deployed):
                 run_operation(self.layer, x, part, None, *args, **kwargs) for part in (self.weight_codes, steps)
             )
             return (rows.to(step.dtype) * step).to(self.like.dtype)
-        return run_operation(self.layer, x, self.weight, self.offset, *args, **kwargs)
+        return run_operation(self.layer, x, self.used_weight, self.offset, *args, **kwargs)
 
     @property
     def weight(self) -> Tensor:
         """The weight as floats."""
-        codes = self.weight_codes
-        return (codes.to(self.scale.dtype) * along_channels(self.scale, self.layer, codes)).to(self.like.dtype)
+        return _FIXED.fixed(self.used_weight)
 
     @property
     def bias(self) -> Tensor | None:
@@ -355,8 +358,9 @@ class DeployedWeightOnlyLayer(_Deployed):
 
     @property
     def used_weight(self) -> Tensor:
-        """``weight``."""
-        return self.weight
+        """Codes times the step."""
+        codes = self.weight_codes
+        return (codes.to(self.scale.dtype) * along_channels(self.scale, self.layer, codes)).to(self.like.dtype)
 
     @property
     def weight_scale(self) -> Tensor:

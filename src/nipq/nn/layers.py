@@ -95,6 +95,8 @@ class LayerQuantization(nn.Module):
         self.frozen_within: dict[str, float] | None = None
         #: The batch norm folded into the layer while in phase ``int``; in a tuple, so that it is not a submodule.
         self.folded: tuple[nn.Module, ...] = ()
+        #: Whether the weight and its quantizer are the layer's own, or those of a layer before it.
+        self.owns_weight = True
         #: The ReLU in front that training leaves out, see ``nipq.nn.relu``; in a tuple likewise.
         self.relu: tuple[nn.Module, ...] = ()
 
@@ -143,6 +145,7 @@ def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization,
     layer.quantization = record
     layer.train(layer.training)  # new modules start in training mode, whatever the layer is in
     layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
+    layer.register_state_dict_post_hook(_own_copies)  # type: ignore[no-untyped-call]  # torch gives it no type
     layer.register_load_state_dict_pre_hook(_accept_float_checkpoint)  # type: ignore[no-untyped-call]  # torch gives it no type
 
 
@@ -167,6 +170,9 @@ def detach(layer: nn.Module) -> None:
         if hook is _quantize_input:
             del layer._forward_pre_hooks[key]
             layer._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key, hook in list(layer._state_dict_hooks.items()):
+        if hook is _own_copies:
+            del layer._state_dict_hooks[key]
     for key, hook in list(layer._load_state_dict_pre_hooks.items()):
         if getattr(hook, "hook", hook) is _accept_float_checkpoint:
             del layer._load_state_dict_pre_hooks[key]
@@ -182,6 +188,15 @@ def _quantize_input(
         return (quantizer(args[0]), *args[1:]), kwargs
     name = next(key for key, value in kwargs.items() if isinstance(value, Tensor))  # "input", unless a subclass renames
     return args, {**kwargs, name: quantizer(kwargs[name])}
+
+
+def _own_copies(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object) -> None:
+    """Give a tied layer copies of its own in a state dict: programs that save refuse tensors that share memory."""
+    if quantization(layer).owns_weight:
+        return
+    for key, value in state_dict.items():
+        if key.startswith(f"{prefix}parametrizations.weight.") and not isinstance(value, nn.Parameter):
+            state_dict[key] = value.clone()
 
 
 def _accept_float_checkpoint(

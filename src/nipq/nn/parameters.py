@@ -258,6 +258,11 @@ class QuantizerParameters(nn.Module):
         if saved.bit_range.choices != self.bit_range.choices:
             self.bit_range = saved.bit_range  # the meaning of bit_raw depends on the range it was trained with
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.bit_owner is not self and not keep_vars and f"{prefix}bit_raw" in destination:
+            destination[f"{prefix}bit_raw"] = destination[f"{prefix}bit_raw"].clone()  # savers refuse shared memory
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # noqa: ANN401
         frozen = state_dict.get(prefix + "bits_frozen")
         if frozen is not None and not self.is_frozen:

@@ -29,6 +29,7 @@ from nipq.functional.uniform import widened
 from nipq.kernels.dispatch import quantize
 from nipq.nn.estimators import Estimator, NoiseProxy
 from nipq.nn.parameters import QuantizerParameters
+from nipq.nn.weight_view import WeightView, WrittenWeight
 
 
 class TensorQuantizer(QuantizerParameters):
@@ -123,9 +124,25 @@ class WeightQuantizer(TensorQuantizer):
 
     role = "weight"
 
+    def __init__(self, name: str, bit_range: BitRange, **settings: Any) -> None:  # noqa: ANN401
+        super().__init__(name, bit_range, **settings)
+        self.written = WrittenWeight(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Quantize the weight as the phase says; what is written to the result goes to the float weight.
+
+        Args:
+            x: the float weight.
+        """
+        quantized = super().forward(x)
+        return quantized if quantized is x else self.written.view(quantized, x)
+
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """Store an assigned weight as it is (``layer.weight = w`` replaces the float weight)."""
-        return weight
+        """Store an assigned weight as it is (``layer.weight = w`` replaces the float weight).
+
+        What is written in place and then assigned, as by ``layer.weight += d``, is in the float weight already.
+        """
+        return weight.target.detach().clone() if isinstance(weight, WeightView) else weight
 
 
 class InputQuantizer(TensorQuantizer):

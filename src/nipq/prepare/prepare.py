@@ -95,6 +95,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
         layer = model.get_submodule(spec.name)
         record = LayerQuantization(spec, _input_quantizer(layer, spec, plan, config), order)
         relu = model.get_submodule(spec.relu) if spec.relu else None
+        record.owns_weight = weights[spec.name].name == f"{spec.name}.weight"
         attach(layer, weights[spec.name], record, relu)
         if relu is not None and (between := neighbours(model, spec.relu or "", spec.name)):
             ended, begun = (map(model.get_submodule, names) for names in (between.ending, between.beginning))

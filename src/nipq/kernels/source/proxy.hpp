@@ -64,7 +64,7 @@ Sums proxy_backward(const T *__restrict grad, const T *__restrict y, T *__restri
 #pragma omp simd reduction(+ : slope, lower, upper)
     for (Index i = 0; i < count; ++i) {
       const float g = E::load(from[i]), v = E::load(value[i]);
-      const float inside = (v == ends.lower) | (v == ends.upper) ? 0 : g;
+      const float inside = (v == ends.lower) | (v == ends.upper) | (v != v) ? 0 : g;
       to[i] = E::store(capped && v == ends.inside(cap, eps[i]) ? 0 : inside);
       slope += inside * eps[i];
       lower += v == ends.lower ? g : 0;

@@ -1,4 +1,4 @@
-// The true quantizer: nipr.functional.uniform.
+// The true quantizer: nipq.functional.uniform.
 
 #pragma once
 
@@ -27,9 +27,9 @@ Sums round_backward(const T *__restrict grad, const T *__restrict x, T *__restri
 #pragma omp simd reduction(+ : slope, lower, upper)
     for (Index i = at; i < stop; ++i) {
       const float g = Element<T>::load(grad[i]), given = Element<T>::load(x[i]), v = std::min(given, cap);
-      const float inside = (v > r.lower) & (v < r.upper) ? g : 0;
-      dx[i] = Element<T>::store(given < cap ? inside : 0);
-      slope += inside * (code_of(v, r) - v / r.step);
+      const bool within = (v > r.lower) & (v < r.upper);  // not a number is not
+      dx[i] = Element<T>::store(within & (given < cap) ? g : 0);
+      slope += within ? g * (code_of(v, r) - v / r.step) : 0;
       lower += v <= r.lower ? g : 0;
       upper += v >= r.upper ? g : 0;
     }

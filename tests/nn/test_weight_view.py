@@ -1,0 +1,119 @@
+"""Writes to the weight of a prepared layer reach the float weight, or raise."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nipq
+from nipq.errors import OrderError
+
+
+def prepared() -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    x = torch.randn(5, 4)
+    return nipq.calibrate_(nipq.prepare_(model, x), [x])  # type: ignore[return-value]
+
+
+def float_weight(model: nn.Sequential) -> Tensor:
+    return model.get_parameter("0.parametrizations.weight.original")
+
+
+@torch.no_grad()
+def copied(layer: nn.Linear) -> None:
+    layer.weight.copy_(torch.full((3, 4), 2.0))
+
+
+@torch.no_grad()
+def an_entry(layer: nn.Linear) -> None:
+    layer.weight[:] = 2.0
+
+
+@torch.no_grad()
+def multiplied(layer: nn.Linear) -> None:
+    layer.weight.zero_()
+    layer.weight += 1
+    layer.weight *= 2
+
+
+def data_set(layer: nn.Linear) -> None:
+    layer.weight.data = torch.full((3, 4), 2.0)
+
+
+def data_written(layer: nn.Linear) -> None:
+    layer.weight.data.mul_(0)
+    layer.weight.data += 2
+
+
+def initialised(layer: nn.Linear) -> None:
+    nn.init.constant_(layer.weight, 2.0)
+
+
+def assigned(layer: nn.Linear) -> None:
+    layer.weight = torch.full((3, 4), 2.0)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("write", [copied, an_entry, multiplied, data_set, data_written, initialised, assigned])
+def test_a_write_reaches_the_float_weight(write: Callable[[nn.Linear], None]) -> None:
+    model = prepared()
+    write(model[0])  # type: ignore[arg-type]
+    assert torch.equal(float_weight(model), torch.full((3, 4), 2.0))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", [lambda w: w.view(-1), lambda w: w[0], lambda w: w.detach(), lambda w: w.t()])
+def test_a_write_into_a_part_is_refused(part: Callable[[Tensor], Tensor]) -> None:
+    model = prepared()
+    before = float_weight(model).clone()
+    with pytest.raises(OrderError, match=r"0\.weight: expected writes to the weight itself"):
+        part(model[0].weight).zero_()
+    assert torch.equal(float_weight(model), before)
+
+
+def test_a_write_past_the_methods_raises_at_the_next_look() -> None:
+    model = prepared()
+    before = float_weight(model).clone()
+    with torch.no_grad():
+        weight = model[0].weight
+        torch.flatten(weight).zero_()
+        del weight
+    with pytest.raises(OrderError, match=r"0\.weight: expected writes to the weight itself"):
+        model(torch.zeros(1, 4))
+    assert torch.equal(float_weight(model), before)
+    model(torch.zeros(1, 4))  # once
+
+
+def test_freezing_a_layer_freezes_its_float_weight() -> None:
+    model = prepared()
+    model[0].weight.requires_grad_(False)
+    assert not float_weight(model).requires_grad
+
+
+def test_gradients_copies_and_tools_of_torch_are_as_before() -> None:
+    model, x = prepared(), torch.randn(5, 4)
+    model(x).sum().backward()
+    assert float_weight(model).grad is not None
+    assert type(model[0].weight + 0) is Tensor
+    copied = copy.deepcopy(model)
+    copied[0].weight.data.zero_()
+    assert float_weight(model).abs().sum() > 0
+    assert float_weight(copied).abs().sum() == 0
+    model.eval()
+    expected = model(x)
+    assert torch.equal(torch.func.functional_call(model, dict(model.named_parameters()), (x,)), expected)
+    torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
+
+
+def test_a_deployed_weight_cannot_be_written() -> None:
+    model = prepared()
+    nipq.freeze_bits_(model, nipq.AverageBits(weights=4))
+    deployed = nipq.convert(model)
+    with pytest.raises(OrderError, match="deployed layer"):
+        deployed[0].weight.data.mul_(0)
+    with pytest.raises(OrderError, match="deployed layer"):
+        nn.init.zeros_(deployed[0].weight)
