@@ -244,7 +244,7 @@ def test_what_only_a_rehearsal_finds_is_listed_too() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.call(x))
 
-    refused(Closure(), "error: layer: a copy of the model still calls the layer of the model itself")
+    refused(Closure(), "layer: a copy of the model still calls the layer of the model itself")
     assert inspect(Closure(), X).layers == ()
 
 
