@@ -29,7 +29,7 @@ from nipq.functional.clipping import SAMPLE_SIZE, noise_optimal_range
 from nipq.functional.packing import FEWEST_BITS
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import call_model, inputs_of, to_device
+from nipq.prepare.batches import BatchReader, call_model, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, phase_of, quantizers
 
 #: Scores of a model on batches, such as ``nipq.train.task.Task.scores``; in evaluation mode, without gradients.
@@ -247,7 +247,7 @@ def lowered_bits(
 def _values(model: nn.Module, rows: Sequence[LayerRow], batches: Iterable[Any]) -> dict[str, Tensor]:
     """Weights, and samples of the inputs as the quantized network computes them."""
     device = next(model.parameters()).device
-    inputs = [to_device(inputs_of(batch), device) for batch in batches]
+    inputs = [to_device(BatchReader(model).inputs(batch), device) for batch in batches]
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -17,7 +17,7 @@ from nipq.budget.hawq import allocate_
 from nipq.distributed import rank, world_size
 from nipq.distributed.fsdp import shard_
 from nipq.errors import BudgetError, ConfigError, DistributedError
-from nipq.prepare.batches import in_step
+from nipq.prepare.batches import BatchReader
 from nipq.prepare.layer_table import quantizers
 from nipq.qat.ema import WeightAverage
 from nipq.qat.oscillation import Oscillations
@@ -116,10 +116,19 @@ def test_sharded_models_are_calibrated_with_the_fewest_batches(ranks: Ranks) -> 
     same(*ranks(unevenly_sharded))
 
 
+class Anything(nn.Module):
+    def forward(self, **inputs: object) -> None:
+        """Never called."""
+
+
+def reader() -> BatchReader:
+    return BatchReader(Anything(), purpose="reading")
+
+
 def deep() -> int:
     """A batch whose first tensor lies within a list."""
     given: list[object] = [{"pixels": ([torch.zeros(3 + rank(), 2)], "text")}]
-    ((_, share),) = in_step(given, "reading")
+    ((_, _, share),) = reader().in_step(given)
     return round(share * (3 + rank()))
 
 
@@ -127,11 +136,13 @@ def test_samples_are_counted_however_deep_they_lie(ranks: Ranks) -> None:
     assert ranks(deep) == [7, 7]
     for _, error in ranks.outcomes(empty):
         assert isinstance(error, ConfigError)
-        assert "loader: expected a tensor in every batch, found none" in str(error)
+        assert "reading, batch 0: expected batches with tensors that the model takes, found dict of 'text'" in str(
+            error
+        )
 
 
 def empty() -> None:
-    next(in_step([{"text": "none"}], "reading"))
+    next(reader().in_step([{"text": "none"}]))
 
 
 def different(step: str) -> None:
@@ -209,9 +220,10 @@ def test_bits_start_where_the_mean_over_ranks_says(ranks: Ranks, monkeypatch: py
     same(first[1], second[1])
     slopes, theirs = sensitivity._slopes, ranks(seeds)[1]
 
-    def by_halves(model: nn.Module, quantizers: Any, batch: Any, loss_fn: Any, seed: int) -> list[float]:
+    def by_halves(model: nn.Module, quantizers: Any, batch: Any, loss_fn: Any, seed: int, *rest: Any) -> list[float]:
         halves = ((slice(0, 8), seed), (slice(8, 16), theirs[seed]))
-        found = [slopes(model, quantizers, (batch[0][part], batch[1][part]), loss_fn, own) for part, own in halves]
+        parts = [((batch[0][part], batch[1][part]), own) for part, own in halves]
+        found = [slopes(model, quantizers, half, loss_fn, own, *rest) for half, own in parts]
         return [(a + b) / 2 for a, b in zip(*found, strict=True)]
 
     monkeypatch.setattr(sensitivity, "_slopes", by_halves)

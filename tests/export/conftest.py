@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.functional.grid import Grid, levels
-from nipq.nn.deployed import DeployedLayer, DeployedWeightOnlyLayer, deployed_layers, replace_modules
+from nipq.nn.deployed import DeployedLayer, DeployedWeightOnlyLayer, become_, deployed_layers
 from nipq.nn.kinds import output_channels
 from nipq.nn.layers import plain_shell
 
@@ -95,7 +95,9 @@ def deployed_zoo(numbers: Sequence[Numbers]) -> nn.Module:
         swaps[model.layers[kind]] = deploy(model.layers[kind], each, f"norms.{kind}" if folded else None)
         if folded:
             swaps[model.norms[kind]] = nn.Identity()
-    return replace_modules(model, swaps).eval().requires_grad_(False)
+    for layer, form in swaps.items():
+        become_(layer, form)
+    return model.eval().requires_grad_(False)
 
 
 def zoo_inputs(batch: int) -> tuple[Tensor, ...]:

@@ -177,8 +177,9 @@ def test_a_wrong_output_without_any_layer_at_fault_is_found(made: Make) -> None:
     deployed = convert(prepared)
     deployed[0].register_forward_hook(lambda _module, _args, output: 2 * output)
     result = verify(prepared, deployed, data)
-    assert checks(result) == {"E0": True, "E1": True, "E2": False, "E3": False}
-    assert "of the largest apart" in str(result.first_difference)
+    assert checks(result) == {"E0": True, "E1": False, "E2": False, "E3": False}
+    assert "the model's results: the output differs" in str(result.first_difference)
+    assert "of the largest apart" in str(result.checks[2].first_difference)
     assert result.checks[3].first_difference == "the outputs differ though all codes agree"
 
 

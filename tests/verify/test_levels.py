@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from nipq.prepare.layer_table import phase_of, quantizers, set_phase_
 from nipq.prepare.prepare import prepare_
 from nipq.qat.calibrate import calibrate_
 from nipq.verify import VerifyResult, verify
-from nipq.verify.metrics import logits_of
+from nipq.verify.metrics import logits_of, logits_place
 
 Make = Callable[..., tuple[nn.Module, list[Any]]]
 
@@ -176,8 +177,20 @@ def test_a_model_that_is_not_deployed_is_refused(net: nn.Module, trained: Any) -
 
 
 def test_a_model_without_floating_outputs_is_refused() -> None:
-    with pytest.raises(ConfigError, match="expected a model that returns floating tensors, found dict"):
-        logits_of({"classes": torch.zeros(3, dtype=torch.int64)})
+    with pytest.raises(ConfigError, match="floating tensors with a batch axis, found dict"):
+        logits_place({"classes": torch.zeros(3, dtype=torch.int64), "loss": torch.zeros(())})
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"loss": torch.zeros(()), "features": torch.ones(2, 3), "logits": torch.zeros(2, 5)},
+        SimpleNamespace(features=torch.ones(2, 3), logits=torch.zeros(2, 5)),
+        (torch.zeros(()), torch.zeros(2, 5), torch.ones(2, 3)),
+    ],
+)
+def test_logits_are_known_by_name_and_are_never_a_loss(output: Any) -> None:
+    assert torch.equal(logits_of(output, logits_place(output)), torch.zeros(2, 5))
 
 
 # ---------------------------------------------------------------------- limits of the checks

@@ -43,6 +43,8 @@ def float_outputs(model: nn.Module, inputs: ExampleInputs) -> list[Tensor]:
 def floats_in(outputs: object) -> list[Tensor]:
     """Floating-point tensors in an output: a tensor, or mappings, tuples and lists of them, however deep.
 
+    A number without axes beside others, such as the loss that a model of transformers returns for labels, is left out.
+
     Args:
         outputs: what a model returned, such as logits or a ``ModelOutput`` of transformers.
 
@@ -58,7 +60,24 @@ def floats_in(outputs: object) -> list[Tensor]:
             f"expected a model that returns floating-point tensors, alone or in tuples, lists and mappings; found "
             f"{type(outputs).__name__}. Wrap the model so that it returns them, or give loss_fn."
         )
-    return found
+    return [tensor for tensor in found if tensor.ndim] or found
+
+
+def check_outputs(model: nn.Module, outputs: list[Tensor]) -> None:
+    """Refuse NaN and infinity in outputs of a float model.
+
+    Args:
+        model: the model, for its name.
+        outputs: see :func:`floats_in`.
+
+    Raises:
+        NonFiniteError: if there is some.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+        raise NonFiniteError(
+            f"{type(model).__name__}: expected finite outputs of the float model, found NaN or infinity. "
+            "Check the float model and its inputs."
+        )
 
 
 def output_distance(outputs: Any, reference: list[Tensor]) -> Tensor:  # noqa: ANN401  (whatever a model returns)
@@ -144,11 +163,7 @@ class OutputJudge:
                 truth = (
                     float_outputs(inner(model), given) if reference is None else floats_in(call_model(reference, given))
                 )
-                if not all(bool(torch.isfinite(tensor).all()) for tensor in truth):
-                    raise NonFiniteError(
-                        f"{type(model).__name__}: expected finite outputs of the float model, found NaN or infinity. "
-                        "Check the float model and its inputs."
-                    )
+                check_outputs(model, truth)
                 self._kept.append((given, truth))
 
     def distance(self) -> float:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, first_line
 from nipq.export.arrays import arrays_bytes
 from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
-from nipq.export.program import program_bytes
+from nipq.export.program import call_arguments, program_bytes
+from nipq.export.runtimes import faithful_session
 from nipq.files import check_free, written_whole
 from nipq.nn.deployed import check_deployed, deployed_layers, deployed_products
 from nipq.prepare.batches import BatchReader
@@ -76,12 +79,16 @@ def export(
     check_free(path, overwrite=overwrite, command="export")
     if known_form(deployed) is not None:  # not of a model that was loaded into a float one
         example_inputs = _prepared_with(deployed, example_inputs)
+    if chosen != "program":
+        _check_float32(deployed, chosen)
     opset: int | None = None
     layers, products = deployed_layers(deployed), deployed_products(deployed)
     containers = {name: str(layer.weight_codes.dtype).removeprefix("torch.") for name, layer in layers.items()}
     warnings: tuple[str, ...] = ()
     if chosen == "onnx":
         data, opset, containers, warnings = onnx_bytes(deployed, example_inputs, pack=pack)
+        if find_spec("onnxruntime") is not None:
+            _check_runs(data, example_inputs)
     elif chosen == "qonnx":
         data, opset, containers, warnings = qonnx_bytes(deployed, example_inputs)
     elif chosen == "arrays":
@@ -103,6 +110,32 @@ def export(
         warnings,
         tuple(ExportedProduct(name, product.x.bits, product.y.bits) for name, product in products.items()),
     )
+
+
+def _check_runs(data: bytes, example_inputs: ExampleInputs) -> None:
+    """Refuse what the exporter wrote if ONNX Runtime cannot run it on the example."""
+    try:
+        session = faithful_session(data)
+        args, kwargs = call_arguments(example_inputs)
+        names = [value.name for value in session.get_inputs()]
+        given = dict(zip(names, (value for value in args if isinstance(value, torch.Tensor)), strict=False)) | kwargs
+        session.run(None, {name: given[name].numpy() for name in names})
+    except Exception as error:  # the runtime's exceptions share no base class
+        raise ConfigError(
+            f"export: expected a model of which torch's exporter writes an ONNX file that runs, found one that ONNX "
+            f"Runtime stops in: {first_line(error)}. Writing into views and slices of a tensor is often the reason; "
+            "export a .pt2 program, or save it with nipq.save."
+        ) from error
+
+
+def _check_float32(deployed: nn.Module, format: Format) -> None:
+    """Refuse a model that computes in another type, which these formats do not hold."""
+    for name, layer in deployed_layers(deployed).items():
+        if layer.like.dtype != torch.float32:
+            raise ConfigError(
+                f"{name}: expected a float32 model for the format {format!r}, found {layer.like.dtype}. Export "
+                "nipq.convert(model).float(), which takes float32 inputs, or a .pt2 program, which keeps the type."
+            )
 
 
 def _prepared_with(deployed: nn.Module, given: ExampleInputs) -> ExampleInputs:

@@ -25,9 +25,9 @@ from nipq.nn.deployed import (
     Deployed,
     DeployedKeptLayer,
     DeployedLayer,
+    become_,
     check_deployed,
     deployed_layers,
-    replace_modules,
 )
 from nipq.nn.kinds import along_channels
 from nipq.prepare.batches import ExampleInputs, call_model
@@ -151,7 +151,9 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
         if reasons[name] is None and isinstance(layer, DeployedLayer)
     }
     kinds = {name: type(layer.layer) for name, layer in deployed_layers(clone).items()}
-    compiled: Any = torch.compile(replace_modules(clone, forms), dynamic=False)
+    for layer, form in forms.items():
+        become_(layer, form)
+    compiled: Any = torch.compile(clone, dynamic=False)
     before = {kind: counters["inductor"][key] for kind, key in COUNTS.items()}
     with FREEZING:
         call_model(compiled, example_inputs)

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nipq.errors import require
+from nipq.errors import ConfigError, first_line, require
 from nipq.export.portable import (
     PortableInput,
     PortableLayer,
@@ -42,10 +42,10 @@ from nipq.export.portable import (
 from nipq.export.program import exported_program
 from nipq.nn.deployed import (
     Deployed,
+    become_,
     deployed_layers,
     deployed_products,
     full_name,
-    replace_modules,
     take_input,
 )
 from nipq.nn.integer import refuse_dropout
@@ -104,11 +104,18 @@ def onnx_graph(
     layers, products = deployed_layers(model), deployed_products(model)
     forms = {name: form.layer(layer, numbers[name], name) for name, layer in layers.items()}
     forms |= {name: form.product(name, operands[name]) for name in products}
-    model = replace_modules(model, {module: forms[name] for name, module in (layers | products).items()})
+    for name, module in (layers | products).items():  # in place, as lists and dicts may hold it, too
+        become_(module, forms[name])
     program = exported_program(model.cpu().eval(), example_inputs)
     settings: dict[str, Any] = {"opset_version": opset, "verbose": False, "external_data": False, "optimize": False}
     with _quiet():
-        exported = torch.onnx.export(program, dynamo=True, **settings)
+        try:
+            exported = torch.onnx.export(program, dynamo=True, **settings)
+        except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
+            raise ConfigError(
+                f"{type(deployed).__name__}: expected a model that torch's exporter can write as ONNX, found: "
+                f"{first_line(error)}. Export a .pt2 program, or save it with nipq.save."
+            ) from error
         assert exported is not None
         with _unseen(exported.model.graph, {full_name(name, key) for name in forms for key in forms[name].trained()}):
             exported.optimize()

@@ -348,11 +348,14 @@ class _Reader:
             raise self.error(name, f"the tensor {key!r} in the file", "none")
         return self.tensors[key]
 
-    def floats(self, name: str, part: str, counts: tuple[int, ...], *, positive: bool) -> Tensor:
-        """A finite float32 vector of one of the given lengths."""
+    def floats(
+        self, name: str, part: str, counts: tuple[int, ...], *, positive: bool, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """A finite vector of one of the given lengths, of the given type."""
         value = self.take(name, part)
-        if value.dtype != torch.float32 or value.ndim != 1 or len(value) not in counts:
-            raise self.error(name, f"{part} of {counts[-1]} float32 numbers", f"{value.dtype} {tuple(value.shape)}")
+        if value.dtype != dtype or value.ndim != 1 or len(value) not in counts:
+            kind = str(dtype).removeprefix("torch.")
+            raise self.error(name, f"{part} of {counts[-1]} {kind} numbers", f"{value.dtype} {tuple(value.shape)}")
         if not bool(torch.isfinite(value).all()) or (positive and not bool((value > 0).all())):
             raise self.error(name, f"{part} finite{' and above 0' if positive else ''}", f"{value.tolist()[:3]} ...")
         return value
@@ -399,7 +402,7 @@ class _Reader:
             if record.bias != (bias_of(layer) is not None):
                 raise self.error(name, f"a layer {'with' if record.bias else 'without'} bias", "the opposite")
             scale = self.floats(name, "scale", (1, channels), positive=True)
-            offset = self.floats(name, "offset", (channels,), positive=False) if record.bias else None
+            offset = self.floats(name, "offset", (channels,), positive=False, dtype=dtype) if record.bias else None
             return DeployedWeightOnlyLayer(shell, codes, scale, offset, **common)
         return DeployedLayer(
             shell,

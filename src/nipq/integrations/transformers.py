@@ -27,7 +27,6 @@ from nipq.errors import ConfigError, OrderError
 from nipq.integrations.shared import check_alone, gradient_of, leave_bits_unclipped_, spread_seeds, supported
 from nipq.nn.layers import is_prepared
 from nipq.prepare.batches import BatchReader
-from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.prepare import prepare_
 from nipq.qat.optim import check_optimizer, drop_frozen_on_load_, param_groups
 from nipq.qat.session import QATSession, calibrate_and_allocate_, is_calibrated
@@ -140,7 +139,9 @@ def quantize(
     _check(trainer)
     model = trainer.model
     if not any(map(is_prepared, model.modules())):
-        prepare_(model, _example(trainer, settings), config)
+        reader = BatchReader(model, settings.get("inputs"), "quantize")
+        where, first = next(reader.read(settings.get("loader", _TrainBatches(trainer)), 1))
+        prepare_(model, reader.inputs(first, where), config)
     if not is_calibrated(model):  # here, for it has to be done before FSDP shards the model
         own = {name: value for name, value in settings.items() if name in _START}
         calibrate_and_allocate_(model, settings.get("loader", _TrainBatches(trainer)), budget, **own)
@@ -152,17 +153,6 @@ def quantize(
     leave_bits_unclipped_(trainer.accelerator, lambda: callback.session)
     trainer.add_callback(callback)
     return callback
-
-
-def _example(trainer: Trainer, settings: dict[str, Any]) -> ExampleInputs:
-    """Inputs of the first training batch, with labels where an encoder-decoder makes its decoder's inputs of them."""
-    reader = BatchReader(trainer.model, settings.get("inputs"), "quantize")
-    where, batch = next(reader.read(settings.get("loader", _TrainBatches(trainer)), 1))
-    found = reader.inputs(batch, where)
-    decodes = getattr(getattr(trainer.model, "config", None), "is_encoder_decoder", False)
-    if decodes and isinstance(found, dict) and "labels" in batch and "decoder_input_ids" not in batch:
-        return {**found, "labels": batch["labels"]}
-    return found
 
 
 class _TrainBatches:

@@ -21,7 +21,6 @@ from nipq.nn.kinds import (
     Conv1D,
     along_channels,
     channel_dim,
-    close_shortcuts_,
     is_plain,
     is_table,
     run_operation,
@@ -562,20 +561,6 @@ def deployed_products(model: nn.Module) -> dict[str, DeployedProduct]:
 def full_name(name: str, part: str) -> str:
     """``part`` of the module ``name``; the model itself has the empty name."""
     return f"{name}.{part}" if name else part
-
-
-def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Put new modules wherever the old ones stand, under every name, in place.
-
-    Returns:
-        The model, or its replacement when it is itself replaced.
-    """
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[name] = replacements[child]
-    close_shortcuts_(model)
-    return replacements.get(model, model)
 
 
 def become_(module: nn.Module, other: nn.Module) -> None:

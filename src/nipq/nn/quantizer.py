@@ -91,8 +91,7 @@ class TensorQuantizer(QuantizerParameters):
             )
         if self.phase is Phase.INT:
             return self.codes(widened(x))
-        if self.estimator.follows(self.role) and not self.alpha_raw.requires_grad:
-            self._follow(x)
+        self.follow_(x)
         if not self.training:
             return quantize(x, self.alpha_for(x), self.whole_bits(), self.grid)
         if self.phase is Phase.ROUND:
@@ -103,8 +102,10 @@ class TensorQuantizer(QuantizerParameters):
         return self.estimator.search(self, x, key)
 
     @torch.no_grad()
-    def _follow(self, x: Tensor) -> None:
-        """Take the clipping range from the tensor itself, where the method does so."""
+    def follow_(self, x: Tensor) -> None:
+        """Take the clipping range from the tensor itself, where the method does so; no effect otherwise."""
+        if self.alpha_raw.requires_grad or not self.estimator.follows(self.role):
+            return
         alpha = self.estimator.follow(self, widened(x.detach()))
         if alpha is not None:
             self.set_alpha_(alpha)

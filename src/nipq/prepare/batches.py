@@ -258,10 +258,9 @@ class BatchReader:
         except (NipqError, torch.OutOfMemoryError):
             raise
         except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-            given = inputs if isinstance(inputs, Tensor) else dict(inputs) if isinstance(inputs, Mapping) else inputs
             raise ConfigError(
                 f"{where or self.purpose}: expected inputs that the model takes, found that its forward fails on "
-                f"{described_inputs(given)}: {first_line(error)}. Correct the batch, or give inputs=, a function from "
+                f"{described_inputs(inputs)}: {first_line(error)}. Correct the batch, or give inputs=, a function from "
                 "a batch to what the model is called with."
             ) from error
 

@@ -103,6 +103,7 @@ def deploy_(model: nn.Module) -> nn.Module:
     for row in rows:
         if row.spec.is_product:
             continue
+        row.weight.follow_(float_weight(row.layer))  # which may have moved since the last forward
         owner = owners.setdefault(row.weight, row)
         codes[row.layer] = _codes(row) if owner is row else codes[owner.layer]
         batchnorms[row.layer] = row.batchnorm if row.input is not None and row.spec.form != "kept" else None

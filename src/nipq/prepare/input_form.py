@@ -356,6 +356,8 @@ def known_form(model: nn.Module) -> InputForm | None:
 def guessed_inputs(batch: Any, model: nn.Module) -> ExampleInputs:  # noqa: ANN401  (whatever a loader yields)
     """The inputs in a batch of a model that was not prepared: by its forward's arguments, without labels.
 
+    Labels stay for encoder-decoders of transformers, which make their decoder's inputs of them.
+
     Args:
         batch: what a loader yields.
         model: any.
@@ -372,7 +374,12 @@ def guessed_inputs(batch: Any, model: nn.Module) -> ExampleInputs:  # noqa: ANN4
     parameters = _parameters(model).values()
     if named is not None and (items is None or not isinstance(batch, (tuple, list))):
         known = forward_names(model)  # none where the forward takes anything
-        found = {key: value for key, value in named.items() if key not in LABELS and (not known or key in known)}
+        kept = "labels" if _decodes_labels(model) and "decoder_input_ids" not in named else None
+        found = {
+            key: value
+            for key, value in named.items()
+            if (key not in LABELS or key == kept) and (not known or key in known)
+        }
         if next(tensors_in(found), None) is not None:
             return found
     elif items:
@@ -390,6 +397,11 @@ def guessed_inputs(batch: Any, model: nn.Module) -> ExampleInputs:  # noqa: ANN4
         if as_mapping(first) is not None:
             return guessed_inputs(first, model)
     raise ConfigError(f"expected batches with tensors that the model takes, found {described(batch)}. {REMEDY}")
+
+
+def _decodes_labels(model: nn.Module) -> bool:
+    """Whether a model of transformers makes its decoder's inputs of the labels."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 # ---------------------------------------------------------------------- structures

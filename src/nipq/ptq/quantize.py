@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nipq.budget.allocate import allocate_bits_, set_learned_bits_, uniform_bits
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible, costs
-from nipq.budget.distance import Judgement, OutputJudge, floats_in, output_distance
+from nipq.budget.distance import Judgement, OutputJudge, check_outputs, floats_in, output_distance
 from nipq.budget.freeze import freeze_to_
 from nipq.budget.sensitivity import LossFn, loss_of
 from nipq.config import Config, Phase
@@ -186,8 +186,7 @@ def quantize(
         example_inputs = to_device(reader.cut(found.fit[0][0], 0, 1), device)
     student = copy_of(model).eval()
     float_bytes = sum(tensor.nbytes for tensor in (*student.parameters(), *student.buffers()))
-    if loss_fn is not None:
-        _check_loss(student, part(found.fit[0], 0, 2, reader), loss_fn, device)
+    _check_outputs(student, part(found.fit[0], 0, 2, reader), loss_fn, device, reader)
     prepare_(student, example_inputs, config or CONFIG)
     set_phase_(student, Phase.ROUND)
     if budget is not None:
@@ -347,11 +346,16 @@ def _check_model(model: nn.Module) -> None:
             raise NonFiniteError(f"{key}: expected finite numbers, found NaN or infinity. Give a trained model.")
 
 
-def _check_loss(model: nn.Module, few: Batch, loss_fn: LossFn, device: torch.device) -> None:
-    """Try the loss function on few samples of the float model."""
+def _check_outputs(
+    model: nn.Module, few: Batch, loss_fn: LossFn | None, device: torch.device, reader: BatchReader
+) -> None:
+    """Try the float model, and the loss function if there is one, on few samples."""
     inputs, targets = to_device(few[0], device), to_device(few[1], device)
-    outputs = call_model(model, inputs)
-    floats_in(outputs)
+    with torch.set_grad_enabled(loss_fn is not None):
+        outputs = reader.call(model, inputs)
+    check_outputs(model, floats_in(outputs))
+    if loss_fn is None:
+        return
     learns = any(parameter.requires_grad for parameter in model.parameters())  # else clipping ranges alone will
     loss_of(loss_fn if learns else lambda *given: _leaf(loss_fn(*given)), outputs, targets)
 

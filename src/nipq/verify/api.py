@@ -13,10 +13,11 @@ from torch import nn
 
 from nipq.config import Phase
 from nipq.errors import ConfigError, FileFormatError, OrderError
+from nipq.nn.layers import float_weight
 from nipq.prepare.batches import BatchReader, Inputs, evaluating
 from nipq.prepare.convert import convert
 from nipq.prepare.input_form import ExampleInputs
-from nipq.prepare.layer_table import layer_table, phase_of, quantization_points, quantizers, set_phase_
+from nipq.prepare.layer_table import layer_table, phase_of, quantization_points, quantizers, set_phase_, weight_table
 from nipq.verify.archives import ArraysCandidate, ProgramCandidate
 from nipq.verify.candidate import Candidate, UnreadableCandidate
 from nipq.verify.onnx import OnnxCandidate
@@ -95,6 +96,8 @@ def verify(
         stack.enter_context(evaluating(model, *(artifact for artifact in given if isinstance(artifact, nn.Module))))
         stack.callback(set_phase_, model, phase_of(model))
         reader = BatchReader(model, inputs, "verify")
+        for row, weight in weight_table(model):
+            weight.follow_(float_weight(row.layer))  # which may have moved since the last forward
         example = reader.inputs(*reversed(next(reader.read(batches))))
         packed = None if file is None else Path(file)
         points = quantization_points(rows)
