@@ -19,7 +19,16 @@ class NipqError(ValueError):
 
 
 class NotQuantizableError(NipqError):
-    """A layer, or a whole model, cannot be quantized as asked."""
+    """A layer, or a whole model, cannot be quantized as asked.
+
+    Args:
+        message: the whole of it.
+        diagnostics: each refusal in it, by the module's name, where there are several.
+    """
+
+    def __init__(self, message: str, diagnostics: Iterable[Diagnostic] = ()) -> None:
+        super().__init__(message)
+        self.diagnostics = tuple(diagnostics)
 
 
 class ConfigError(NipqError):

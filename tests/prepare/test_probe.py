@@ -14,9 +14,10 @@ from torch.nn import functional
 
 from nipq.config import Config, Rule
 from nipq.nn.layers import LayerSpec
+from nipq.prepare.findings import checked_trace
 from nipq.prepare.probe import Call, Probe, has_own_forward, probe
 from nipq.prepare.trace import trace
-from nipq.prepare.validate import checked_trace, validate
+from nipq.prepare.validate import validate
 
 X = torch.randn(2, 4, 6, 6)
 _conv = nn.Conv2d.forward

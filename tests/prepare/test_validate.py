@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -13,8 +14,10 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, Diagnostic, NotQuantizableError
+from nipq.prepare.findings import checked_trace
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.validate import checked_trace, validate
+from nipq.prepare.validate import validate
+from nipq.report.inspect import inspect
 from tests.prepare import attention_net
 
 X = torch.zeros(1, 4)
@@ -114,7 +117,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(value: float) -> None:
     with torch.no_grad():
         model[1].weight[0, 0] = value
     refused(model, "error: 1: its weight holds NaN or infinity. Load a sound checkpoint.")
-    assert not [key for key in found(model, config=Config(rules=[Rule("1", quantize=False)])) if key[0] == "error"]
+    assert ("error", "1") not in found(model, config=Config(rules=[Rule("1", quantize=False)]))
 
 
 def test_complex_weights_are_refused() -> None:
@@ -228,6 +231,38 @@ def test_layers_whose_weight_the_forward_writes_are_refused(how: str) -> None:
         Clipped(), "error: layer: the forward writes into its weight or bias, and a quantized weight is computed anew"
     )
     assert not [name for severity, name in found(Clipped()) if severity == "error" and name != "layer"]
+
+
+def test_what_only_a_rehearsal_finds_is_listed_too() -> None:
+    class Closure(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 4)
+            layer = self.layer
+            self.call = lambda x: layer(x)  # a copy calls the original
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.call(x))
+
+    refused(Closure(), "layer: a copy of the model still calls the layer of the model itself")
+    assert inspect(Closure(), X).layers == ()
+
+
+def test_models_that_cannot_be_copied_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.lock = threading.Lock()
+    assert (
+        "it cannot be copied, as converting it will need (TypeError: cannot pickle" in found(model)["error", ""].reason
+    )
+
+
+def test_validating_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    before, attributes = copy.deepcopy(model.state_dict()), [set(vars(module)) for module in model.modules()]
+    assert validate(model, X) == []
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_attributes_with_names_of_ours_are_refused() -> None:

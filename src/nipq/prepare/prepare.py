@@ -24,12 +24,12 @@ from nipq.nn.layers import (
 )
 from nipq.nn.quantizer import InputQuantizer, OffsetInputQuantizer, WeightQuantizer
 from nipq.nn.relu import neighbours, watch_hooks
+from nipq.prepare.findings import checked_trace
 from nipq.prepare.input_form import ExampleInputs, form_of, remember_form_
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups
 from nipq.prepare.rehearsal import rehearse
-from nipq.prepare.trace import PRODUCT_OPERANDS
-from nipq.prepare.validate import checked_trace
+from nipq.prepare.trace import PRODUCT_OPERANDS, Trace
 
 #: Grids before calibration, which replaces all but the ones that a rule asks for.
 _FIRST_GRIDS: dict[GridChoice, Grid] = {
@@ -79,7 +79,25 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
             f"{type(model).__name__}: expected a float model, found one that is prepared already. "
             "Call nipq.restore_(model) first, or go on with this one."
         )
-    traced = checked_trace(model, example_inputs, config)
+    return attach_quantizers_(model, example_inputs, config, checked_trace(model, example_inputs, config))
+
+
+def attach_quantizers_(model: nn.Module, example_inputs: ExampleInputs, config: Config, traced: Trace) -> nn.Module:
+    """:func:`prepare_` once the model has been traced and nothing found that it refuses.
+
+    Args:
+        model: a float model.
+        example_inputs: as for :func:`prepare_`.
+        config: settings and rules.
+        traced: one forward of it, see ``nipq.prepare.findings.checked_trace``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        NotQuantizableError: if there is nothing to quantize, or a deployed copy does not compute what is trained.
+        ConfigError: if rules ask for two things of one weight.
+    """
     plans = plan_layers(traced.ordered(products=config.attention_bits is not None), config)
     if all(spec.is_table or spec.is_product for spec, _ in plans):
         raise NotQuantizableError(
@@ -111,7 +129,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
     set_phase_(model, Phase.NOISE)
     try:
         rehearse(model, example_inputs)
-    except NotQuantizableError:
+    except Exception:
         restore_(model)
         raise
     return model

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.config import Phase
-from nipq.errors import NipqError, NotQuantizableError, first_line
+from nipq.errors import Diagnostic, NipqError, NotQuantizableError, first_line
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.quantizer import InputQuantizer
 from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, evaluating, to_device
@@ -76,8 +76,11 @@ def rehearse(model: nn.Module, example_inputs: ExampleInputs) -> None:
             faults = [f"{type(model).__name__}: a deployed copy of the model does not run: {first_line(error)}"]
     if faults:
         remedy = "Leave such layers float with Rule(name, quantize=False), or change the model's forward."
+        parts = (fault.partition(": ") for fault in faults)
+        diagnostics = [Diagnostic(name, "error", reason, remedy) for name, _, reason in parts]
+        lines = "\n".join((*faults, remedy))
         raise NotQuantizableError(
-            "expected a model whose deployed form computes what is trained, found\n" + "\n".join(faults) + f"\n{remedy}"
+            f"expected a model whose deployed form computes what is trained, found\n{lines}", diagnostics
         )
 
 

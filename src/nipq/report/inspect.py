@@ -22,7 +22,7 @@ from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.batches import ExampleInputs, copy_of
 from nipq.prepare.layer_table import LayerRow, layer_table
 from nipq.prepare.prepare import prepare_
-from nipq.prepare.validate import validate
+from nipq.prepare.validate import try_preparing
 from nipq.qat.calibrate import calibrate_
 from nipq.tables import Column, FittedTable, Prose, plain_text
 
@@ -140,7 +140,7 @@ class Inspection:
             spec = layer.spec
             table.add_row(
                 spec.name + (f" = {layer.shares_weight_with}" if layer.shares_weight_with else ""),
-                spec.kind,
+                spec.kind if spec.form == "plain" else f"{spec.kind} ({spec.form})",
                 _choices(layer.weight_bits) + (f" x{layer.ranges}" if layer.ranges > 1 else ""),
                 "-" if spec.is_table else _choices(layer.input_bits) + (" (image)" if spec.is_input else ""),
                 f"{spec.weight_count:,}",
@@ -207,11 +207,11 @@ def inspect(
         >>> found.weights, found.macs, [layer.spec.name for layer in found.layers]
         (8, 8, ['0'])
     """
-    findings = tuple(validate(model, example_inputs, config))
+    findings, prepared = try_preparing(model, example_inputs, config)
     rows: list[LayerRow] = []
     ranges: list[BudgetRange] = []
     if not any(finding.severity == "error" for finding in findings):
-        prepared = prepare_(copy_of(model), example_inputs, config)
+        prepared = prepared or prepare_(copy_of(model), example_inputs, config)  # which says what there is not
         rows = layer_table(prepared)
         ranges = _ranges(prepared, rows)
         if onnx:
@@ -226,7 +226,7 @@ def inspect(
     rest = {name: parameter.numel() for name, parameter in model.named_parameters() if parameter not in covered}
     return Inspection(
         layers=tuple(_facts(row, first[row.weight]) for row in rows),
-        findings=findings,
+        findings=tuple(findings),
         ranges=tuple(ranges),
         policy=_policy(rows),
         weights=weights,
