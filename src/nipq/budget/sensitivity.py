@@ -97,6 +97,7 @@ def noise_losses(
     }
 
 
+@torch.enable_grad()
 def _slopes(
     model: nn.Module,
     quantizers: list[TensorQuantizer],

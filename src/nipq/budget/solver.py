@@ -61,6 +61,7 @@ def least_loss_bits(
     return _lower(_solve(choices, losses, limits), choices, losses, limits)
 
 
+@torch.enable_grad()
 def prices(limits: Sequence[Limit], at: NDArray[np.float64]) -> NDArray[np.float64]:
     """Price of one bit of each tensor: sum over limits of d cost / d bits / target, at given bit-widths.
 

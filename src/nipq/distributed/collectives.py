@@ -43,8 +43,17 @@ def world_size() -> int:
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``, whose forward sends no messages; any other model itself."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """The model inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``; any other model itself.
+
+    Its forward sends no messages and is not compiled, and its names have no prefix.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:  # torch.compile's
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def rank_seed(seed: int) -> int:

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
+from nipq.distributed import inner
 from nipq.errors import ConfigError, first_line
 from nipq.export.arrays import arrays_bytes
 from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
@@ -66,7 +67,7 @@ def export(
         NonFiniteError: if a scale leaves the range of float32.
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
-    path = Path(path)
+    path, deployed = Path(path), inner(deployed)
     chosen = format_of(path) if format is None else format
     if chosen not in get_args(Format):
         raise ConfigError(f"export: expected one of the formats {', '.join(get_args(Format))}, found {chosen!r}.")

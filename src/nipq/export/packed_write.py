@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
+from nipq.distributed import inner
 from nipq.errors import ConfigError
 from nipq.files import check_free, written_whole
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
@@ -84,7 +85,7 @@ def save(deployed: nn.Module, path: str | Path, *, overwrite: bool = False) -> P
         ConfigError: if the file exists and ``overwrite`` is not given, its folder does not exist, the model holds no
             deployed layer, or it holds state that no file can.
     """
-    path = Path(path)
+    path, deployed = Path(path), inner(deployed)
     check_free(path, overwrite=overwrite, command="save")
     tensors, metadata = contents(deployed)
     data = seal(to_bytes(tensors, metadata))

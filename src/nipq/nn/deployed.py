@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +124,8 @@ class _Deployed(nn.Module, ABC):
     scale: Tensor
     offset: Tensor | None
     like: Tensor
+    #: Buffers that are never in half precision.
+    _EXACT: ClassVar[tuple[str, ...]] = ("scale", "input_step")
     #: Full name of the batch norm that was folded in, or None.
     batchnorm: str | None = None
 
@@ -138,6 +140,16 @@ class _Deployed(nn.Module, ABC):
         layer._buffers["weight"] = weight  # past register_buffer: the class may have a property of that name
         layer.__dict__["deployed_in"] = (self,)  # in a tuple, so that it is not a submodule
         self.layer = layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As torch's, but numbers of the integer arithmetic stay in float32 at least, as they are not for rounding."""
+        exact = {key: value for key, value in self._buffers.items() if key in self._EXACT and value is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # torch gives it no type
+        for key, value in exact.items():
+            now = self._buffers[key]
+            if now is not None and now.itemsize < value.itemsize and value.dtype == torch.float32:
+                self._buffers[key] = value.to(now.device)
+        return self
 
     @property
     def weight_codes(self) -> Tensor:
@@ -210,6 +222,8 @@ class DeployedLayer(_Deployed):
         tied_to: full name of the layer whose codes these are, or None when they are its own.
         dtype: floating type of the trained layer.
     """
+
+    _EXACT = ("scale", "offset", "input_step")
 
     offset: Tensor
     input_step: Tensor

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nipq.config import Phase
-from nipq.errors import NonFiniteError, OrderError
+from nipq.distributed import inner
+from nipq.errors import NonFiniteError, NotQuantizableError, OrderError
 from nipq.nn.deployed import (
     Deployed,
     DeployedKeptLayer,
@@ -25,11 +28,11 @@ from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import close_shortcuts_, is_plain, output_channels
 from nipq.nn.layers import detach, float_weight
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import copy_of
+from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, set_phase_, weight_table
 
 
-def convert(model: nn.Module) -> nn.Module:
+def convert(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
     """A deep copy whose layers hold whole weight codes, with the batch norm after a layer folded into its scale.
 
     The codes are those of the trained model, bit for bit; folding changes the one multiply and the one add after the
@@ -37,18 +40,29 @@ def convert(model: nn.Module) -> nn.Module:
     statistics; its place is taken by ``nn.Identity``. The result equals the trained model in phase ``"int"`` to the
     bit, and in phase ``"round"`` up to float rounding (see ``nipq.verify``). Layers whose input stays float get whole
     weights, too, but compute in floats, and their batch norm stays. Products inside attention, where they are
-    quantized, multiply whole codes. Hooks on a layer do not come along.
+    quantized, multiply whole codes. A layer whose own forward does more than its operation keeps that forward, on its
+    quantized input and a weight made of the codes. Hooks of the user's come along.
 
     Args:
-        model: a prepared model whose bits are frozen; it is not changed.
+        model: a prepared model whose bits are frozen; it is not changed. ``DistributedDataParallel``, ``DataParallel``
+            and ``torch.compile`` around it are left out.
+        example_inputs: with them the copy runs once, and has to call every deployed layer and none of the model's own.
 
     Returns:
-        The same tree with deployed layers, in evaluation mode, without gradients.
+        The same tree with deployed layers, in evaluation mode, without gradients, not compiled.
 
     Raises:
         OrderError: if the model is not prepared or not calibrated, or a bit-width is still learned.
         NonFiniteError: if a weight, a bias or a batch norm holds NaN or infinity.
+        NotQuantizableError: if a part of the model is wrapped, or a layer is reached past the model's modules.
     """
+    model = inner(model)
+    for name, module in model.named_modules():
+        if inner(module) is not module:
+            raise NotQuantizableError(
+                f"{name}: expected parts of a model as they are, found one inside {type(module).__name__}. Take the "
+                "wrapper off, or put it around the whole model."
+            )
     for quantizer in quantizers(model):
         if not quantizer.is_frozen:
             raise OrderError(
@@ -67,7 +81,38 @@ def convert(model: nn.Module) -> nn.Module:
         for part in (layer.scale, layer.offset):
             if part is not None:
                 _check_finite(f"{name} with its bias and batch norm", part)
+    if example_inputs is not None:
+        _check_calls(model, deployed, example_inputs)
     return deployed
+
+
+@torch.no_grad()
+def _check_calls(model: nn.Module, deployed: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Run a deployed model once: it calls every deployed layer, and no layer of the trained model."""
+    called: set[str] = set()
+    reached: set[str] = set()
+    with ExitStack() as stack:
+        for name, layer in deployed_layers(deployed).items():
+            stack.callback(layer.register_forward_pre_hook(partial(_note, called, name)).remove)
+        for row in layer_table(model):
+            stack.callback(row.layer.register_forward_pre_hook(partial(_note, reached, row.name)).remove)
+        call_model(deployed, to_device(example_inputs, device_of(deployed)))
+    if reached:
+        raise NotQuantizableError(
+            f"{', '.join(sorted(reached))}: expected a deployed copy that runs its own layers, found that it calls "
+            "those of the trained model, through a closure, a global or another reference that copies share. Keep "
+            "layers in attributes, lists or dicts of the model."
+        )
+    missed = [name for name in deployed_layers(deployed) if name not in called]
+    if missed:
+        raise NotQuantizableError(
+            f"{', '.join(missed)}: expected a deployed model that calls every deployed layer, found that it does not "
+            "call these. Give example inputs that reach them, or change the model's forward."
+        )
+
+
+def _note(names: set[str], name: str, *_call: object) -> None:
+    names.add(name)
 
 
 def deploy_copy(model: nn.Module) -> nn.Module:
@@ -95,6 +140,9 @@ def deploy_(model: nn.Module) -> nn.Module:
         The same model, in evaluation mode, without gradients.
     """
     set_phase_(model, Phase.ROUND)
+    for module in model.modules():
+        if vars(module).get("_compiled_call_impl") is not None:
+            module._compiled_call_impl = None  # of the trained model
     names = {module: name for name, module in model.named_modules()}
     rows = layer_table(model)
     owners: dict[nn.Module, LayerRow] = {}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from nipq.config import Phase
+from nipq.distributed import inner
 from nipq.errors import ConfigError, FileFormatError, OrderError
 from nipq.nn.layers import float_weight
 from nipq.prepare.batches import BatchReader, Inputs, evaluating
@@ -88,7 +89,9 @@ def verify(
         ConfigError: if there is no artifact or no batch, or an artifact is nothing that was deployed.
         MissingDependencyError: if a package that reads a file is not installed.
     """
+    model = inner(model)
     given, batches = _sorted_out(artifacts, loader)
+    given = [inner(artifact) if isinstance(artifact, nn.Module) else artifact for artifact in given]
     _check_arguments(model, given, file)
     names = {module: name for name, module in model.named_modules()}
     rows = {names[row.layer]: row for row in layer_table(model)}
