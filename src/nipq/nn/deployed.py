@@ -35,6 +35,8 @@ _FIXED = FixedWeight("layer.weight")
 _HOOKS = [key for key in vars(nn.Module()) if key.endswith("_hooks") or "_hooks_" in key]
 
 
+#: What a shell does not take over: the weight, and what prepares a layer.
+_NOT_KEPT = ("weight", "parametrizations", "quantization")
 #: Classes made by :func:`own_forward_class`, by those of the trained layers.
 _OWN_FORWARD: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -77,7 +79,11 @@ def plain_shell(layer: nn.Module) -> nn.Module:
         that :func:`own_forward_class` makes.
     """
     kind = shell_class(layer)
-    shell = _without_init(kind if is_plain(layer) or kind is Conv1D else own_forward_class(kind))
+    if kind is not Conv1D and not is_plain(layer):
+        shell = kept_shell(layer, kind)
+        shell._parameters["bias"] = None
+        return shell
+    shell = _without_init(kind)
     nn.Module.__init__(shell)
     internal = set(vars(shell))
     vars(shell).update((key, value) for key, value in vars(layer).items() if key not in internal and key != "forward")
@@ -86,18 +92,19 @@ def plain_shell(layer: nn.Module) -> nn.Module:
     return shell.eval()
 
 
-def kept_shell(layer: nn.Module) -> nn.Module:
+def kept_shell(layer: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
     """A layer with all that it holds but its weight and its hooks, to run its own forward on any weight.
 
     Args:
-        layer: a plain layer; its parameters, buffers and modules are shared.
+        layer: its parameters, buffers and modules are shared.
+        kind: its class, if it is prepared.
     """
-    shell = _without_init(own_forward_class(type(layer)))
-    vars(shell).update(vars(layer))
+    shell = _without_init(own_forward_class(kind or type(layer)))
+    vars(shell).update((key, value) for key, value in vars(layer).items() if key != "forward")
     fresh = vars(nn.Module())
     vars(shell).update((key, fresh[key]) for key in _HOOKS)
-    for kind in ("_parameters", "_buffers", "_modules"):
-        vars(shell)[kind] = {key: value for key, value in vars(layer)[kind].items() if key != "weight"}
+    for part in ("_parameters", "_buffers", "_modules"):
+        vars(shell)[part] = {key: value for key, value in vars(layer)[part].items() if key not in _NOT_KEPT}
     return shell.eval()
 
 

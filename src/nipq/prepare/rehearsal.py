@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from nipq.config import Phase
 from nipq.errors import Diagnostic, NipqError, NotQuantizableError, first_line
@@ -70,8 +71,8 @@ def rehearse(model: nn.Module, example_inputs: ExampleInputs) -> None:
             name = str(reached)
             way = _way(model, rows[name])
             faults = [f"{name}: a copy of the model still calls the layer of the model itself, {way}"]
-        except NipqError:
-            raise
+        except NipqError as error:
+            faults = [str(error)]
         except Exception as error:
             faults = [f"{type(model).__name__}: a deployed copy of the model does not run: {first_line(error)}"]
     if faults:
@@ -107,12 +108,28 @@ def _copy(model: nn.Module) -> nn.Module:
         if id(parameter) not in own
     }
     clone = copy_of(model, shared)
+    for module in clone.modules():
+        if isinstance(module, _BatchNorm):
+            _train_(module)
     for module in clone.modules():  # what watches the model's own layers must not come along
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, partial) and hook.func is _refuse_call:
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
     return clone
+
+
+def _train_(batchnorm: _BatchNorm) -> None:
+    """Give a batch norm other numbers: a fresh one changes nothing, so that a wrongly folded one would not show."""
+    if batchnorm.running_mean is not None and batchnorm.running_var is not None:
+        spread = batchnorm.running_var.sqrt()
+        batchnorm.running_mean = batchnorm.running_mean + 0.5 * spread * torch.randn_like(spread)
+        batchnorm.running_var = batchnorm.running_var * (0.5 + torch.rand_like(spread))
+    if batchnorm.affine:
+        weight = batchnorm.weight * (0.5 + torch.rand_like(batchnorm.weight))
+        batchnorm.weight = nn.Parameter(weight, requires_grad=False)
+        bias = batchnorm.bias + 0.2 * torch.randn_like(batchnorm.bias)
+        batchnorm.bias = nn.Parameter(bias, requires_grad=False)
 
 
 def _faults(trained: nn.Module, example_inputs: ExampleInputs) -> Iterator[str]:

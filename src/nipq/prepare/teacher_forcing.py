@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nipq.errors import NipqError, first_line
 from nipq.functional.uniform import widened
 from nipq.nn.deployed import (
     DeployedKeptLayer,
@@ -72,6 +73,10 @@ def float_results(value: object) -> list[Tensor]:
     return [tensor for tensor in results_in(value) if tensor.is_floating_point()]
 
 
+class BrokenLayerError(NipqError):
+    """A deployed layer does not run; named by the message."""
+
+
 @dataclass
 class Calls:
     """Inputs and outputs of each layer or product, call by call, and the model's results.
@@ -108,7 +113,7 @@ class LayerComparison:
         inexact: whether the format itself may round a code of the same input to the other side.
         half: one rounding of the type that the trained layer computes in, if that is half precision; else 0.
         tolerance: largest relative difference of an output that float32 explains.
-        suspects: of the model's results, layers whose weight something else reads.
+        suspects: layers whose weight something else than their own forward reads.
     """
 
     calls_differ: bool = False
@@ -176,18 +181,22 @@ class LayerComparison:
         if self.wrong > (most if self.inexact else 0):
             return f"{self.wrong:,} of {self.codes:,} codes differ on the same input"
         if not self.jump <= self.longest_jump:
-            return f"codes of what arrived differ by up to {self.jump:g} levels"
+            return f"codes of what arrived differ by up to {self.jump:g} levels{self._readers()}"
         if self.flips > most:
-            return f"{self.flips:,} of {self.codes:,} codes of what arrived flipped, more than {self.allowed:g} of them"
+            flipped = f"{self.flips:,} of {self.codes:,} codes of what arrived flipped"
+            return f"{flipped}, more than {self.allowed:g} of them{self._readers()}"
         return self.output_fault()
+
+    def _readers(self) -> str:
+        """Where to look for what came before, if something reads weights past their layers."""
+        return f" (something else reads the weight of {', '.join(self.suspects)})" if self.suspects else ""
 
     def output_fault(self) -> str | None:
         """The reason for which the output is wrong, or None."""
         if self.error <= self.output_tolerance * self.largest:
             return None
-        where = f" (something else reads the weight of {', '.join(self.suspects)})" if self.suspects else ""
-        most = self.output_tolerance
-        return f"the output differs by {self.error:.3g}, more than {most:g} of its largest value{where}"
+        most = f"more than {self.output_tolerance:g} of its largest value"
+        return f"the output differs by {self.error:.3g}, {most}{self._readers()}"
 
     def exact_fault(self) -> str | None:
         """The reason for which E3 fails here, or None."""
@@ -299,9 +308,13 @@ def run_teacher_forced(
         trained: calls of the trained model in phase ``"round"``.
         layers: comparisons by quantization point, layer and product, and under :data:`RESULTS`; added to.
         run: calls a model on the batch.
+
+    Raises:
+        BrokenLayerError: if a deployed layer does not run; names it.
     """
     read: dict[str, int] = defaultdict(int)
     written: dict[str, int] = defaultdict(int)
+    running: list[str] = []
 
     def forced(point: str, quantizer: CodesOf | None, arrived: Tensor) -> Tensor:
         """The trained input, or what arrived if there is none for this call."""
@@ -320,6 +333,7 @@ def run_teacher_forced(
 
     def before(reads: Reads) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+            running.append(next(iter(reads)))
             arrived = args[: len(reads)] or (first_tensor(args, kwargs),)
             given = [forced(point, quantizer, x) for (point, quantizer), x in zip(reads.items(), arrived, strict=True)]
             if args:
@@ -329,6 +343,7 @@ def run_teacher_forced(
         return hook
 
     def after(name: str, output: Tensor) -> None:
+        running.pop()
         call, layer = written[name], layers[name]
         written[name] += 1
         if call >= len(trained.outputs[name]) or trained.outputs[name][call].shape != output.shape:
@@ -343,14 +358,20 @@ def run_teacher_forced(
             stack.callback(module.register_forward_pre_hook(before(reads), with_kwargs=True).remove)
             hook = module.register_forward_hook(lambda _module, _args, output, name=name: after(name, output))
             stack.callback(hook.remove)
-        found = float_results(run(deployed))
+        try:
+            found = float_results(run(deployed))
+        except Exception as error:
+            if not running or isinstance(error, NipqError):
+                raise
+            raise BrokenLayerError(f"{running[-1]}: it does not run: {first_line(error)}") from error
     for point, expected in trained.inputs.items():
         layers.setdefault(point, LayerComparison()).calls_differ |= read[point] != len(expected)
     _compare_results(trained, found, layers.setdefault(RESULTS, LayerComparison(tolerance=RESULT_TOLERANCE)))
+    for layer in layers.values():
+        layer.suspects |= trained.read_outside
 
 
 def _compare_results(trained: Calls, found: list[Tensor], results: LayerComparison) -> None:
-    results.suspects |= trained.read_outside
     if [tensor.shape for tensor in trained.results] != [tensor.shape for tensor in found]:
         results.calls_differ = True
         return

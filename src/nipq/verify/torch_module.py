@@ -33,7 +33,7 @@ from nipq.nn.layers import float_weight
 from nipq.prepare.batches import copy_of
 from nipq.prepare.layer_table import OPERANDS, LayerRow, layer_table, weight_table
 from nipq.prepare.prepare import restore_
-from nipq.prepare.teacher_forcing import run_teacher_forced
+from nipq.prepare.teacher_forcing import BrokenLayerError, run_teacher_forced
 from nipq.verify.candidate import Candidate, differences
 from nipq.verify.metrics import exact_check, flips_in, layer_check, logits_of
 from nipq.verify.reference import ReferenceRun, compare_codes, recording_codes, run_model
@@ -64,6 +64,7 @@ class DeployedCandidate(Candidate):
     ) -> None:
         super().__init__(name, module, layers, is_file=is_file)
         self.deployed, self.model, self.file = module, model, file
+        self.failure: str | None = None
 
     def static_check(self) -> Check:
         """Level E0: every number of the module, and the packed file."""
@@ -87,6 +88,14 @@ class DeployedCandidate(Candidate):
         claim = "integers, scales, zero points, limits" + ("; the file" if self.file is not None else "")
         return Check("E0 static", claim, not found, numbers, found[0] if found else None)
 
+    def compare(self, reference: ReferenceRun) -> None:
+        """Run the model on one piece of data and add the differences found, until a layer fails to run."""
+        if self.failure is None:
+            try:
+                super().compare(reference)
+            except BrokenLayerError as error:
+                self.failure = str(error)
+
     def logits(self, reference: ReferenceRun) -> Tensor:
         """Logits, with the layers compared for E1 and E3 on the way."""
         run_teacher_forced(self.deployed, reference.calls, self.layers, partial(run_model, inputs=reference.inputs))
@@ -97,6 +106,8 @@ class DeployedCandidate(Candidate):
 
     def checks(self, scores: Mapping[str, float]) -> list[Check]:
         """E1, E2 and E3."""
+        if self.failure is not None:
+            return [Check("E1 layers", "each layer on the trained inputs", False, {}, self.failure)]
         return [
             layer_check(self.layers),
             self.output.check(scores, flips_in(self.layers)),
