@@ -57,13 +57,15 @@ def verify(
     E0  static: integers, scales, zero points, limits and float parts are bit-equal; so is the file read back, and it
         has the promised size
     E1  layers: every layer gets the trained model's input. Its codes are the same, and its output is within 1e-5 of its
-        largest value. Of the codes at the next quantizer, 1e-4 (one at least, more above 8 bits) may flip by one level,
+        largest value, all that the model returns within 1e-3. The reference, phase ``"round"``, shares no forward with
+        the deployed layers. In half precision 32 roundings are allowed. Of the codes at the next quantizer, 1e-4 (one at least, more above 8 bits) may flip by one level,
         as float sums run in another order. A product inside attention is a layer with two inputs
     E2  noise: the mean distance of the logits is at most 3 times the trained model's distance from itself when batch
         size or kernels change, or the effect of flipped codes at 3 % of the largest logit each: as many as E1
         counted and chance adds, three at least, one in twenty samples at most. Top-1 decisions differ at a rate of at
         most 0.5 %, or 3 times the trained model's from its own, plus the count that chance adds in 98 % of cases
-    E3  exact: equal to the trained model in phase ``"int"``, codes and outputs, without any tolerance
+    E3  exact: equal to the trained model in phase ``"int"``, codes and outputs, without any tolerance. Both sides run
+        the same arithmetic: that it is right is E1's to prove
     ==  ==========================================================================================================
 
     Each kind of artifact is checked at the levels that it can reach: a file of floats, such as ONNX, has no E3. The
