@@ -16,15 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nipq.budget.budget import Budget
 from nipq.config import Config
 from nipq.errors import ConfigError, OrderError
+from nipq.files import written_whole
 from nipq.integrations.shared import check_alone, gradient_of, leave_bits_unclipped_, spread_seeds, supported
+from nipq.nn.attention import PRODUCTS
 from nipq.nn.layers import is_prepared
 from nipq.prepare.batches import BatchReader
 from nipq.prepare.prepare import prepare_
@@ -49,6 +53,9 @@ _TENSORS = ("ema_decay", "oscillation")
 
 #: Settings by which optimizers of transformers bring groups of their own.
 _OWN_GROUPS = {"params", "model", "optimizer_dict"}
+
+#: File beside PEFT's adapters with the quantizers of the base model.
+BASE_FILE = "nipq_quantizers.safetensors"
 
 
 class NipqCallback(_library.TrainerCallback, _library.trainer_callback.ExportableState):  # type: ignore[misc, name-defined]  # known at run time only
@@ -123,7 +130,7 @@ def quantize(
         **settings: of :class:`nipq.QATSession`.
 
     Returns:
-        The callback, with the session in it.
+        The callback, with the session in it. Of a PEFT model the quantizers are saved beside its adapters.
 
     Raises:
         OrderError: if the trainer has such a callback, or wrapped the model, or its optimizer was built before.
@@ -148,6 +155,8 @@ def quantize(
     if trainer.optimizer is not None:
         check_optimizer(model, trainer.optimizer)
         drop_frozen_on_load_(trainer.optimizer, model)
+    if hasattr(model, "peft_config"):
+        trainer._save, trainer._load_from_checkpoint = _with_base(trainer)
     trainer.compute_loss = _with_penalty(trainer, callback)
     trainer.create_optimizer = _with_groups(trainer, bits_lr, range_lr)
     leave_bits_unclipped_(trainer.accelerator, lambda: callback.session)
@@ -190,6 +199,38 @@ def _check(trainer: Trainer) -> None:
     for expected, (found, wrong, advice) in unfit.items():
         if wrong:
             raise ConfigError(f"trainer: expected {expected}, found {found}. {advice}.")
+
+
+def _with_base(trainer: Trainer) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Saving and loading that keep the quantizers of the base model, of which PEFT saves the adapters alone."""
+    save, load = trainer._save, trainer._load_from_checkpoint
+
+    @wraps(save)
+    def save_with_base(output_dir: str | None = None, *args: Given, **kwargs: Given) -> None:
+        save(output_dir, *args, **kwargs)
+        folder = Path(output_dir or trainer.args.output_dir)
+        with written_whole(folder / BASE_FILE) as temporary:
+            save_file({key: value.contiguous() for key, value in _base_state(trainer.model).items()}, temporary)
+
+    @wraps(load)
+    def load_with_base(checkpoint: str, model: Given = None) -> None:
+        load(checkpoint, model)
+        path = Path(checkpoint) / BASE_FILE
+        if not path.is_file():
+            raise OrderError(
+                f"{path}: expected the quantizers of the base model beside its adapters, found no such file. Resume "
+                "from a checkpoint of a trainer that quantize() changed."
+            )
+        own = trainer.model if model is None else model
+        own.load_state_dict(load_file(path, device=str(trainer.args.device)), strict=False)
+
+    return save_with_base, load_with_base
+
+
+def _base_state(model: nn.Module) -> dict[str, Tensor]:
+    """State of the quantizers, each tensor under its name in the model."""
+    parts = (".parametrizations.weight.0.", ".quantization.", f".{PRODUCTS}.")
+    return {key: value for key, value in model.state_dict().items() if any(part in f".{key}" for part in parts)}
 
 
 def _with_penalty(trainer: Trainer, callback: NipqCallback) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, output_channel_axis
 from nipq.nn.layers import LayerSpec, is_prepared
 from nipq.prepare.batches import ExampleInputs
-from nipq.prepare.plan import LayerPlan, plan_layers, shared_groups, target_notes
+from nipq.prepare.plan import LayerPlan, is_adapter, plan_layers, shared_groups, target_notes
 from nipq.prepare.probe import probe
 from nipq.prepare.trace import REASONS, Trace, UnquantizedOp, trace
 
@@ -177,6 +177,8 @@ def _findings(model: nn.Module, traced: Trace, config: Config) -> Iterator[Diagn
         if spec.name not in plans:
             asked = spec.is_table and config.embedding_bits is None
             reason = "the settings leave embeddings float" if asked else "a rule excludes it"
+            if is_adapter(spec.name):
+                reason = "an adapter of PEFT's stays float unless a rule names it"
             yield Diagnostic(spec.name, "float", reason)
         elif plans[spec.name][1].activation_bits is None and not spec.is_table:
             yield Diagnostic(f"{spec.name}.input", "float", "the settings leave this input float")

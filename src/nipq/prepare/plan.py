@@ -19,6 +19,8 @@ from nipq.nn.layers import LayerSpec
 
 #: Layers that the compiler's int8 passes know.
 INDUCTOR_KINDS = (nn.Conv2d, nn.Linear)
+#: Modules in which PEFT keeps the layers of its adapters.
+ADAPTERS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"})
 #: Names of the runtimes in messages.
 _NAMES = {"openvino": "OpenVINO", "inductor": "Inductor"}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -83,6 +85,11 @@ def _check_whole(layers: Sequence[LayerSpec], planned: set[str]) -> None:
             )
 
 
+def is_adapter(name: str) -> bool:
+    """Return whether a layer is an adapter of PEFT's, which stays float unless a rule names it."""
+    return not ADAPTERS.isdisjoint(name.split("."))
+
+
 def _settings(spec: LayerSpec, config: Config) -> dict[str, Any]:
     """Settings that rules give a layer, by name."""
     settings: dict[str, Any] = {}
@@ -94,7 +101,7 @@ def _settings(spec: LayerSpec, config: Config) -> dict[str, Any]:
 
 def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
     settings = _settings(spec, config)
-    if settings.get("quantize") is False:
+    if settings.get("quantize") is False or (is_adapter(spec.name) and not settings):
         return None
     if spec.is_product:  # both operands are activations
         bits = settings.get("activation_bits", config.attention_bits)

@@ -58,8 +58,9 @@ def verify(
         has the promised size
     E1  layers: every layer gets the trained model's input. Its codes are the same, and its output is within 1e-5 of its
         largest value, all that the model returns within 1e-3. The reference, phase ``"round"``, shares no forward with
-        the deployed layers. In half precision 32 roundings are allowed. Of the codes at the next quantizer, 1e-4 (one at least, more above 8 bits) may flip by one level,
-        as float sums run in another order. A product inside attention is a layer with two inputs
+        the deployed layers. In half precision 32 roundings are allowed. Of the codes at the next quantizer, 1e-4 (one
+        at least, more above 8 bits) may flip by one level, as float sums run in another order. A product inside
+        attention is a layer with two inputs
     E2  noise: the mean distance of the logits is at most 3 times the trained model's distance from itself when batch
         size or kernels change, or the effect of flipped codes at 3 % of the largest logit each: as many as E1
         counted and chance adds, three at least, one in twenty samples at most. Top-1 decisions differ at a rate of at
