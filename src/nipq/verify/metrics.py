@@ -74,6 +74,8 @@ class OutputComparison:
         self._kernel_noise: list[Tensor] = []
         self._own_decisions: list[Tensor] = []
         self._hits: list[tuple[int, int, int]] = []
+        #: Shapes of the deployed and the trained model's logits where they first differed.
+        self.shapes: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     def add(self, trained: Tensor, deployed: Tensor, exact: Tensor, labels: Tensor | None, half: float = 0.0) -> None:
         """Add one batch.
@@ -87,6 +89,9 @@ class OutputComparison:
         """
         self.half = max(self.half, half)
         deployed, exact = deployed.to(trained.device), exact.to(trained.device)
+        if deployed.shape != trained.shape or exact.shape != trained.shape:
+            self.shapes = self.shapes or (tuple(deployed.shape), tuple(trained.shape))
+            return
         self.samples += len(trained)
         self.largest = larger(self.largest, torch.where(trained.isinf(), 0, trained).abs())
         self.exact = larger(self.exact, distances(exact, deployed))
@@ -123,11 +128,17 @@ class OutputComparison:
             flips: flipped codes that E1 counted on the same samples. Each layer had the trained inputs there, so no
                 fault of a layer before is in them.
         """
+        claim = "logits, against the trained model's own noise"
+        if self.shapes is not None:
+            found, expected = self.shapes
+            return Check("E2 noise", claim, False, {}, f"the logits have the shape {found}, trained {expected}")
         largest = self.largest or 1.0
         apart = _mean(self._apart) / largest
         noise = max(_mean(self._batch_noise), _mean(self._kernel_noise)) / largest
         by_chance = max(CHANCE_FLIPS, min(most_by_chance(flips), self.samples // SAMPLES_A_FLIP))
-        limit = max(TIMES_OWN_NOISE * noise, by_chance * ONE_FLIP / self.samples, ROUNDING, HALF_ROUNDINGS * self.half)
+        limit = max(
+            TIMES_OWN_NOISE * noise, by_chance * ONE_FLIP / max(self.samples, 1), ROUNDING, HALF_ROUNDINGS * self.half
+        )
         allowed = max(1 - AGREEMENT, TIMES_OWN_NOISE * _mean(self._own_decisions))
         faults = []
         if not apart <= limit:
@@ -143,9 +154,8 @@ class OutputComparison:
             "distance": apart,
             "own_noise": noise,
             "limit": limit,
-            "agreement": 1 - self.disagreements / self.decisions,
+            "agreement": 1 - self.disagreements / max(self.decisions, 1),
         }
-        claim = "logits, against the trained model's own noise"
         return Check("E2 noise", claim, not faults, numbers | dict(scores), "; ".join(faults) or None)
 
 

@@ -98,11 +98,14 @@ def reference_runs(
             # Flips are rare, so the trained model's own are counted on every sample, not on a few.
             with other_kernels():
                 other = logits_of(run_model(model, piece), place)
+            other = other if other.shape == logits.shape else logits
             alone = None
             if measured < NOISE_SAMPLES:
                 measured += len(logits)
                 singles = [reader.cut(piece, i, i + 1) for i in range(reader.samples(piece))]
-                alone = torch.cat([logits_of(run_model(model, one), place) for one in singles])
+                parts = [logits_of(run_model(model, one), place) for one in singles]
+                one_by_one = torch.cat(parts) if all(part.ndim for part in parts) else logits
+                alone = one_by_one if one_by_one.shape == logits.shape else None  # sizes may depend on the data
             set_phase_(model, Phase.INT)
             with _recording_integers(rows) as codes:
                 exact = logits_of(run_model(model, piece), place)
