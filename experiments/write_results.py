@@ -23,6 +23,7 @@ A block stands in any Markdown page of the repository, between the lines ``<!-- 
     speed-goals, speed-step, speed-compiled, speed-elements, speed-quantizers, speed-integrations, speed-methods
     scale-measured, scale-decoder
     export-runtimes, export-sizes, verify-random, verify-trained, latency-openvino, latency-inductor
+    hardening                             trials of damaged files, bad configs, random networks and killed runs
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from experiments.export import page as export_page  # noqa: E402
 from experiments.fashion_mnist import page as fashion_page  # noqa: E402
 from experiments.freeze_overshoot import page as overshoot_page  # noqa: E402
 from experiments.front_door import page as front_door_page  # noqa: E402
+from experiments.hardening import page as hardening_page  # noqa: E402
 from experiments.post_training import page as post_training_page  # noqa: E402
 from experiments.robustness import page as robustness_page  # noqa: E402
 from experiments.robustness import plot as robustness_plot  # noqa: E402
@@ -69,6 +71,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **integrations_page.BLOCKS,
     **scale_page.BLOCKS,
     **export_page.BLOCKS,
+    **hardening_page.BLOCKS,
 }
 #: Functions that draw pictures from the result files. The scalar toy's comes with its training.
 PAINTERS = (

@@ -74,7 +74,7 @@ def test_every_range_survives_plain_values_and_json(allowed: set[int], share: fl
         ("four", r"found 'four'; write for instance"),
         (True, r"found True; write for instance"),
         ({"start": 9}, r"expected start from 2 to 8, found 9; move it into the range"),
-        ({"start": float("nan")}, r"expected start from 2 to 8, found nan"),
+        ({"start": float("nan")}, r"start: expected a finite number, found nan"),
         ({"fixed": 4, "max": 8}, r"expected settings that agree, found max=8 beside bit-widths 4; leave max out"),
         ({"allowed": [2, 4], "min": 3}, r"found min=3 beside bit-widths 2, 4; leave min out"),
         ({"maximum": 4}, r"weight_bits\.maximum: expected a known field, found this one"),

@@ -78,7 +78,7 @@ _TARGET_BITS: dict[Target | None, int] = {"openvino": 8, "inductor": 8}
 class Settings(BaseModel):
     """Base of all settings: frozen, unknown fields refused, and every fault a :class:`~nipq.errors.ConfigError`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def __init__(self, **fields: Any) -> None:  # noqa: ANN401  (each field has its own type)
         try:

@@ -51,6 +51,10 @@ class FileFormatError(NipqError):
     """A file is not what its name or header promises."""
 
 
+class UserCodeError(NipqError):
+    """Code that a config or a command names, and not nipq's own, failed."""
+
+
 class DistributedError(NipqError):
     """Ranks do not hold the same model, or one of them is gone."""
 

@@ -12,12 +12,14 @@ import pytest
 import typer
 
 import nipq
-from nipq.cli.output import answer, reporting
+from nipq.cli.output import answer
+from nipq.cli.reporting import reporting
 from nipq.errors import ConfigError
 
 NOISY = """
 import ctypes, os
-from nipq.cli.output import answer, reporting
+from nipq.cli.output import answer
+from nipq.cli.reporting import reporting
 with reporting(True):
     ctypes.CDLL(None).puts(b"a solver")  # which C keeps in a buffer
     print("a factory")

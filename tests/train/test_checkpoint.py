@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nipq.errors import FileFormatError
+from nipq.files import seal
 from nipq.train.checkpoint import FORMAT, VERSION, Checkpoint, Progress, _filled
 
 WHOLE = {
@@ -57,7 +58,7 @@ def test_cut_off_file(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path)
     path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(FileFormatError, match="could not read it"):
+    with pytest.raises(FileFormatError, match="its checksum is missing or another one"):
         Checkpoint.load(path)
 
 
@@ -69,6 +70,7 @@ class Trap:
 def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"format": FORMAT, "version": VERSION, "model": Trap()}, tmp_path / "checkpoint.pt")
+    seal(tmp_path / "checkpoint.pt")
     with pytest.raises(FileFormatError, match="could not read it"):
         Checkpoint.load(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "trap-was-sprung").exists()
@@ -87,6 +89,7 @@ def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 )
 def test_foreign_file(content: object, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "checkpoint.pt")
+    seal(tmp_path / "checkpoint.pt")
     with pytest.raises(FileFormatError, match=message):
         Checkpoint.load(tmp_path / "checkpoint.pt")
 
@@ -94,3 +97,14 @@ def test_foreign_file(content: object, message: str, tmp_path: Path) -> None:
 def test_a_parameter_called_shard_is_no_shard() -> None:
     model = {"shard": torch.ones(1), "weight": {"shard": "model/weight", "shape": [2], "dtype": "float32"}}
     assert _filled(model, lambda entry: entry["shard"]) == {**model, "weight": "model/weight"}
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9, 0.999])
+def test_a_flipped_bit_is_noticed(checkpoint: Checkpoint, place: float, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path)
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(FileFormatError, match="its checksum is missing or another one"):
+        Checkpoint.load(path)

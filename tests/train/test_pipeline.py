@@ -104,7 +104,7 @@ def test_damaged_checkpoint_stops_a_resume(make_config: Make, tmp_path: Path) ->
     place = RunFolder(tmp_path / "run")
     place.start(make_config())
     place.checkpoint.write_bytes(b"not a checkpoint")
-    with pytest.raises(FileFormatError, match="could not read it"):
+    with pytest.raises(FileFormatError, match="its checksum is missing or another one"):
         run(make_config(), place.path, resume=True, quiet=True)
     assert place.checkpoint.read_bytes() == b"not a checkpoint"
 
@@ -135,7 +135,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 
 def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(make_config: Make, tmp_path: Path) -> None:
-    config = make_config(optimizer={"lr": 1e12, "warmup_epochs": 0, "momentum": 0.0}, checkpoint_every=1)
+    config = make_config(optimizer={"lr": 1e3, "warmup_epochs": 0, "momentum": 0.0}, checkpoint_every=1)
     with pytest.raises(NonFiniteError, match=r"stage float, epoch \d, step \d.*(in|of) \w+.*--resume"):
         run(config, tmp_path / "run", quiet=True)
     checkpoint = Checkpoint.load(tmp_path / "run" / "checkpoint.pt")

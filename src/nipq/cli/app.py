@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from nipq import __version__
+from nipq.errors import NipqError
 
 #: Commands in the order of help: module, function in it, help line.
 COMMANDS: dict[str, tuple[str, str, str]] = {
@@ -25,6 +27,12 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
 }
 
 
+#: Set to 1 for whole tracebacks, as the option does.
+TRACEBACK = "NIPQ_TRACEBACK"
+#: Shows errors with all of their traceback, on every command.
+TRACEBACK_OPTION = "--traceback"
+
+
 class LazyGroup(TyperGroup):
     """Commands of :data:`COMMANDS`: stubs with a help line until one of them is run."""
 
@@ -37,6 +45,15 @@ class LazyGroup(TyperGroup):
     def list_commands(self, ctx: Any) -> list[str]:  # noqa: ANN401, ARG002 - typer's
         """Names in the order of the table."""
         return list(COMMANDS)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401 - typer's
+        """Take ``--traceback`` from anywhere on the command line."""
+        end = args.index("--") if "--" in args else len(args)
+        if TRACEBACK_OPTION in args[:end]:
+            os.environ[TRACEBACK] = "1"
+        own = [argument for argument in args[:end] if argument != TRACEBACK_OPTION]
+        rest: list[str] = super().parse_args(ctx, own + args[end:])
+        return rest
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:  # noqa: ANN401
         """Load the command that is run."""
@@ -79,10 +96,16 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    traceback: Annotated[
+        bool, typer.Option(TRACEBACK_OPTION, help="Print whole tracebacks of errors; with any command.")
+    ] = False,
 ) -> None:
     """Mixed-precision quantization of PyTorch models: learned bit-widths within a budget, verified to the bit."""
 
 
 def main() -> None:
     """Entry point of the ``nipq`` command."""
-    app()
+    try:
+        app()
+    except (NipqError, OSError) as error:
+        import_module("nipq.cli.reporting").leave(error)

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from nipq.cli.output import FAILURE, JsonFlag, answer, reporting, show
+from nipq.cli.output import FAILURE, JsonFlag, answer, show
+from nipq.cli.reporting import reporting
 from nipq.errors import MissingDependencyError, require
 from nipq.train.compare import CompareFolder, expand, load_grid, run_cells
 from nipq.train.compare_plots import plot_comparison

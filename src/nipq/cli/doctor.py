@@ -11,7 +11,8 @@ from typing import Annotated
 import torch
 import typer
 
-from nipq.cli.output import FAILURE, JsonFlag, answer, reporting, show
+from nipq.cli.output import FAILURE, JsonFlag, answer, show
+from nipq.cli.reporting import reporting
 from nipq.kernels.cpu import SWITCH, library
 from nipq.kernels.triton_tuning import tune
 from nipq.tables import Column, FittedTable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -11,16 +10,22 @@ import typer
 from torch import nn
 
 from nipq.cli.inspection import parse_kwargs, parse_shape
-from nipq.cli.output import FAILURE, JsonFlag, answer, reporting, show
+from nipq.cli.output import FAILURE, JsonFlag, answer, show
+from nipq.cli.reporting import reporting
 from nipq.errors import ConfigError
 from nipq.export.api import Format, export
 from nipq.export.packed_read import load
 from nipq.train.batches import pick
 from nipq.train.config import ModelConfig
 from nipq.train.data import load_data
-from nipq.train.factory import build_model
+from nipq.train.factory import build_model, check_trusted
 from nipq.train.pipeline import verify_run
-from nipq.train.run_folder import RunFolder
+from nipq.train.run_folder import RunFolder, reading
+
+#: Lets a command import what a run folder names.
+TrustFlag = Annotated[
+    bool, typer.Option("--trust", help="The run folder is one's own: import the code that its config names.")
+]
 
 
 def export_model(
@@ -34,12 +39,15 @@ def export_model(
     factory: Annotated[str | None, typer.Option("--model", help="Architecture of a packed file.")] = None,
     arguments: Annotated[str, typer.Option("--kwargs", help="Arguments of the architecture, as YAML or JSON.")] = "{}",
     input_shape: Annotated[str | None, typer.Option(help="Shape of the input; a run's data say it.")] = None,
+    trust: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Write a deployed model as ONNX, QONNX, plain arrays or a torch.export program."""
     with reporting(as_json):
         if source.is_dir():
-            deployed, example = _from_run(RunFolder(source), input_shape, pack=pack)
+            place = RunFolder(source)
+            check_trusted(place.read_config(), str(source), trust=trust)
+            deployed, example = _from_run(place, input_shape, pack=pack)
         else:
             deployed, example = _from_file(source, factory, arguments, input_shape)
         report = export(deployed, out, example, format=cast("Format | None", format), pack=pack, overwrite=overwrite)
@@ -61,7 +69,9 @@ def _from_run(place: RunFolder, input_shape: str | None, *, pack: bool) -> tuple
         raise ConfigError(
             f"expected a finished run, found an unfinished one in {place.path}; continue it with --resume"
         )
-    if not json.loads(place.results.read_text(encoding="utf-8"))["verified"]:
+    with reading(place.results):
+        verified = place.read(place.results, dict)["verified"]
+    if not verified:
         raise ConfigError(
             f"expected a deployed model that equals the trained one, found in {place.results} that it does not; "
             "see nipq verify"
@@ -90,11 +100,14 @@ def verify_files(
     files: Annotated[
         list[Path] | None, typer.Argument(help="Exported files: .nipq.safetensors, .onnx, .npz, .pt2.")
     ] = None,
+    trust: TrustFlag = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare a run's packed model and exported files with its trained model, layer by layer in integer codes."""
     with reporting(as_json):
-        outcome = verify_run(RunFolder(folder), files or [])
+        place = RunFolder(folder)
+        check_trusted(place.read_config(), str(folder), trust=trust)
+        outcome = verify_run(place, files or [])
         if as_json:
             answer(outcome.to_dict(), ok=bool(outcome))
         else:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from nipq.cli.output import JsonFlag, TargetOption, answer, reporting, show
+from nipq.cli.output import JsonFlag, TargetOption, answer, show
+from nipq.cli.reporting import reporting
 from nipq.config import Config
 from nipq.errors import ConfigError
 from nipq.report.inspect import inspect

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console, RenderableType
-from rich.markup import escape
 
-from nipq.errors import NipqError
+from nipq.files import json_text
 
 #: Options that several commands have.
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -30,7 +28,7 @@ class _Answers:
 
 
 @contextmanager
-def _answers_alone() -> Iterator[None]:
+def answers_alone() -> Iterator[None]:
     """Leave standard output to :func:`answer`: what factories and C++ libraries print goes to standard error."""
     if _Answers.stream is not None:
         yield
@@ -57,20 +55,6 @@ def _flush_c() -> None:
     (ctypes.CDLL(None).fflush if os.name == "posix" else ctypes.cdll.msvcrt.fflush)(None)
 
 
-@contextmanager
-def reporting(as_json: bool) -> Iterator[None]:
-    """Turn nipq's own errors into one message and exit status 1; anything else is a bug and keeps its traceback."""
-    with _answers_alone() if as_json else nullcontext():
-        try:
-            yield
-        except NipqError as error:
-            if as_json:
-                answer({"error": type(error).__name__, "message": str(error)}, ok=False)
-            else:
-                Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-            raise typer.Exit(FAILURE) from error
-
-
 def show(*parts: RenderableType) -> None:
     """Print text and tables, as wide as the terminal; 80 columns where output is redirected.
 
@@ -84,4 +68,4 @@ def show(*parts: RenderableType) -> None:
 
 def answer(values: Mapping[str, Any], *, ok: bool = True) -> None:
     """Print one JSON object on standard output."""
-    typer.echo(json.dumps({"ok": ok, **values}), file=_Answers.stream)
+    typer.echo(json_text({"ok": ok, **values}), file=_Answers.stream)

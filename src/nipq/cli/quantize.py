@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize
-from nipq.cli.output import JsonFlag, answer, reporting, show
+from nipq.cli.output import JsonFlag, answer, show
+from nipq.cli.reporting import reporting
 from nipq.errors import ConfigError, first_line, require
 from nipq.files import check_free
 from nipq.ptq.quantize import quantize

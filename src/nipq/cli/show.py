@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nipq.cli.output import JsonFlag, answer, reporting
+from nipq.cli.output import JsonFlag, answer
 from nipq.cli.output import show as show_parts
+from nipq.cli.reporting import reporting
 from nipq.tables import Column, FittedTable
-from nipq.train.run_folder import RunFolder
+from nipq.train.run_folder import RunFolder, reading
 
 #: Names of the states of a model.
 NAMES = {
@@ -61,7 +61,7 @@ def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: J
     with reporting(as_json):
         place = RunFolder(folder)
         config, rows = place.read_config(), place.rows()
-        results, layers = _read(place.results), _read(place.layers_json)
+        results, layers = place.read(place.results, dict), place.read(place.layers_json, list)
         if as_json:
             progress = {"finished": results is not None, "last_epoch": rows[-1] if rows else None}
             answer({"run": str(folder), **progress, "results": results, "layers": layers})
@@ -72,11 +72,11 @@ def show(folder: Annotated[Path, typer.Argument(help="Run folder.")], as_json: J
                 f"{folder}: {config.model.factory}, not finished; last complete: {done}. Continue it with --resume."
             )
             return
-        show_parts(results_table(results, title=f"{folder.name}: {config.model.factory}"), layers_table(layers))
-
-
-def _read(path: Path) -> Any:  # noqa: ANN401 - JSON
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        with reading(place.results):
+            scores = results_table(results, title=f"{folder.name}: {config.model.factory}")
+        with reading(place.layers_json):
+            table = layers_table(layers)
+        show_parts(scores, table)
 
 
 def layers_table(layers: list[dict[str, Any]]) -> FittedTable:

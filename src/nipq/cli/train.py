@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from nipq.cli.output import FAILURE, JsonFlag, TargetOption, answer, reporting, show
+from nipq.cli.output import FAILURE, JsonFlag, TargetOption, answer, show
+from nipq.cli.reporting import reporting
 from nipq.cli.show import results_table
 from nipq.train.config import check_config, load_config, parse_overrides
 from nipq.train.parallel import is_first

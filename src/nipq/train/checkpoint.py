@@ -3,11 +3,12 @@
 Where processes hold parts of tensors, the parts lie in a folder beside the file, written by all of them at once
 through ``torch.distributed.checkpoint``; the file names the folder, so it is the file that makes a checkpoint valid. A
 folder is named anew every time and goes when the next file is there. Any number of processes can read it, one as well.
-Its index is a pickle that torch runs, so a run folder with shards has to be one's own.
+Their index is a pickle, of which nothing but the plain records of an index is built.
 """
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable
@@ -18,13 +19,15 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from nipq.distributed import all_or_none, all_present, from_rank_zero, is_sharded, rank, whole
 from nipq.errors import DistributedError, FileFormatError, first_line
-from nipq.files import written_whole
+from nipq.files import check_seal, seal, written_whole
 
 FORMAT = "nipq.train.checkpoint"
 #: 2: the state of a QATSession; 1 held those of its parts.
@@ -99,6 +102,7 @@ class Checkpoint:
             if rank() == 0:
                 with written_whole(path) as temporary:
                     torch.save(content, temporary)
+                    seal(temporary)
                 for folder in path.parent.glob(f"{path.stem}-*.shards"):
                     if folder.name != content["shards"]:
                         shutil.rmtree(folder, ignore_errors=True)
@@ -116,6 +120,7 @@ class Checkpoint:
         Raises:
             FileFormatError: if the file is damaged, is something else, or is of another version.
         """
+        check_seal(path)
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -137,8 +142,11 @@ class Checkpoint:
             kept = {key: content[key] for key in ("model", "optimizers", "average", "session")}
             if content.get("shards") is not None:
                 kept = _joined(kept, _folder(path, content["shards"]))
-            return cls(progress=Progress(**content["progress"]), **kept)
-        except (KeyError, TypeError) as error:
+            progress = Progress(**content["progress"])
+            if not isinstance(kept["model"], dict) or not isinstance(progress.rows, int):
+                raise TypeError("of another type")
+            return cls(progress=progress, **kept)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise FileFormatError(f"the checkpoint {path} lacks entries ({error}); start a new folder") from error
 
 
@@ -177,13 +185,49 @@ def _joined(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # this process reads alone
-            load(tensors, checkpoint_id=folder, no_dist=True)
+            load(tensors, checkpoint_id=folder, storage_reader=_IndexReader(folder), no_dist=True)
     except (Exception, CheckpointException) as error:  # torch's own is no Exception
         raise FileFormatError(
             f"expected the shards of a checkpoint in {folder}, could not read them ({_reason(error)}); restore the "
             "folder or start a new one"
         ) from error
     return found
+
+
+#: Where the classes are that an index of shards may name, and those of them that are not in torch's metadata.
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    ("torch", "Size"), ("torch", "device"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath"),
+}  # fmt: skip
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds the plain records of an index, and nothing else that a pickle may name."""
+
+    def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401 - a class
+        """Find one of the classes that an index holds."""
+        found = (module, name)
+        known = module == _METADATA and name.isidentifier() and isinstance(getattr(metadata, name, None), type)
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not (known or dtype or found in _ALLOWED):
+            raise pickle.UnpicklingError(f"the index names {module}.{name}, which no index of shards does")
+        return super().find_class(module, name)
+
+
+class _IndexReader(FileSystemReader):
+    """Reads shards without running anything that their index, a pickle, may name."""
+
+    def read_metadata(self, *_args: Any, **_kwargs: Any) -> metadata.Metadata:  # noqa: ANN401 - torch's own
+        """Read the index."""
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            found = _Unpickler(file).load()
+        if not isinstance(found, metadata.Metadata):
+            raise pickle.UnpicklingError("it is no index of shards")
+        storage = getattr(found, "storage_meta", None) or metadata.StorageMeta()
+        storage.load_id = self.load_id
+        found.storage_meta = storage
+        return found
 
 
 def _reason(error: BaseException) -> str:

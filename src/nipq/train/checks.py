@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from nipq.train.config import BudgetConfig, TrainConfig
 
 #: Advice about numbers that are not finite.
-ADVICE = "lower optimizer.lr or range_lr, check the input data, then continue from the last checkpoint with --resume"
+ADVICE = (
+    "look for NaN in the data; mend them and continue from the last checkpoint with --resume, or start a new run "
+    "folder with a lower optimizer.lr or range_lr"
+)
 
 
 # ---------------------------------------------------------------------- before the first step
@@ -173,6 +176,21 @@ def check_state(model: nn.Module, when: str) -> None:
     found = non_finite_state(model)
     if found is not None:
         raise NonFiniteError(f"expected finite numbers {when}, found NaN or infinity in {found}; {ADVICE}")
+
+
+def check_scores(scores: Mapping[str, float], when: str) -> None:
+    """Refuse scores that are not finite: a sample with NaN, or a model that diverged.
+
+    Args:
+        scores: by name.
+        when: what they are of, for the message.
+
+    Raises:
+        NonFiniteError: naming the score.
+    """
+    for name, value in scores.items():
+        if not math.isfinite(value):
+            raise NonFiniteError(f"expected finite scores in {when}, found {name} {value}; {ADVICE}")
 
 
 def non_finite_loss(model: nn.Module, inputs: Nested, when: str, *, rerun: bool = True) -> NonFiniteError:

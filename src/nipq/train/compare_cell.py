@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nipq.errors import ConfigError, NipqError
+from nipq.files import locked
 from nipq.train.compare import CompareFolder
 from nipq.train.config import TrainConfig
 from nipq.train.pipeline import run
-from nipq.train.records import Record, locked, processor, seconds_per_step
+from nipq.train.records import Record, processor, seconds_per_step
 
 
 def run_job(job: Mapping[str, Any]) -> None:

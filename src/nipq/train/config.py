@@ -65,14 +65,14 @@ class DataConfig(Settings):
     factory: str | None = None
     kwargs: dict[str, Any] = Field(default_factory=dict)
     path: str | None = None
-    batch_size: int = Field(default=128, ge=1)
-    eval_batch_size: int = Field(default=256, ge=1)
-    workers: int = Field(default=0, ge=0)
-    image_size: int = Field(default=224, ge=8)
+    batch_size: int = Field(default=128, ge=1, le=2**20)
+    eval_batch_size: int = Field(default=256, ge=1, le=2**20)
+    workers: int = Field(default=0, ge=0, le=1024)
+    image_size: int = Field(default=224, ge=8, le=8192)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     augment: bool = True
     validation: float = Field(default=0.1, ge=0.0, lt=1.0)
-    train_limit: int | None = Field(default=None, ge=1)
+    train_limit: int | None = Field(default=None, ge=1, le=2**40)
 
     @model_validator(mode="after")
     def _custom(self) -> Self:
@@ -87,8 +87,8 @@ class DataConfig(Settings):
 class AverageBitsConfig(Settings):
     """Average bits per weight and per activation element; ``None`` leaves that side unlimited."""
 
-    weights: float | None = Field(default=None, gt=0)
-    activations: float | None = Field(default=None, gt=0)
+    weights: float | None = Field(default=None, gt=0, le=16)
+    activations: float | None = Field(default=None, gt=0, le=16)
 
 
 class BudgetConfig(Settings):
@@ -119,8 +119,8 @@ class BudgetConfig(Settings):
 class StageConfig(Settings):
     """Length of one stage in epochs, and its own peak learning rate (``None``: the optimizer's)."""
 
-    epochs: int = Field(default=0, ge=0)
-    lr: float | None = Field(default=None, gt=0)
+    epochs: int = Field(default=0, ge=0, le=100_000)
+    lr: float | None = Field(default=None, gt=0, le=1e3)
 
 
 class FinetuneConfig(StageConfig):
@@ -161,17 +161,17 @@ class OptimizerConfig(Settings):
     """
 
     name: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: float = Field(default=0.05, gt=0)
+    lr: float = Field(default=0.05, gt=0, le=1e3)
     momentum: float = Field(default=0.9, ge=0.0, lt=1.0)
     nesterov: bool = True
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    range_decay: float = Field(default=0.0, ge=0.0)
-    range_lr: float | None = Field(default=None, gt=0)
-    bits_lr: float | None = Field(default=None, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0.0, le=1e3)
+    range_decay: float = Field(default=0.0, ge=0.0, le=1e3)
+    range_lr: float | None = Field(default=None, gt=0, le=1e3)
+    bits_lr: float | None = Field(default=None, gt=0, le=1e3)
     range_momentum: float | None = Field(default=None, ge=0.0, lt=1.0)
     bits_momentum: float | None = Field(default=None, ge=0.0, lt=1.0)
     quantizer_optimizer: Literal["same", "adam"] = "same"
-    warmup_epochs: float = Field(default=0.0, ge=0.0)
+    warmup_epochs: float = Field(default=0.0, ge=0.0, le=100_000)
     warmup_start: float = Field(default=0.1, gt=0.0, le=1.0)
     final: float = Field(default=0.01, ge=0.0, le=1.0)
     schedule: Literal["per_stage", "spanning"] = "per_stage"
@@ -187,7 +187,7 @@ class OscillationConfig(Settings):
             oscillations are only counted.
     """
 
-    dampen: float | None = Field(default=None, ge=0.0)
+    dampen: float | None = Field(default=None, ge=0.0, le=1e6)
     freeze: float | None = Field(default=None, gt=0.0, le=FREEZE_START)
 
 
@@ -200,8 +200,8 @@ class TeacherConfig(ModelConfig):
     """
 
     weights: str | None = "DEFAULT"
-    weight: float = Field(default=1.0, gt=0)
-    temperature: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1e6)
+    temperature: float = Field(default=1.0, gt=0, le=1e6)
 
 
 class ParallelConfig(Settings):
@@ -215,7 +215,7 @@ class ParallelConfig(Settings):
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
     sync_batchnorm: bool = True
-    timeout: float = Field(default=30.0, gt=0)
+    timeout: float = Field(default=30.0, gt=0, le=100_000)
 
 
 class TrainConfig(Settings):
@@ -266,17 +266,17 @@ class TrainConfig(Settings):
     oscillation: OscillationConfig | None = None
     teacher: TeacherConfig | None = None
     ema_decay: float | None = Field(default=None, gt=0.0, lt=1.0)
-    batchnorm_batches: int = Field(default=32, ge=0)
-    calibration_batches: int = Field(default=8, ge=1)
-    verify_batches: int = Field(default=4, ge=1)
+    batchnorm_batches: int = Field(default=32, ge=0, le=1e6)
+    calibration_batches: int = Field(default=8, ge=1, le=1e6)
+    verify_batches: int = Field(default=4, ge=1, le=1e6)
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
     parallel: ParallelConfig = ParallelConfig()
     amp: Literal["bf16"] | None = None
     channels_last: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-    checkpoint_every: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=4096)
+    seed: int = Field(default=0, ge=0, le=2**63 - 1)
+    checkpoint_every: int | None = Field(default=None, ge=1, le=10**9)
 
     @model_validator(mode="before")
     @classmethod
@@ -513,8 +513,20 @@ def dump_config(config: TrainConfig) -> str:
     return text
 
 
+#: Most characters of a config: a thousand times what the longest in ``configs/`` has.
+LONGEST = 1_000_000
+
+
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which no key stands twice."""
+    """Safe YAML in which no key stands twice and no alias repeats anything: a few of them can fill any memory."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Compose a node, refusing aliases."""
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "found an alias (*name); write the value out", mark)
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """Build a mapping, refusing a key that it has already."""
@@ -540,10 +552,14 @@ def read_yaml(text: str, source: str) -> Any:  # noqa: ANN401 - whatever the YAM
     Raises:
         ConfigError: if the text is not YAML.
     """
+    if len(text) > LONGEST:
+        raise ConfigError(f"{source}: expected at most {LONGEST:,} characters of YAML, found {len(text):,}; shorten it")
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, OverflowError, TypeError) as error:  # numbers and dates that Python has not
         raise ConfigError(f"{source} is not YAML: {error}; correct it at the place named") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: expected YAML of a few levels, found too many; write it flat") from error
 
 
 def _set(tree: dict[str, Any], key: str, value: Any) -> None:  # noqa: ANN401 - a YAML value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
@@ -75,6 +76,42 @@ def import_callable(path: str, what: str) -> Callable[..., Any]:
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"no {what} {path!r}: {error}; give package.module:callable") from error
     return found
+
+
+#: Packages whose networks are imported for a run folder from anywhere.
+TRUSTED = ("nipq", "torchvision", "timm", "transformers")
+
+
+def check_trusted(config: TrainConfig, place: str, *, trust: bool) -> None:
+    """Refuse to import code that a run folder names, but for networks of well-known packages: a run folder is code.
+
+    Args:
+        config: of the run.
+        place: the folder, for the message.
+        trust: the folder is the user's own.
+
+    Raises:
+        ConfigError: naming the field and what it names.
+    """
+    named = {"model.factory": config.model.factory, "data.factory": config.data.factory}
+    named |= {"task": config.task if config.task != "classification" else None}
+    for field, name in named.items():
+        if name is None or trust or (":" not in name and field == "model.factory") or _is_known(name):
+            continue
+        raise ConfigError(
+            f"{place}: expected a run whose {field} is of {', '.join(TRUSTED)}, found {name!r}, code that would be "
+            "run; pass --trust if the folder is your own"
+        )
+
+
+def _is_known(name: str) -> bool:
+    """Return whether ``package.module:callable`` is a class or function that one of :data:`TRUSTED` defines itself."""
+    module, _, attribute = name.partition(":")
+    if module.split(".")[0] not in TRUSTED or not attribute.isidentifier():
+        return False
+    found = import_callable(name, "code")
+    home = getattr(found, "__module__", None) or ""
+    return isinstance(found, (type, FunctionType)) and home.split(".")[0] == module.split(".")[0]
 
 
 def build_task(config: TrainConfig) -> Task:

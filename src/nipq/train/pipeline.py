@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -24,6 +23,7 @@ from nipq.distributed import from_rank_zero, rank
 from nipq.errors import ConfigError, FileFormatError, MissingDependencyError, require
 from nipq.export.packed_read import load
 from nipq.export.packed_write import file_bytes, save
+from nipq.files import check_seal, json_text
 from nipq.functional.clipping import even_stride
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import TensorQuantizer
@@ -35,6 +35,7 @@ from nipq.report.summary import summary
 from nipq.tables import WIDTH, fitting
 from nipq.train.batches import Batch, Few, Nested, moved, pick
 from nipq.train.checkpoint import Checkpoint
+from nipq.train.checks import check_scores
 from nipq.train.data import load_data
 from nipq.train.factory import build_model, build_task, read_state
 from nipq.train.parallel import accelerated
@@ -80,8 +81,26 @@ def run(config: TrainConfig, folder: str | Path, *, resume: bool = False, quiet:
         FileFormatError: if a checkpoint cannot be read.
         DistributedError: if another process is gone, or holds another model.
     """
-    with accelerated(config) as accelerator, _threads(config.threads):
-        return _run(config, RunFolder(folder), accelerator, resume=resume, quiet=quiet)
+    place = RunFolder(folder)
+    with accelerated(config) as accelerator, _threads(config.threads), ExitStack() as stack:
+        from_rank_zero(lambda: stack.enter_context(_claimed(place)))
+        return _run(config, place, accelerator, resume=resume, quiet=quiet)
+
+
+@contextmanager
+def _claimed(place: RunFolder) -> Iterator[None]:
+    """Hold the folder's lock; a folder that was made for it goes again if nothing was started in it.
+
+    So a path that cannot be written is known before anything is trained.
+    """
+    made = not place.path.exists()
+    try:
+        with place.claimed():
+            yield
+    finally:
+        if made and [found.name for found in place.path.iterdir()] == [place.lock.name]:
+            place.lock.unlink()
+            place.path.rmdir()
 
 
 def _run(config: TrainConfig, place: RunFolder, accelerator: Any, *, resume: bool, quiet: bool) -> dict[str, Any]:  # noqa: ANN401
@@ -115,7 +134,7 @@ def _opened(config: TrainConfig, place: RunFolder, *, resume: bool) -> dict[str,
         return None
     place.check_same(config)
     if place.results.is_file():
-        results: dict[str, Any] = json.loads(place.results.read_text(encoding="utf-8"))
+        results: dict[str, Any] = place.read(place.results, dict)
         return results
     checkpoint = Checkpoint.load(place.checkpoint) if place.checkpoint.is_file() else None
     place.truncate_rows(0 if checkpoint is None else checkpoint.progress.rows)
@@ -178,6 +197,7 @@ def _row(trainer: Trainer) -> dict[str, Any]:
     row |= {f"train_{name}": value for name, value in _means(progress.sums, metric).items()}
     scores = trainer.validate()
     if scores is not None:
+        check_scores(scores, f"validation after {progress.stage} epoch {progress.epoch + 1}")
         row |= {f"val_{name}": scores[name] for name in ("loss", metric)}
     if trainer.session is not None:
         row |= bits_now(trainer) | per_layer_bits(trainer)
@@ -259,7 +279,7 @@ def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, 
     model = trainer.model.eval()
     table = summary(model)
     layers = table.to_dict()["layers"]
-    write_text(place.layers_json, json.dumps(layers, indent=1) + "\n")
+    write_text(place.layers_json, json_text(layers, indent=1) + "\n")
     write_table(place.layers_csv, layers)
     write_state(place.trained, model.state_dict())
     deployed = convert(model)
@@ -267,7 +287,7 @@ def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, 
     reporter.say(f"saved {place.model.name}, {file_bytes(deployed):,} bytes; verifying")
     batches = Few(trainer.data.test, trainer.config.verify_batches)
     outcome = verify(model, deployed, batches, file=place.model, metric=metric_of(trainer.task))
-    write_text(place.verify, json.dumps(outcome.to_dict(), indent=1) + "\n")
+    write_text(place.verify, json_text(outcome.to_dict(), indent=1) + "\n")
     skipped = _plots(trainer, place, layers)
     if skipped:
         reporter.say(f"[yellow]no plots: {skipped}")
@@ -283,7 +303,7 @@ def finish(trainer: Trainer, place: RunFolder, reporter: Reporter) -> dict[str, 
         "steps": trainer.progress.steps_total,
         "seconds": trainer.progress.seconds,
     }
-    write_text(place.results, json.dumps(results, indent=1) + "\n")
+    write_text(place.results, json_text(results, indent=1) + "\n")
     return results
 
 
@@ -310,6 +330,7 @@ def verify_run(place: RunFolder, files: Sequence[Path] = ()) -> VerifyResult:
     data = load_data(config.data, config.seed)
     model = build_model(config.model, with_weights=False)
     prepare_(model, pick(next(iter(data.test))[0], slice(1)), config.quantization)
+    check_seal(place.trained)
     state = read_state(place.trained)
     try:
         model.load_state_dict(state)

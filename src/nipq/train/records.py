@@ -5,23 +5,16 @@ With it the two things that a record says of its origin: the processor, and the 
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nipq.errors import ConfigError, FileFormatError
+from nipq.files import json_text, locked, parse_json
 from nipq.train.run_folder import write_text
-
-if sys.platform == "win32":
-    import msvcrt
-else:
-    import fcntl
 
 Record = dict[str, Any]
 
@@ -60,7 +53,7 @@ class Records:
         for number, line in enumerate(lines, start=1):
             place = f"{self.path}, line {number}"
             try:
-                record = json.loads(line)
+                record = parse_json(line, place)
                 name = self._name_of(record)
             except (ValueError, KeyError, TypeError) as error:
                 raise FileFormatError(
@@ -106,33 +99,7 @@ class Records:
         return self.path.with_name(f".{self.path.name}.lock")
 
     def _write(self, records: Iterable[Record]) -> None:
-        write_text(self.path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-@contextmanager
-def locked(path: Path, *, alone: str | None = None) -> Iterator[None]:
-    """Hold a lock that the system lifts when the process ends, however it ends.
-
-    Args:
-        path: the lock's file; created, never removed.
-        alone: work that only one process may do, for the error; where left out, wait for the other process.
-
-    Raises:
-        ConfigError: if another process holds the lock, and ``alone`` is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            if sys.platform == "win32":
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK if alone else msvcrt.LK_LOCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_EX)
-        except OSError as error:
-            raise ConfigError(
-                f"expected to be the only process that {alone or 'writes here'}, found another one that holds {path}; "
-                "wait for it or stop it"
-            ) from error
-        yield
+        write_text(self.path, "".join(json_text(record, ensure_ascii=False) + "\n" for record in records))
 
 
 def seconds_per_step(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

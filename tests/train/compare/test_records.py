@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.train.records import Record, Records, locked
+from nipq.files import locked
+from nipq.train.records import Record, Records
 
 
 def name_of(record: Record) -> str:
@@ -83,7 +84,7 @@ def test_an_error_while_writing_leaves_the_old_file(records: Records) -> None:
 def test_a_lock_is_held_once(tmp_path: Path) -> None:
     with (
         locked(tmp_path / "it"),
-        pytest.raises(ConfigError, match="only process that trains x, found another one"),
+        pytest.raises(ConfigError, match=r"only process that trains x, found process \d+ on"),
         locked(tmp_path / "it", alone="trains x"),
     ):
         pass
