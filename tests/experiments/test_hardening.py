@@ -56,7 +56,7 @@ def test_a_seed_gives_one_change_and_a_changed_file_is_signed_anew_or_not(tmp_pa
 def test_bad_configs_are_refused(tmp_path: Path) -> None:
     trial = configs.trial_of(tmp_path)
     assert {trials.judged(trial, seed)[0] for seed in (0, 3, 8, 9, 10, 100, 101)} == {REFUSED}
-    assert len({configs.bad_config(seed) for seed in range(configs.COUNT)}) > 0.9 * configs.COUNT
+    assert len({configs.bad_config(seed) for seed in range(configs.COUNT)}) > 0.85 * configs.COUNT
 
 
 def test_batches_are_counted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
