@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError, first_line, require
 from nipq.train.task import Classification, Task
+from nipq.train.user_code import user_code
 
 if TYPE_CHECKING:
     from nipq.train.config import ModelConfig, TrainConfig
@@ -38,12 +39,13 @@ def build_model(config: ModelConfig, *, with_weights: bool = True) -> nn.Module:
         FileFormatError: if a weights file is not a state dict of this network.
     """
     factory = find_factory(config.factory)
-    try:
-        model = factory(**config.kwargs)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"model factory {config.factory!r} refused the arguments {config.kwargs}: {error}; correct model.kwargs"
-        ) from error
+    with user_code(f"model factory {config.factory!r}"):
+        try:
+            model = factory(**config.kwargs)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"model factory {config.factory!r} refused the arguments {config.kwargs}: {error}; correct model.kwargs"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model factory {config.factory!r} must return a module, it gave {type(model).__name__}")
     if with_weights and config.weights is not None:
@@ -71,6 +73,11 @@ def find_factory(name: str) -> Callable[..., Any]:
 def import_callable(path: str, what: str) -> Callable[..., Any]:
     """Import ``package.module:callable``; ``what`` is its role, for the message of the ConfigError if there is none."""
     module_name, _, attribute = path.partition(":")
+    with user_code(f"{what} {path!r}"):
+        return _imported(path, what, module_name, attribute)
+
+
+def _imported(path: str, what: str, module_name: str, attribute: str) -> Callable[..., Any]:
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:

@@ -103,7 +103,7 @@ def user_code(what: str) -> Iterator[None]:
         yield
     except NipqError:
         raise
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         raise user_error(error, what) from error
 
 
