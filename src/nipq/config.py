@@ -58,8 +58,17 @@ def config_error(kind: type[BaseModel], error: ValidationError, known: Sequence[
             lines.append(f"{place}: {message}.")
         else:
             expected = message.removeprefix("Input should be ")
-            lines.append(f"{place}: expected {expected}, found {fault['input']!r}; change it.")
+            lines.append(f"{place}: expected {expected}, found {_shown(fault['input'])}; change it.")
     return ConfigError("\n".join(lines))
+
+
+def _shown(value: object) -> str:
+    """A value of a config in a message, in 200 characters at most."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of too many digits"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 #: A signed grid needs 2 bits; codes of more than 16 are no longer exact once float32 adds up their products.
