@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nipq.errors import FileFormatError
 from nipq.verify import verify
 from nipq.verify.archives import members
 
@@ -159,6 +160,25 @@ class Bomb:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (self.path,)
+
+
+#: Places of the ends of an archive as torch writes it: of ZIP64 but for the versions, of its locator, the plain one.
+ENDS = [*range(-98, -94), *range(-82, -22), *range(-22, 0)]
+
+
+def test_an_archive_that_two_readers_would_read_differently_is_refused(exported: Exported, tmp_path: Path) -> None:
+    """Torch reads the end of ZIP64, Python the plain one; stored lengths and numbers of volumes it does not need."""
+    whole, path = exported[".pt2"].read_bytes(), tmp_path / "model.pt2"
+    assert whole[-98:-94] == b"PK\x06\x06"
+    assert members(whole, path)
+    entry = whole.find(b"PK\x01\x02")
+    for place in (*ENDS, entry + 20, entry + 22, entry + 34):
+        data = bytearray(whole)
+        data[place] ^= 1
+        with pytest.raises(FileFormatError, match=r"whole archive|compressed or overlapping"):
+            members(bytes(data), path)
+    with pytest.raises(FileFormatError, match="whole archive"):
+        members(whole + b"x", path)
 
 
 @pytest.mark.parametrize("end", FORMATS)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -64,13 +65,18 @@ def members(data: bytes, path: Path) -> dict[str, bytes]:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            plain = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+            plain = all(
+                (entry.compress_type, entry.compress_size, entry.volume) == (zipfile.ZIP_STORED, entry.file_size, 0)
+                for entry in entries
+            )
             if not plain or sum(entry.file_size for entry in entries) > len(data):
                 raise FileFormatError(
                     f"{path}: expected an archive that is stored as it is, found a compressed or overlapping one. "
                     "Export the model again."
                 )
             found = {entry.filename: archive.read(entry) for entry in entries}
+        if not _one_end(data):
+            raise ValueError("its two ends are not those of one archive")
     except FileFormatError:
         raise
     except Exception as error:  # the module answers damage with many kinds of error
@@ -80,6 +86,23 @@ def members(data: bytes, path: Path) -> dict[str, bytes]:
     if len(found) < len(entries):
         raise FileFormatError(f"{path}: expected every name once, found some twice. Export the model again.")
     return found
+
+
+def _one_end(data: bytes) -> bool:
+    """Return whether the ends of an archive, the plain one and that of ZIP64, name one directory.
+
+    Python reads the one and torch the other, so a file might be two archives.
+    """
+    signature, disk, start, *plain, comment = struct.unpack("<4s4H2IH", data[-22:])
+    if signature != b"PK\x05\x06" or disk or start or comment:
+        return False
+    if data[-42:-38] != b"PK\x06\x07":
+        return True
+    here, _, _, _, *record = struct.unpack("<4sQ2H2I4Q", data[-98:-42])
+    locator = struct.unpack("<IQI", data[-38:-22])
+    full = (0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF)
+    same = all(a in (b, most) for a, b, most in zip(plain, record[2:], full, strict=True))
+    return same and here == b"PK\x06\x06" and record[:2] == [0, 0] and locator == (0, len(data) - 98, 1)
 
 
 def read(path: Path, promised: int) -> bytes:
