@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from nipq.config import BitRange
+import nipq
+from nipq.config import BitRange, Config
 from nipq.errors import NonFiniteError
 from nipq.functional.clipping import noise_optimal_range
 from nipq.functional.grid import SIGNED, Grid
@@ -117,3 +121,21 @@ def test_an_input_that_is_always_zero_gets_some_boundary() -> None:
 def test_activations_that_are_not_finite_are_refused_by_name(value: float) -> None:
     with pytest.raises(NonFiniteError, match=r"layer\.input: expected finite activations while calibrating"):
         start_input_range_(input_quantizer(), torch.tensor([0.0, value]))
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-42])
+@pytest.mark.parametrize("init", ["mse", "max", "lsq"])
+def test_data_of_no_extent_get_a_range_of_1_and_a_message(
+    init: Literal["mse", "max", "lsq"], size: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = torch.full((4, 3), size)
+    model = nn.Sequential(nn.Linear(3, 2))
+    nn.init.constant_(model[0].weight, size)
+    nipq.prepare_(model, torch.ones(4, 3), Config(init=init, input_bits=None))
+    assert "0.weight: every weight is 0" in caplog.text
+    weight = model[0].parametrizations.weight[0]  # type: ignore[union-attr, index]
+    torch.testing.assert_close(weight.alpha.detach(), torch.ones_like(weight.alpha))
+    own = InputQuantizer("dead.input", BitRange(), init=init)
+    start_input_range_(own, x)
+    torch.testing.assert_close(own.alpha.detach(), torch.ones(1))
+    assert "dead.input: every calibration sample is 0" in caplog.text

@@ -58,7 +58,13 @@ def assigned(layer: nn.Linear) -> None:
     layer.weight = torch.full((3, 4), 2.0)  # type: ignore[assignment]
 
 
-@pytest.mark.parametrize("write", [copied, an_entry, multiplied, data_set, data_written, initialised, assigned])
+def replaced(layer: nn.Linear) -> None:
+    layer.weight = nn.Parameter(torch.full((3, 4), 2.0))
+
+
+@pytest.mark.parametrize(
+    "write", [replaced, copied, an_entry, multiplied, data_set, data_written, initialised, assigned]
+)
 def test_a_write_reaches_the_float_weight(write: Callable[[nn.Linear], None]) -> None:
     model = prepared()
     write(model[0])  # type: ignore[arg-type]
@@ -66,7 +72,14 @@ def test_a_write_reaches_the_float_weight(write: Callable[[nn.Linear], None]) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("part", [lambda w: w.view(-1), lambda w: w[0], lambda w: w.detach(), lambda w: w.t()])
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda w: w.view(-1), lambda w: w[0], lambda w: w.detach(), lambda w: w.t(), lambda w: w.chunk(3)[0],
+        lambda w: w.unbind()[1], lambda w: next(iter(w)), lambda w: w.T, lambda w: w.view(-1)[:4].data,
+        lambda w: w.as_strided((4,), (1,)), lambda w: w.expand(2, 3, 4),
+    ],
+)  # fmt: skip
 def test_a_write_into_a_part_is_refused(part: Callable[[Tensor], Tensor]) -> None:
     model = prepared()
     before = float_weight(model).clone()
@@ -117,3 +130,32 @@ def test_a_deployed_weight_cannot_be_written() -> None:
         deployed[0].weight.data.mul_(0)
     with pytest.raises(OrderError, match="deployed layer"):
         nn.init.zeros_(deployed[0].weight)
+
+
+def test_a_parameter_in_place_of_the_weight_keeps_that_of_the_optimizer() -> None:
+    model = prepared()
+    weight = float_weight(model)
+    model[0].weight = nn.Parameter(torch.zeros(3, 4), requires_grad=False)  # type: ignore[assignment]
+    assert float_weight(model) is weight
+    assert not weight.requires_grad
+    nipq.restore_(model)
+    assert model[0].weight is weight
+
+
+def test_the_gradient_and_its_switch_are_those_of_the_float_weight() -> None:
+    model = prepared()
+    model(torch.randn(5, 4)).sum().backward()
+    layer = model[0]
+    assert layer.weight.grad is float_weight(model).grad is not None  # type: ignore[union-attr]
+    layer.weight.grad = None  # type: ignore[union-attr]
+    layer.weight.requires_grad = False  # type: ignore[union-attr]
+    assert float_weight(model).grad is None
+    assert not float_weight(model).requires_grad
+
+
+def test_a_deployed_weight_can_be_read() -> None:
+    model = prepared()
+    nipq.freeze_bits_(model, nipq.AverageBits(weights=4))
+    weight = nipq.convert(model)[0].weight  # type: ignore[index]
+    assert torch.equal(weight.data, weight + 0)
+    assert weight.grad is None

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nipq.errors import OrderError
-from nipq.prepare.layer_table import layer_table, quantizers
+import nipq
+from nipq.errors import NonFiniteError, OrderError
+from nipq.prepare.layer_table import check_finite, layer_table, quantizers
 from nipq.prepare.prepare import prepare_
 
 
@@ -60,3 +61,13 @@ def test_a_float_model_has_no_table() -> None:
     for call in (layer_table, quantizers):
         with pytest.raises(OrderError, match=r"Linear: expected a prepared model, found no quantizer\. Call nipq"):
             call(nn.Linear(2, 2))
+
+
+def test_a_range_that_training_drove_to_0_has_a_message_of_its_own() -> None:
+    x = torch.randn(5, 4)
+    model = nipq.calibrate_(nipq.prepare_(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), x), [x])
+    check_finite(model)
+    with torch.no_grad():
+        layer_table(model)[1].weight.alpha_raw[0] = -80
+    with pytest.raises(NonFiniteError, match=r"2\.parametrizations\.weight\.0\.alpha: .* driven to 0"):
+        nipq.freeze_bits_(model)

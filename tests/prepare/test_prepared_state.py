@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import nipq
 from nipq.config import Config, Rule
-from nipq.errors import ConfigError
+from nipq.errors import ConfigError, OrderError
+from nipq.nn.layers import is_prepared
 from nipq.prepare.layer_table import layer_table, quantizers, set_bits_, set_phase_
 from nipq.prepare.prepare import prepare_, restore_
 from nipq.qat.calibrate import calibrate_
@@ -128,3 +130,47 @@ def test_a_tied_weight_with_one_float_input_evaluates_in_the_integer_domain() ->
         expected = prepared.eval()(x)
         set_phase_(prepared, "int")
         torch.testing.assert_close(prepared(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_assigned_states_leave_shared_bits_shared() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.left(x) * self.right(x)
+
+    model, other = (
+        nipq.prepare_(Pair(), torch.randn(5, 4), Config(shared_bits=("left", "right"), input_bits=None))
+        for _ in range(2)
+    )
+    left, right = (row.weight for row in layer_table(model))
+    with torch.no_grad():
+        layer_table(other)[0].weight.bit_raw.fill_(1.5)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert left.bit_raw is right.bit_raw
+    assert left.bit_raw.item() == 1.5
+
+
+def test_assigning_a_state_to_tied_weights_is_refused() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x))
+
+    model = nipq.prepare_(Tied(), torch.randn(5, 4))
+    with pytest.raises(OrderError, match=r"second: .* found assign=True"):
+        model.load_state_dict(model.state_dict(), assign=True)
+
+
+def test_a_copy_of_a_layer_beside_it_is_refused() -> None:
+    model = nipq.prepare_(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(5, 4))
+    model.add_module("copy", copy.deepcopy(model[2]))
+    with pytest.raises(OrderError, match="2: expected one prepared layer of that name, found '2' and 'copy'"):
+        layer_table(model)
+    assert not any(is_prepared(module) for module in nipq.restore_(model).modules())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler as schedulers
 
+import nipq
 from nipq.config import Config
 from nipq.errors import OrderError
 from nipq.prepare.layer_table import quantizers
@@ -17,6 +18,7 @@ from nipq.qat.optim import (
     check_optimizer,
     drop_frozen_,
     drop_frozen_on_load_,
+    learn_quantizers_,
     param_groups,
     weight_groups,
     without_bits,
@@ -181,3 +183,19 @@ def test_an_optimizer_of_the_search_loads_a_state_from_after_the_freeze() -> Non
     pairs = zip(model.parameters(), later.parameters(), strict=True)
     for ours, theirs in [pair for pair in pairs if pair[0].requires_grad]:
         assert torch.equal(optimizers[0].state[ours]["exp_avg"], optimizers[1].state[theirs]["exp_avg"])
+
+
+def test_quantizers_that_were_frozen_along_are_refused_and_can_be_learned_again() -> None:
+    x = torch.randn(6, 4)
+    model = nipq.calibrate_(nipq.prepare_(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), x), [x])
+    model.requires_grad_(False)
+    model[2].bias.requires_grad_(True)  # type: ignore[index, union-attr]
+    optimizer = torch.optim.SGD(nipq.param_groups(model), lr=0.1)
+    with pytest.raises(OrderError, match=r"found \d+ without gradients \(0\.weight\.alpha_raw"):
+        nipq.QATSession(model, nipq.AverageBits(weights=4), 4, optimizer=optimizer)
+    learn_quantizers_(model)
+    found = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wanted = {name for name, _ in model.named_parameters() if name.endswith("bit_raw")} | {"2.bias"}
+    wanted |= {f"{name}.parametrizations.weight.0.alpha_raw" for name in "02"} | {"2.quantization.input.alpha_raw"}
+    assert found == wanted  # the input of the first layer has 8 bits and a fixed range
+    nipq.QATSession(model, nipq.AverageBits(weights=4), 4, optimizer=torch.optim.SGD(nipq.param_groups(model), lr=0.1))

@@ -14,6 +14,9 @@ from torch.nn.functional import softplus
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.functional.grid import Grid, levels
 
+#: Least clipping range, in units of x. Quotients by the steps of a lesser one overflow float32, or its steps are 0.
+LEAST_RANGE = 1e-30
+
 #: Values of a tensor that calibration keeps; the squared error of a range is known to a per cent from far fewer.
 SAMPLE_SIZE = 65_536
 

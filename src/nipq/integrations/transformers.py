@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from nipq.budget.budget import Budget
@@ -32,7 +33,7 @@ from nipq.nn.attention import PRODUCTS
 from nipq.nn.layers import is_prepared
 from nipq.prepare.batches import BatchReader
 from nipq.prepare.prepare import prepare_
-from nipq.qat.optim import check_optimizer, drop_frozen_on_load_, param_groups
+from nipq.qat.optim import check_learned, check_optimizer, drop_frozen_on_load_, learn_quantizers_, param_groups
 from nipq.qat.session import QATSession, calibrate_and_allocate_, is_calibrated
 
 _library = supported("transformers", least=(5, 0), extra="hf")
@@ -149,6 +150,9 @@ def quantize(
         reader = BatchReader(model, settings.get("inputs"), "quantize")
         where, first = next(reader.read(settings.get("loader", _TrainBatches(trainer)), 1))
         prepare_(model, reader.inputs(first, where), config)
+    if hasattr(model, "peft_config"):
+        learn_quantizers_(model)  # get_peft_model stops all that is no adapter
+    check_learned(model)
     if not is_calibrated(model):  # here, for it has to be done before FSDP shards the model
         own = {name: value for name, value in settings.items() if name in _START}
         calibrate_and_allocate_(model, settings.get("loader", _TrainBatches(trainer)), budget, **own)
@@ -156,7 +160,7 @@ def quantize(
         check_optimizer(model, trainer.optimizer)
         drop_frozen_on_load_(trainer.optimizer, model)
     if hasattr(model, "peft_config"):
-        trainer._save, trainer._load_from_checkpoint = _with_base(trainer)
+        _keep_base_(trainer)
     trainer.compute_loss = _with_penalty(trainer, callback)
     trainer.create_optimizer = _with_groups(trainer, bits_lr, range_lr)
     leave_bits_unclipped_(trainer.accelerator, lambda: callback.session)
@@ -201,9 +205,9 @@ def _check(trainer: Trainer) -> None:
             raise ConfigError(f"trainer: expected {expected}, found {found}. {advice}.")
 
 
-def _with_base(trainer: Trainer) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Saving and loading that keep the quantizers of the base model, of which PEFT saves the adapters alone."""
-    save, load = trainer._save, trainer._load_from_checkpoint
+def _keep_base_(trainer: Trainer) -> None:
+    """Let a trainer save and load quantizers and batch norms of the base model: PEFT saves the adapters alone."""
+    save, load, load_best = trainer._save, trainer._load_from_checkpoint, trainer._load_best_model
 
     @wraps(save)
     def save_with_base(output_dir: str | None = None, *args: Given, **kwargs: Given) -> None:
@@ -215,22 +219,36 @@ def _with_base(trainer: Trainer) -> tuple[Callable[..., Any], Callable[..., Any]
     @wraps(load)
     def load_with_base(checkpoint: str, model: Given = None) -> None:
         load(checkpoint, model)
+        load_base(checkpoint, trainer.model if model is None else model)
+
+    @wraps(load_best)
+    def load_best_with_base() -> None:
+        load_best()
+        load_base(trainer.state.best_model_checkpoint, trainer.model)
+
+    def load_base(checkpoint: str, model: nn.Module) -> None:
         path = Path(checkpoint) / BASE_FILE
         if not path.is_file():
             raise OrderError(
                 f"{path}: expected the quantizers of the base model beside its adapters, found no such file. Resume "
                 "from a checkpoint of a trainer that quantize() changed."
             )
-        own = trainer.model if model is None else model
-        own.load_state_dict(load_file(path, device=str(trainer.args.device)), strict=False)
+        model.load_state_dict(load_file(path, device=str(trainer.args.device)), strict=False)
 
-    return save_with_base, load_with_base
+    trainer._save, trainer._load_from_checkpoint, trainer._load_best_model = (
+        save_with_base, load_with_base, load_best_with_base
+    )  # fmt: skip
 
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
-    """State of the quantizers, each tensor under its name in the model."""
+    """State of quantizers and batch norms, each tensor under its name in the model."""
     parts = (".parametrizations.weight.0.", ".quantization.", f".{PRODUCTS}.")
-    return {key: value for key, value in model.state_dict().items() if any(part in f".{key}" for part in parts)}
+    norms = {name for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    return {
+        key: value
+        for key, value in model.state_dict().items()
+        if any(part in f".{key}" for part in parts) or key.rpartition(".")[0] in norms
+    }
 
 
 def _with_penalty(trainer: Trainer, callback: NipqCallback) -> Callable[..., Any]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
 from nipq.errors import NonFiniteError
 from nipq.functional.baselines import lsq_range
-from nipq.functional.clipping import max_range, noise_optimal_range
+from nipq.functional.clipping import LEAST_RANGE, max_range, noise_optimal_range
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import quantize
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
+
+logger = logging.getLogger(__name__)
 
 #: Minus the minimum of h-swish (exact), of SiLU and of GELU, rounded up: the shifts that make such inputs unsigned.
 SHIFTS = {"hardswish": 0.375, "silu": 0.2785, "gelu": 0.1701}
@@ -28,6 +32,12 @@ def start_weight_range_(quantizer: WeightQuantizer, weight: Tensor) -> None:
         weight: the float weight.
     """
     weight = weight.detach()
+    if float(weight.abs().max()) < LEAST_RANGE:
+        logger.warning(
+            "%s: every weight is 0, so its clipping range cannot be told and is 1; train it in floats first, or "
+            "leave the layer float by a rule",
+            quantizer.name,
+        )
     if quantizer.init == "release":
         _set_raw_(quantizer, float(weight.max()))
         return
@@ -56,6 +66,12 @@ def start_input_range_(quantizer: InputQuantizer, sample: Tensor) -> None:
             "Check the float model and its inputs."
         )
     sample = sample.flatten().float()
+    if float(sample.abs().max()) < LEAST_RANGE:
+        logger.warning(
+            "%s: every calibration sample is 0, so its clipping range cannot be told and is 1; if it is not dead, "
+            "calibrate on other data",
+            quantizer.name,
+        )
     bits = float(quantizer.bits_rounded)
     starts = [(grid, _range(quantizer, sample, grid)) for grid in _candidate_grids(quantizer, sample)]
     errors = [float((quantize(sample, alpha, bits, grid) - sample).square().mean()) for grid, alpha in starts]
@@ -74,10 +90,12 @@ def _set_raw_(quantizer: TensorQuantizer, raw: float) -> None:
 
 def _range(quantizer: TensorQuantizer, x: Tensor, grid: Grid, channel_axis: int | None = None) -> Tensor:
     if quantizer.init == "max":
-        return max_range(x, grid, channel_axis=channel_axis)
-    if quantizer.init == "lsq":
-        return lsq_range(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
-    return noise_optimal_range(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
+        alpha = max_range(x, grid, channel_axis=channel_axis)
+    elif quantizer.init == "lsq":
+        alpha = lsq_range(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
+    else:
+        alpha = noise_optimal_range(x, float(quantizer.bits_rounded), grid, channel_axis=channel_axis)
+    return torch.where(alpha >= LEAST_RANGE, alpha, 1)  # of data that are 0 but for rounding none can be told
 
 
 def _candidate_grids(quantizer: InputQuantizer, sample: Tensor) -> list[Grid]:

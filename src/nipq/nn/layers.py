@@ -125,7 +125,7 @@ def quantization(layer: nn.Module) -> LayerQuantization:
 
 def is_prepared(layer: nn.Module) -> bool:
     """Return whether :func:`attach` was called on this very layer."""
-    return isinstance(getattr(layer, "quantization", None), LayerQuantization)
+    return isinstance(layer._modules.get("quantization"), LayerQuantization)  # wrappers give attributes of their layer
 
 
 def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization, relu: nn.Module | None = None) -> None:
@@ -142,6 +142,7 @@ def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization,
         record.relu = (relu,)
     # unsafe: the safe form runs a forward, which needs a calibrated clipping range and draws random numbers.
     parametrize.register_parametrization(layer, "weight", weight, unsafe=True)
+    type(layer).register_parameter = _register_parameter  # type: ignore[method-assign, assignment]  # its own class
     layer.quantization = record
     layer.train(layer.training)  # new modules start in training mode, whatever the layer is in
     layer.register_forward_pre_hook(_quantize_input, with_kwargs=True)
@@ -190,6 +191,17 @@ def _quantize_input(
     return args, {**kwargs, name: quantizer(kwargs[name])}
 
 
+def _register_parameter(layer: nn.Module, name: str, param: nn.Parameter | None) -> None:
+    """As torch's, but ``layer.weight = nn.Parameter(w)`` replaces the values of the float weight."""
+    if name != "weight" or param is None or not parametrize.is_parametrized(layer, "weight"):
+        nn.Module.register_parameter(layer, name, param)
+        return
+    weight = float_weight(layer)
+    if param is not weight:
+        layer.weight = param.detach().clone()
+        weight.requires_grad_(param.requires_grad)
+
+
 def _own_copies(layer: nn.Module, state_dict: dict[str, Any], prefix: str, _metadata: object) -> None:
     """Give a tied layer copies of its own in a state dict: programs that save refuse tensors that share memory."""
     if quantization(layer).owns_weight:
@@ -203,9 +215,16 @@ def _accept_float_checkpoint(
     layer: nn.Module,
     state_dict: dict[str, Any],
     prefix: str,
-    *_rest: Any,  # noqa: ANN401  (torch passes five more that are not needed)
+    local_metadata: dict[str, Any],
+    *_rest: Any,  # noqa: ANN401  (torch passes four more that are not needed)
 ) -> None:
     """Rename a float checkpoint's ``weight``; quantizers keep their values, for such a file has none."""
+    record = quantization(layer)
+    if local_metadata.get("assign_to_params_buffers") and not record.owns_weight:
+        raise OrderError(
+            f"{record.spec.name}: expected a state dict to be copied into a weight that another layer has, too, found "
+            "assign=True, after which each would have its own. Call load_state_dict without it."
+        )
     weight = state_dict.pop(prefix + "weight", None)
     if weight is None:
         return

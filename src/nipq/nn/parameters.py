@@ -117,6 +117,7 @@ class QuantizerParameters(nn.Module):
         self.channel_axis = channel_axis
         self.grid = grid
         self.calibrated = False
+        self.learns_range = learns_range
         self.alpha_raw = nn.Parameter(torch.zeros(channels), requires_grad=learns_range)
         #: Quantizers with one bit-width between them, this one among them; a list of theirs, so not submodules.
         self.bit_group: list[QuantizerParameters] = [self]
@@ -273,3 +274,6 @@ class QuantizerParameters(nn.Module):
                 "Load it into a model prepared afresh with the same config."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if not self.is_frozen:
+            for member in self.bit_group:  # load_state_dict(..., assign=True) gives each a parameter of its own
+                member.bit_raw = self.bit_raw

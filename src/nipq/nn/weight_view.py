@@ -9,7 +9,7 @@ and raises, at once or at the next look at the weight.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,11 +29,29 @@ class WeightView(Tensor):
     @property
     def data(self) -> Tensor:
         """The float weight's data: what is written there stays."""
-        return self.target.data
+        return self._link[0].read(self._link[1])
 
     @data.setter
     def data(self, value: Tensor) -> None:
         self.target.data = value
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The float weight's gradient."""
+        return self._link[1].grad
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        self.target.grad = value
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether this tensor requires gradients; set, it is the float weight that does."""
+        return bool(Tensor.requires_grad.__get__(self))  # type: ignore[attr-defined]  # a descriptor of torch's
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.target.requires_grad = value
 
     @property
     def target(self) -> Tensor:
@@ -97,6 +115,10 @@ class WrittenWeight:
         """Where a write goes: to the float weight."""
         return weight
 
+    def read(self, weight: Tensor) -> Tensor:
+        """Data of the float weight."""
+        return weight.data
+
     def error(self) -> OrderError:
         """The error for a write that is lost."""
         return OrderError(
@@ -124,7 +146,15 @@ class FixedWeight(WrittenWeight):
             OrderError: always.
         """
         del weight
-        raise OrderError(
+        raise self.error()
+
+    def read(self, weight: Tensor) -> Tensor:
+        """Data that cannot be written to."""
+        return cast(Tensor, _marked(weight.data, self))
+
+    def error(self) -> OrderError:
+        """The error for a write."""
+        return OrderError(
             f"{self.name}: expected nothing to be written to the weight of a deployed layer, which is stored in whole "
             "codes. Change the trained model, and call nipq.convert again."
         )
@@ -145,14 +175,23 @@ def _writing(name: str) -> Callable[..., Any]:
     return write
 
 
-def _part(name: str) -> Callable[..., Any]:
-    def part(self: WeightView, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (torch's own arguments)
-        found = getattr(Tensor, name)(self, *args, **kwargs)
-        if not isinstance(found, Tensor) or _traced():
-            return found
+def _marked(found: Any, owner: WrittenWeight) -> Any:  # noqa: ANN401  (a tensor, or several)
+    """Parts of a weight that refuse writes."""
+    if isinstance(found, Tensor):
         found = found.as_subclass(WeightPart)
-        found._owner = self._link[0]
+        found._owner = owner
         return found
+    parts = (_marked(one, owner) for one in found)
+    return tuple(parts) if isinstance(found, tuple | list) else parts  # the latter of iter()
+
+
+def _part(name: str) -> Callable[..., Any]:
+    inner = getattr(Tensor, name)
+    inner = inner if callable(inner) else inner.__get__
+
+    def part(self: WeightView | WeightPart, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (torch's own arguments)
+        found = inner(self, *args, **kwargs)
+        return found if _traced() else _marked(found, self._link[0] if isinstance(self, WeightView) else self._owner)
 
     part.__name__ = name
     part.__doc__ = f"``Tensor.{name}``; what it gives cannot be written to."
@@ -174,12 +213,17 @@ _WRITES += [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordi
 #: Methods that give a part of a tensor, or another shape of it, in the same memory.
 _PARTS = (
     "__getitem__", "view", "view_as", "reshape", "flatten", "t", "transpose", "permute", "unsqueeze", "squeeze",
-    "narrow", "select", "detach", "diagonal", "movedim", "unflatten",
+    "narrow", "select", "detach", "diagonal", "movedim", "unflatten", "chunk", "split", "tensor_split", "unbind",
+    "expand", "expand_as", "as_strided", "unfold", "swapaxes", "swapdims", "moveaxis", "adjoint", "ravel", "__iter__",
 )  # fmt: skip
 
 for _name in _WRITES:
     setattr(WeightView, _name, _writing(_name))
     setattr(WeightPart, _name, _refusing(_name))
-for _name in _PARTS:
-    setattr(WeightView, _name, _part(_name))
+for _kind in (WeightView, WeightPart):
+    for _name in _PARTS:
+        setattr(_kind, _name, _part(_name))
+    for _name in ("T", "mT", "H", "mH"):
+        setattr(_kind, _name, property(_part(_name)))
 WeightPart.__setitem__ = _refusing("__setitem__")  # type: ignore[method-assign]
+WeightPart.data = property(_part("data"), _refusing("data"))  # type: ignore[assignment]

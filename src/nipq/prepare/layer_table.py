@@ -5,6 +5,7 @@ Losses, budgets, freezing, reports and file sizes all read the rows of this tabl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nipq.config import Phase
 from nipq.distributed import part
 from nipq.errors import ConfigError, NonFiniteError, OrderError
+from nipq.functional.clipping import LEAST_RANGE
 from nipq.nn.layers import (
     LayerSpec,
     enter_integer_domain,
@@ -76,12 +78,27 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
             f"{type(model).__name__}: expected a prepared model, found no quantizer. "
             "Call nipq.prepare_(model, example_inputs) first."
         )
+    _check_names(layers)
     rows = []
     for name, layer in sorted(layers, key=lambda item: quantization(item[1]).order):
         record = quantization(layer)
         batchnorm = modules.get(_present_name(record.spec, name)) if record.spec.batchnorm else None
         rows.append(LayerRow(record.spec, layer, weight_quantizer(layer), record.input, batchnorm))
     return rows
+
+
+def _check_names(layers: Sequence[tuple[str, nn.Module]]) -> None:
+    """Refuse copies of a prepared layer beside it: bit-widths and costs go by names."""
+    found: dict[str, str] = {}
+    for path, layer in layers:
+        name = quantization(layer).spec.name
+        first = found.setdefault(name, path)
+        if first != path:
+            raise OrderError(
+                f"{name}: expected one prepared layer of that name, found {first!r} and {path!r}, such as a copy that "
+                "an adapter or an average keeps. Prepare the model after the copy was made, or give the part without "
+                "it."
+            )
 
 
 def weight_table(model: nn.Module) -> list[tuple[LayerRow, WeightQuantizer]]:
@@ -262,7 +279,7 @@ def _by_name(row: LayerRow, bits: int) -> dict[str, int]:
 
 
 def check_finite(model: nn.Module, where: str = "") -> None:
-    """Refuse NaN and infinity in the parameters and batch-norm statistics of a model.
+    """Refuse NaN and infinity in the parameters and batch-norm statistics of a model, and clipping ranges of nearly 0.
 
     Args:
         model: any model; of sharded parameters each rank looks at its part.
@@ -275,17 +292,31 @@ def check_finite(model: nn.Module, where: str = "") -> None:
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
             tensors |= {f"{name}.running_mean": module.running_mean, f"{name}.running_var": module.running_var}
-    flags = {name: torch.isfinite(part(tensor.detach())).all() for name, tensor in tensors.items()}
+    flags = {name: _is_sound(name, part(tensor.detach())) for name, tensor in tensors.items()}
     devices = {flag.device for flag in flags.values()}
     found = (torch.stack([flag for flag in flags.values() if flag.device == device]) for device in devices)
     if all(bool(flag.all()) for flag in found):
         return
     name = next(name for name, flag in flags.items() if not flag)
+    if bool(torch.isfinite(part(tensors[name].detach())).all()):
+        raise NonFiniteError(
+            f"{where}{name.removesuffix('_raw')}: expected a clipping range of at least {LEAST_RANGE:g}, found one "
+            "that training has driven to 0. The tensor is dead (all 0), or the learning rate of ranges too high: "
+            "lower range_lr, or leave the layer float by a rule."
+        )
     raise NonFiniteError(
         f"{where}{name.replace('parametrizations.weight.original', 'weight')}: expected finite numbers, found NaN or "
         "infinity. The training has diverged, or a sample holds such numbers: look at the loss and the data, go back "
         "to a state from before, and lower the learning rate."
     )
+
+
+def _is_sound(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Whether numbers are finite, and clipping ranges such that float32 holds quotients by their steps."""
+    sound = torch.isfinite(tensor)
+    if name.endswith("alpha_raw"):
+        sound &= tensor >= math.log(LEAST_RANGE) - 1  # raw is log(alpha) there, of which start ranges keep a margin
+    return sound.all()
 
 
 def operand_point(product: str, operand: str) -> str:

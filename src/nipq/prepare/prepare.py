@@ -147,9 +147,12 @@ def restore_(model: nn.Module) -> nn.Module:
     Raises:
         OrderError: if the model is not prepared.
     """
-    for row in layer_table(model):
-        if not row.spec.is_product:
-            detach(row.layer)
+    prepared = [module for module in model.modules() if is_prepared(module)]  # copies among them, too
+    if not prepared:
+        layer_table(model)  # says so
+    for layer in prepared:
+        if not quantization(layer).spec.is_product:
+            detach(layer)
     for module in list(model.modules()):
         if isinstance(getattr(module, PRODUCTS, None), AttentionProducts):
             uninstall(module)

@@ -151,6 +151,51 @@ def check_optimizer(model: nn.Module, *optimizers: Optimizer) -> None:
         )
 
 
+def learn_quantizers_(model: nn.Module) -> nn.Module:
+    """Let bit-widths and clipping ranges be learned again, where the method does, after ``requires_grad_(False)``.
+
+    Freezing a whole model, as PEFT's ``get_peft_model`` does, stops its quantizers, too.
+
+    Args:
+        model: a prepared model.
+
+    Returns:
+        The same model.
+    """
+    for parameter in _learnable(model).values():
+        parameter.requires_grad_(True)
+    return model
+
+
+def check_learned(model: nn.Module) -> None:
+    """Refuse bit-widths and clipping ranges that were meant to be learned and require no gradient.
+
+    Args:
+        model: a prepared model.
+
+    Raises:
+        OrderError: naming them.
+    """
+    stopped = [name for name, parameter in _learnable(model).items() if not parameter.requires_grad]
+    if stopped:
+        raise OrderError(
+            f"{type(model).__name__}: expected clipping ranges and bit-widths that are learned, found {len(stopped)} "
+            f"without gradients ({_some(stopped)}), as after requires_grad_(False) or PEFT's get_peft_model. Call "
+            "nipq.qat.optim.learn_quantizers_(model) before the optimizer is built, or fix bit-widths by "
+            "nipq.freeze_bits_ and ranges by Config."
+        )
+
+
+def _learnable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of quantizers that their method learns, by name."""
+    return {
+        f"{quantizer.name}.{name}": parameter
+        for quantizer in quantizers(model)
+        for name, parameter in quantizer.named_parameters()
+        if name != "alpha_raw" or quantizer.learns_range
+    }
+
+
 def check_decay_of_ranges(model: nn.Module, *optimizers: Optimizer) -> None:
     """Refuse weight decay on clipping ranges and bit-widths in groups that :func:`param_groups` did not make.
 

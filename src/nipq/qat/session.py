@@ -31,6 +31,7 @@ from nipq.qat.ema import WeightAverage
 from nipq.qat.optim import (
     check_decay_of_ranges,
     check_float32,
+    check_learned,
     check_optimizer,
     drop_frozen_,
     drop_frozen_on_load_,
@@ -169,6 +170,7 @@ class QATSession:
         check_wrapper(model)
         check_same_(self.model, "QATSession")
         if self._optimizers:
+            check_learned(self.model)
             check_optimizer(self.model, *self._optimizers)
             check_decay_of_ranges(self.model, *self._optimizers)
         check_schedule(schedule, self._optimizers)
