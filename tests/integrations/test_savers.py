@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import nipq
 from nipq.config import BitRange, Config
+from nipq.prepare.layer_table import quantizers
 
 transformers = pytest.importorskip("transformers")
 
@@ -96,9 +100,25 @@ def through_accelerate(model: nn.Module, fresh: nn.Module, folder: Path) -> None
         accelerator.free_memory()
 
 
+def through_distributed_checkpoint(model: nn.Module, fresh: nn.Module, folder: Path) -> None:
+    if all(quantizer.is_frozen for quantizer in quantizers(model)):
+        nipq.freeze_bits_(fresh)  # it reads what the fresh model has
+    saved, state = get_model_state_dict(model), get_model_state_dict(fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's own: one process, deprecated storage
+        dcp.save(saved, checkpoint_id=folder / "dcp", no_dist=True)
+        dcp.load(state, checkpoint_id=folder / "dcp", no_dist=True)
+    set_model_state_dict(fresh, state)
+
+
+WAYS = [
+    through_safetensors, through_a_state_dict, through_the_trainer, through_accelerate, through_distributed_checkpoint
+]  # fmt: skip
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("frozen", [False, True], ids=["learned", "frozen"])
-@pytest.mark.parametrize("save", [through_safetensors, through_a_state_dict, through_the_trainer, through_accelerate])
+@pytest.mark.parametrize("save", WAYS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_fresh_model_takes_the_state(
     name: str, save: Callable[[nn.Module, nn.Module, Path], None], frozen: bool, tmp_path: Path

@@ -105,3 +105,20 @@ def test_gradients_are_those_of_the_table_where_quotients_overflow(
     assert d_x.tolist() == [0, 0]
     assert d_alpha.item() == pytest.approx(above - below)
     assert d_bits.item() == 0
+
+
+@pytest.mark.parametrize("quantize", [rounding.quantize, uniform.quantize], ids=["kernel", "plain"])
+@pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: grid.kind)
+@pytest.mark.parametrize("boundary", [1e-38, 1e-30, 0.01, 1.0, 1e30, 3e38])
+def test_extreme_values_give_finite_results_and_the_gradients_of_the_ends(quantize, boundary: float, grid) -> None:
+    ones, alpha = torch.ones(1), torch.tensor([boundary])
+    for value in (0.0, 1e-45, -1e-45, 1e-38, 1.0, -1.0, 3e38, -3e38, float("inf"), -float("inf")):
+        for bits in (2.0, 4.0, 16.0):
+            found = outcome(quantize, torch.tensor([value]), ones, alpha, torch.tensor([bits]), grid)
+            assert all(bool(tensor.isfinite().all()) for tensor in found), (value, bits, found)
+            if grid.kind == "shifted":
+                continue
+            if value >= boundary:
+                assert (found[1].item(), found[2].item()) == (0, pytest.approx(1))
+            if value <= (-boundary if grid.kind == "signed" else 0):
+                assert (found[1].item(), found[2].item()) == (0, pytest.approx(-1 if grid.kind == "signed" else 0))
