@@ -39,12 +39,11 @@ from nipq.nn.deployed import (
     deploy_state,
     deployed_layers,
     full_name,
-    kept_shell,
-    plain_shell,
 )
 from nipq.nn.integer import bias_of
 from nipq.nn.kinds import close_shortcuts_, is_plain, is_supported, is_table, output_channels
 from nipq.nn.layers import float_weight, is_prepared
+from nipq.nn.shells import kept_shell, plain_shell
 
 #: Bytes of the header: so many at any rate, and so many for each tensor of the model. It needs about 0.5 kB a layer.
 HEADER_BASE, HEADER_PER_TENSOR = 2**16, 2**12

@@ -21,13 +21,12 @@ from nipq.nn.deployed import (
     DeployedWeightOnlyLayer,
     become_,
     deployed_layers,
-    kept_shell,
-    plain_shell,
 )
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import close_shortcuts_, is_plain, output_channels
 from nipq.nn.layers import detach, float_weight
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.nn.shells import kept_shell, plain_shell
 from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, set_phase_, weight_table
 
