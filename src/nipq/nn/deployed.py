@@ -355,9 +355,11 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
 
     input_step: Tensor | None
 
-    def __new__(cls, layer: nn.Module, *_args: Any, **_kwargs: Any) -> Self:  # noqa: ANN401
+    def __new__(cls, layer: nn.Module | None = None, *_args: Any, **_kwargs: Any) -> Self:  # noqa: ANN401
         """An instance of the trained layer's class, too, for models that ask for it or call its other methods."""
-        made: Self = object.__new__(subclass(_kept, type(layer).__bases__[0]))  # type: ignore[assignment]
+        # Without a layer for torch's compiler, which makes an empty one of the class that it has found.
+        kind = cls if layer is None else subclass(_kept, type(layer).__bases__[0])
+        made: Self = object.__new__(kind)  # type: ignore[assignment]
         return made
 
     def __init__(
