@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import nipq
+from nipq.nn.attention import PRODUCTS
 from nipq.prepare.batches import call_model
 from nipq.prepare.layer_table import layer_table, set_phase_
 from nipq.prepare.validate import validate
@@ -102,7 +103,7 @@ def test_attention_too_from_prepare_to_a_proven_file(
         monkeypatch.setattr(sys.modules["timm.models.swin_transformer"], "use_fused_attn", lambda **_: True)
     model = trained(subject, nipq.Config(attention_bits=(2, 8)))
     products = [row for row in layer_table(model) if row.spec.is_product]
-    assert len(products) == 2 * sum("ttention" in type(m).__name__ for m in model.modules() if "forward" in vars(m))
+    assert len(products) == 2 * sum("ttention" in type(m).__name__ for m in model.modules() if PRODUCTS in m._modules)
     deployed = nipq.convert(model)
     path = nipq.save(deployed, tmp_path / "model.nipq.safetensors")
     result = nipq.verify(model, deployed, [subject.batch], file=path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel
 
 import nipq
 from nipq.config import BitRange, Config, Rule
@@ -35,6 +38,50 @@ class Padded(nn.Conv2d):
         return functional.conv2d(functional.pad(x, (1, 0, 1, 0)), self.weight, self.bias)
 
 
+class ScaledTable(nn.Embedding):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        scaled: Tensor = super().forward(rows) * self.embed_scale
+        return scaled
+
+
+class Conv1D(nn.Module):
+    """The transformers library's, known by its name and settings."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = torch.addmm(self.bias, x.view(-1, self.nx), self.weight)
+        return flat.view((*x.shape[:-1], self.nf))
+
+
+class Resized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.head = nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.up(x, output_size=[12, 12]))
+        return y
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).unsqueeze(1).chunk(3, -1)
+        y: Tensor = self.out(functional.scaled_dot_product_attention(q, k, v)[:, 0])
+        return y
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +98,11 @@ def image(layer: nn.Module) -> nn.Sequential:
     return nn.Sequential(*first, layer, nn.ReLU(), nn.Flatten(), nn.Linear(layer(torch.zeros(1, 4, 4, 4)).numel(), 5))
 
 
-IMAGE, ROW, IDS = torch.randn(4, 3, 6, 6), torch.randn(4, 6), torch.arange(12).reshape(4, 3) % 7
+DRAWN = torch.Generator().manual_seed(0)
+IMAGE, ROW, TOKENS = (torch.randn(*shape, generator=DRAWN) for shape in ((4, 3, 6, 6), (4, 6), (4, 5, 6)))
+IDS = torch.arange(12).reshape(4, 3) % 7
+#: Few bits of activations would flip codes, and so whole levels, in half precision.
+ATTENTION = Config(attention_bits=8, activation_bits=8)
 #: What builds a network, its deployed form, and inputs.
 Network = tuple[Callable[[], nn.Module], nn.Module, Tensor]
 #: Networks with every kind of layer, and inputs.
@@ -61,6 +112,14 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Tensor, Config]] = {
     "transposed": (lambda: image(nn.ConvTranspose2d(4, 4, 3, stride=2, output_padding=1)), IMAGE, Config()),
     "linear": (lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2)), ROW, Config()),
     "tied": (Tied, IDS, Config()),
+    "table": (lambda: nn.Sequential(nn.Embedding(7, 6, padding_idx=0), nn.Linear(6, 3)), IDS, Config()),
+    "scaled table": (lambda: nn.Sequential(ScaledTable(7, 6), nn.Linear(6, 3)), IDS, Config()),
+    "Conv1D": (lambda: nn.Sequential(Conv1D(6, 6), nn.GELU(), Conv1D(3, 6)), ROW, Config()),
+    "output size": (Resized, IMAGE, Config()),
+    "attention": (Attention, TOKENS, ATTENTION),
+    "attention inside": (lambda: nn.Sequential(Attention(), nn.Linear(6, 2)), TOKENS, ATTENTION),
+    "one layer": (lambda: nn.Linear(6, 2), ROW, Config()),
+    "one layer, kept": (lambda: Gained(3, 4, 3), IMAGE, Config()),
     "own forward, linear": (lambda: image(Padded(4, 4, 2)), IMAGE, Config()),
     "own forward, kept": (lambda: image(Gained(4, 4, 3, padding=1)), IMAGE, Config()),
     "weights only": (lambda: image(Gained(4, 4, 3, padding=1)), IMAGE, Config(quantize_inputs=False)),
@@ -113,6 +172,7 @@ def exported(deployed: nn.Module, x: Tensor) -> nn.Module:
 
 
 def compiled(deployed: nn.Module, x: Tensor) -> nn.Module:
+    torch._dynamo.reset()  # its limit of recompilations counts all models that went through torch's own code
     found: nn.Module = torch.compile(deployed, backend="eager", fullgraph=True)
     return found
 
@@ -134,6 +194,15 @@ def test_torchs_tools_take_it_and_give_the_same_bits(
 ) -> None:
     _, deployed, x = network
     assert torch.equal(tool(deployed, x)(x), deployed(x))
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_compiler_takes_it(network: Network) -> None:
+    _, deployed, x = network
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(deployed)(x), deployed(x))
 
 
 @torch.no_grad()
@@ -262,6 +331,38 @@ def test_a_layer_that_only_a_closure_reaches_is_refused_with_the_way_to_it() -> 
     assert not any(hasattr(module, "quantization") for module in model.modules())
 
 
+def test_a_float_layer_that_only_a_closure_reaches_is_refused_as_its_copy_would_not_be_called() -> None:
+    class Closed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            norm = self.norm = nn.LayerNorm(4)
+            self.first, self.last = nn.Linear(6, 4), nn.Linear(4, 2)
+            self.step = lambda x: norm(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.last(self.step(self.first(x)))
+            return y
+
+    with pytest.raises(NotQuantizableError, match=r"norm: .*through the function that Closed keeps as 'step'"):
+        nipq.prepare_(Closed(), ROW)
+
+
+def test_a_layer_that_convert_finds_shared_is_named_with_the_way_to_it() -> None:
+    model = trained(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), ROW)
+    first, last = model[0], model[2]
+    model.forward = lambda x: last(torch.relu(first(x)))
+    found = r"^0, 2: .*: 0 through the function that Sequential keeps as 'forward', .*; 2 through .*Keep layers in attr"
+    with pytest.raises(NotQuantizableError, match=found):
+        nipq.convert(model, ROW)
+
+
+def test_a_deployed_layer_that_nothing_calls_is_missed() -> None:
+    model = trained(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 6)), ROW)
+    model.forward = types.MethodType(lambda self, x: self[2](x[:, :4]), model)
+    with pytest.raises(NotQuantizableError, match=r"^0: expected a deployed model that calls every deployed layer"):
+        nipq.convert(model, ROW)
+
+
 def test_a_deployed_layer_that_nothing_calls_is_named() -> None:
     model = trained(lambda: nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)), ROW)
     model[2].register_forward_pre_hook(lambda *_call: None)
@@ -306,11 +407,39 @@ def test_parts_of_a_kept_layer_are_seen_from_outside() -> None:
         _ = layer.nothing
 
 
+@torch.no_grad()
+def test_a_kept_layer_is_of_the_trained_class_also_in_copies() -> None:
+    deployed = nipq.convert(trained(lambda: image(Gained(4, 4, 3)), IMAGE))
+    for model in (deployed, copy.deepcopy(deployed), pickle.loads(pickle.dumps(deployed))):
+        assert isinstance(model[3], Gained)
+        assert isinstance(model[3], DeployedKeptLayer)
+
+
+@torch.no_grad()
+def test_what_is_set_on_a_deployed_layer_is_set_where_it_is_read() -> None:
+    deployed = nipq.convert(trained(lambda: image(Gained(4, 4, 3)), IMAGE))
+    before = deployed[3](IMAGE.new_ones(1, 4, 4, 4))
+    deployed[3].gain = nn.Parameter(2 * deployed[3].gain)
+    torch.testing.assert_close(deployed[3](IMAGE.new_ones(1, 4, 4, 4)), 2 * before)
+    deployed[0].padding = (1, 1)
+    assert deployed[0](IMAGE).shape[-2:] == IMAGE.shape[-2:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_is_that_of_phase_int(dtype: torch.dtype) -> None:
+    x = TOKENS.to(dtype)
+    model = trained(lambda: Attention().to(dtype), x, ATTENTION)
+    deployed = nipq.convert(model)
+    set_phase_(model, "int")
+    assert torch.equal(model(x), deployed(x))
+
+
 # ---------------------------------------------------------------------- wrapped models
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("wrap", [nn.DataParallel, lambda model: torch.compile(model, backend="eager")])
+@pytest.mark.parametrize("wrap", [nn.DataParallel, AveragedModel, lambda model: torch.compile(model, backend="eager")])
 def test_wrappers_are_left_out(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     build = NETWORKS["linear"][0]
     model = trained(build, ROW)
@@ -319,7 +448,8 @@ def test_wrappers_are_left_out(wrap: Callable[[nn.Module], nn.Module], tmp_path:
     assert set(deployed_layers(deployed)) == set(deployed_layers(expected))
     again = nipq.load(nipq.save(wrap(deployed), tmp_path / "model"), build())
     assert torch.equal(again(ROW), expected(ROW))
-    assert nipq.verify(wrap(model), wrap(deployed), loader=[ROW])
+    assert torch.equal(nipq.load(tmp_path / "model", wrap(build()))(ROW), expected(ROW))
+    assert list(nipq.load(tmp_path / "model", wrap(build())).state_dict()) == list(expected.state_dict())
 
 
 @torch.no_grad()
@@ -332,11 +462,50 @@ def test_a_model_compiled_in_place_after_preparing_is_deployed_uncompiled() -> N
     assert torch.equal(deployed(ROW), expected)
 
 
-def test_a_wrapped_part_is_refused_by_name() -> None:
-    model = trained(NETWORKS["linear"][0], ROW)
+def compiled_part(model: nn.Module) -> nn.Module:
     model[3] = torch.compile(model[3], backend="eager")
-    with pytest.raises(NotQuantizableError, match="3: expected parts of a model as they are"):
-        nipq.convert(model)
+    return model
+
+
+def checkpointed_part(model: nn.Module) -> nn.Module:
+    model[3] = checkpoint_wrapper(model[3])
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("wrap", [compiled_part, checkpointed_part])
+def test_a_wrapped_part_is_refused_by_name(wrap: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
+    build = NETWORKS["linear"][0]
+    model = trained(build, ROW)
+    deployed = nipq.convert(model)
+    nipq.save(deployed, tmp_path / "model")
+    refused = "3: expected parts of a model as they are"
+    with pytest.raises(NotQuantizableError, match=f"convert: {refused}"):
+        nipq.convert(wrap(model))
+    with pytest.raises(NotQuantizableError, match=f"load: {refused}"):
+        nipq.load(tmp_path / "model", wrap(build()))
+    wrap(deployed)
+    with pytest.raises(NotQuantizableError, match=f"save: {refused}"):
+        nipq.save(deployed, tmp_path / "other")
+    with pytest.raises(NotQuantizableError, match=f"export: {refused}"):
+        nipq.export(deployed, tmp_path / "model.npz", ROW)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Stands for torch's, which wants an accelerator."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._fsdp_wrapped_module = module
+
+
+def test_a_sharded_model_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    model = trained(NETWORKS["linear"][0], ROW)
+    with pytest.raises(NotQuantizableError, match=r"convert: .*sharded over processes. Load the full state dict"):
+        nipq.convert(FullyShardedDataParallel(model))
+    with pytest.raises(NotQuantizableError, match=r"save: .*sharded over processes"):
+        nipq.save(FullyShardedDataParallel(nipq.convert(model)), tmp_path / "model")
 
 
 def test_rules_keep_layers_float_beside_deployed_ones() -> None:

@@ -12,7 +12,6 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
-from nipq.distributed import inner
 from nipq.errors import ConfigError, first_line
 from nipq.export.arrays import arrays_bytes
 from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
@@ -22,6 +21,7 @@ from nipq.files import check_free, written_whole
 from nipq.nn.deployed import check_deployed, deployed_layers, deployed_products
 from nipq.prepare.batches import BatchReader
 from nipq.prepare.input_form import REMEDY, ExampleInputs, known_form
+from nipq.prepare.wrappers import unwrapped
 from nipq.tables import Column, FittedTable, Prose, plain_text
 
 #: Formats of files.
@@ -67,7 +67,7 @@ def export(
         NonFiniteError: if a scale leaves the range of float32.
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
-    path, deployed = Path(path), inner(deployed)
+    path, deployed = Path(path), unwrapped(deployed, "export")
     chosen = format_of(path) if format is None else format
     if chosen not in get_args(Format):
         raise ConfigError(f"export: expected one of the formats {', '.join(get_args(Format))}, found {chosen!r}.")

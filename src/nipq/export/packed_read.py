@@ -39,12 +39,12 @@ from nipq.nn.deployed import (
     deploy_state,
     deployed_layers,
     full_name,
-    kept_shell,
-    plain_shell,
 )
 from nipq.nn.integer import bias_of
 from nipq.nn.kinds import close_shortcuts_, is_plain, is_supported, is_table, output_channels
 from nipq.nn.layers import float_weight, is_prepared
+from nipq.nn.shells import kept_shell, plain_shell
+from nipq.prepare.wrappers import unwrapped
 
 #: Bytes of the header: so many at any rate, and so many for each tensor of the model. It needs about 0.5 kB a layer.
 HEADER_BASE, HEADER_PER_TENSOR = 2**16, 2**12
@@ -195,7 +195,8 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 
     Args:
         path: a file that ``nipq.save`` wrote.
-        model: a plain float instance of the same architecture, with any weights; it is not changed.
+        model: a plain float instance of the same architecture, with any weights; it is not changed. Wrappers
+            around it (``torch.compile``, ``DataParallel`` and the like) are left out.
 
     Returns:
         A deployed copy of the model, on the model's device, equal to the one that was saved in every bit.
@@ -205,7 +206,9 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             written, or of another architecture (with the module's full name).
         ConfigError: if the model is prepared or deployed rather than plain, or something replaced the forward of a
             module whose attention is quantized.
+        NotQuantizableError: if a part of the model is wrapped or sharded.
     """
+    model = unwrapped(model, "load")
     if any(is_prepared(module) or isinstance(module, Deployed) for module in model.modules()):
         raise ConfigError(
             f"load: expected a plain float {type(model).__name__}, found a prepared or deployed one. "

@@ -26,7 +26,6 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from nipq.distributed import inner
 from nipq.errors import ConfigError
 from nipq.files import check_free, written_whole
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
@@ -42,6 +41,7 @@ from nipq.nn.deployed import (
     full_name,
 )
 from nipq.prepare.convert import deploy_copy
+from nipq.prepare.wrappers import unwrapped
 
 #: Name of the format in the metadata, and its version.
 FORMAT, FORMAT_VERSION = "nipq-packed", 3
@@ -85,7 +85,7 @@ def save(deployed: nn.Module, path: str | Path, *, overwrite: bool = False) -> P
         ConfigError: if the file exists and ``overwrite`` is not given, its folder does not exist, the model holds no
             deployed layer, or it holds state that no file can.
     """
-    path, deployed = Path(path), inner(deployed)
+    path, deployed = Path(path), unwrapped(deployed, "save")
     check_free(path, overwrite=overwrite, command="save")
     tensors, metadata = contents(deployed)
     data = seal(to_bytes(tensors, metadata))
@@ -107,6 +107,7 @@ def file_bytes(deployed: nn.Module) -> int:
     Raises:
         ConfigError: as :func:`save`.
     """
+    deployed = unwrapped(deployed, "save")
     sizes = [(layer.weight_codes.numel(), layer.weight_bits) for layer in _owners(deployed).values()]
     return _fixed_bytes(deployed) + sum(payload_bytes(count, bits) for count, bits in sizes)
 

@@ -11,8 +11,8 @@ Each product is like a layer whose weight is computed: query and probability are
 
 from __future__ import annotations
 
+import functools
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +25,7 @@ from nipq.config import Phase
 from nipq.errors import OrderError
 from nipq.nn.integer import refuse_dropout, whole_product
 from nipq.nn.layers import LayerQuantization, quantization
+from nipq.nn.shells import subclass
 
 #: Name of the function that is replaced, and of the submodule that holds its quantizers.
 FUNCTION, PRODUCTS = "scaled_dot_product_attention", "attention_products"
@@ -61,7 +62,8 @@ class Product(nn.Module):
             return torch.matmul(dropout(x, drop) if drop else x, y)
         refuse_dropout(record.spec.name, drop)
         ranges = (*first.code_range(), *second.code_range())
-        return whole_product(first(x), second(y), first.step() * second.step(), *map(float, ranges))
+        found = whole_product(first(x), second(y), first.step() * second.step(), *map(float, ranges))
+        return found.to(x.dtype)
 
 
 class AttentionProducts(nn.Module):
@@ -127,9 +129,9 @@ class AttentionProducts(nn.Module):
 
 
 class _Replaced(TorchFunctionMode):
-    def __init__(self, products: AttentionProducts) -> None:
+    def __init__(self, products: AttentionProducts, calls: list[bool]) -> None:
         super().__init__()
-        self.products, self.called = products, False
+        self.products, self.calls = products, calls
 
     def __torch_function__(
         self,
@@ -140,19 +142,22 @@ class _Replaced(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         if getattr(func, "__name__", "") != FUNCTION:
             return func(*args, **(kwargs or {}))
-        self.called = True
+        self.calls.append(True)
         return self.products(*args, **(kwargs or {}))
 
 
 def install(module: nn.Module, products: AttentionProducts) -> None:
     """Put quantized products in the place of torch's function while the module's forward runs.
 
+    The module's class becomes a subclass of it: an attribute ``forward`` could not be pickled, and tools such as
+    ``torch.fx`` look at the class.
+
     Args:
         module: whose own forward calls the function.
         products: what is called instead.
     """
     setattr(module, PRODUCTS, products)
-    module.forward = types.MethodType(_forward_with_products, module)  # a deep copy rebinds it to its own module
+    module.__class__ = subclass(_with_products, type(module))
 
 
 def uninstall(module: nn.Module) -> None:
@@ -162,21 +167,29 @@ def uninstall(module: nn.Module) -> None:
         module: as given to it.
     """
     delattr(module, PRODUCTS)
-    if getattr(vars(module).get("forward"), "__func__", None) is _forward_with_products:  # not replaced since
-        del module.forward
+    kind = type(module).__bases__[0]
+    if type(module) is subclass(_with_products, kind):  # else its class was changed since; without products it is float
+        module.__class__ = kind
 
 
-def _forward_with_products(module: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (the module's own)
-    products = getattr(module, PRODUCTS)
-    with _Replaced(products) as replaced:
-        result = type(module).forward(module, *args, **kwargs)
-    if not replaced.called:  # else a model would go on with float products, without a sign
-        raise OrderError(
-            f"{products.name}: expected attention to call torch's {FUNCTION}, as it did when the model was prepared, "
-            "found that it computes the products otherwise. Set the attention implementation back "
-            "(transformers: model.set_attn_implementation('sdpa')), or prepare the float model as it is now."
-        )
-    return result
+def _with_products(kind: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (the module's own)
+        products = self._modules.get(PRODUCTS)
+        if products is None:
+            return kind.forward(self, *args, **kwargs)
+        calls: list[bool] = []
+        with _Replaced(products, calls):  # type: ignore[arg-type]  # torch does not know the class
+            result = kind.forward(self, *args, **kwargs)
+        if not calls:  # else a model would go on with float products, without a sign
+            raise OrderError(
+                f"{products.name}: expected attention to call torch's {FUNCTION}, as it did when the model was "
+                "prepared, found that it computes the products otherwise. Set the attention implementation back "
+                "(transformers: model.set_attn_implementation('sdpa')), or prepare the float model as it is now."
+            )
+        return result
+
+    return (kind,), {"forward": forward}
 
 
 def _accept_float_checkpoint(

@@ -6,115 +6,25 @@ add. A deployed product holds a step for each operand; one multiply comes after 
 
 from __future__ import annotations
 
+import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from nipq.errors import ConfigError
 from nipq.functional.grid import GridKind
 from nipq.functional.uniform import integer_codes
 from nipq.nn.integer import bias_of, integer_forward, needs_float64, refuse_dropout, whole_product
-from nipq.nn.kinds import (
-    Conv1D,
-    along_channels,
-    channel_dim,
-    is_plain,
-    is_table,
-    run_operation,
-    shell_class,
-    weight_channel_axis,
-)
+from nipq.nn.kinds import along_channels, channel_dim, is_plain, is_table, run_operation, weight_channel_axis
+from nipq.nn.shells import HOOKS, subclass
 from nipq.nn.weight_view import FixedWeight
 
+fx.wrap("whole_product")  # it looks at sizes, which a symbolic trace does not know
 #: Refuses writes.
 _FIXED = FixedWeight("layer.weight")
-#: Where a module keeps its hooks.
-_HOOKS = [key for key in vars(nn.Module()) if key.endswith("_hooks") or "_hooks_" in key]
-
-
-#: What a shell does not take over: the weight, and what prepares a layer.
-_NOT_KEPT = ("weight", "parametrizations", "quantization")
-#: Classes made by :func:`own_forward_class`, by those of the trained layers.
-_OWN_FORWARD: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-def own_forward_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass of a layer's class that runs the class's own forward on whatever weight a deployed layer holds.
-
-    Its instances can be copied and pickled as those of any module: what is stored is the class itself.
-
-    Args:
-        kind: class of the trained layer, one with a forward of its own.
-    """
-    if kind in _OWN_FORWARD:
-        return _OWN_FORWARD[kind]
-
-    def weight(self: nn.Module) -> Tensor:
-        stored = self._buffers["weight"]
-        assert stored is not None
-        if stored.is_floating_point():
-            return stored  # put there while a file is written
-        used: Tensor = self.deployed_in[0].used_weight  # type: ignore[union-attr, index]  # torch types it as a module
-        return used
-
-    def reduce(self: nn.Module, _protocol: object) -> tuple[Any, ...]:
-        return _new_own_forward, (kind,), dict(vars(self))
-
-    members = {"weight": property(weight), "__reduce_ex__": reduce, "__module__": kind.__module__}
-    own = _OWN_FORWARD[kind] = type(kind.__name__, (kind,), members)
-    return own
-
-
-def plain_shell(layer: nn.Module) -> nn.Module:
-    """A layer of the same class and settings with no weight yet and no bias, to run its operation on any weight.
-
-    Args:
-        layer: a prepared or a plain layer, whose forward does nothing but its operation.
-
-    Returns:
-        A module for :func:`nipq.nn.kinds.run_operation`; where its class has a forward of its own, one of the class
-        that :func:`own_forward_class` makes.
-    """
-    kind = shell_class(layer)
-    if kind is not Conv1D and not is_plain(layer):
-        shell = kept_shell(layer, kind)
-        shell._parameters["bias"] = None
-        return shell
-    shell = _without_init(kind)
-    nn.Module.__init__(shell)
-    internal = set(vars(shell))
-    vars(shell).update((key, value) for key, value in vars(layer).items() if key not in internal and key != "forward")
-    shell._buffers["weight"] = None
-    shell.register_parameter("bias", None)
-    return shell.eval()
-
-
-def kept_shell(layer: nn.Module, kind: type[nn.Module] | None = None) -> nn.Module:
-    """A layer with all that it holds but its weight and its hooks, to run its own forward on any weight.
-
-    Args:
-        layer: its parameters, buffers and modules are shared.
-        kind: its class, if it is prepared.
-    """
-    shell = _without_init(own_forward_class(kind or type(layer)))
-    vars(shell).update((key, value) for key, value in vars(layer).items() if key != "forward")
-    fresh = vars(nn.Module())
-    vars(shell).update((key, fresh[key]) for key in _HOOKS)
-    for part in ("_parameters", "_buffers", "_modules"):
-        vars(shell)[part] = {key: value for key, value in vars(layer)[part].items() if key not in _NOT_KEPT}
-    return shell.eval()
-
-
-def _without_init(kind: type[nn.Module]) -> nn.Module:
-    return kind.__new__(kind)
-
-
-def _new_own_forward(kind: type[nn.Module]) -> nn.Module:
-    own = own_forward_class(kind)
-    return own.__new__(own)
 
 
 class _Deployed(nn.Module, ABC):
@@ -139,7 +49,7 @@ class _Deployed(nn.Module, ABC):
     def __init__(
         self, layer: nn.Module, weight: Tensor, weight_bits: int, tied_to: str | None, dtype: torch.dtype
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not that of the trained layer's class, which a kept layer is an instance of, too
         # An empty tensor that changes its type with the module: results are of that type.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
         self.weight_bits = weight_bits
@@ -186,13 +96,20 @@ class _Deployed(nn.Module, ABC):
             return super().__getattr__(name)
         except AttributeError:
             layer = self.__dict__.get("_modules", {}).get("layer")
-            if layer is None or name.startswith("_") or name == "deployed_in":
+            if layer is None or name.startswith("__") or name == "deployed_in":
                 raise
-            parts = (vars(layer), *(vars(layer)[kind] for kind in ("_parameters", "_buffers", "_modules")))
-            found = next((part for part in parts if name in part), None)
+            found = next((part for part in _parts(layer) if name in part), None)
             if found is None:
                 raise
             return found[name]
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401  (as torch's own)
+        """Settings and parts of the trained layer are set there, where its operation reads them."""
+        layer = self.__dict__.get("_modules", {}).get("layer")
+        if layer is None or any(name in part for part in _parts(self)) or not any(name in p for p in _parts(layer)):
+            super().__setattr__(name, value)
+        else:
+            setattr(layer, name, value)
 
     @property
     def kind(self) -> str:
@@ -203,6 +120,26 @@ class _Deployed(nn.Module, ABC):
     def runs_own_forward(self) -> bool:
         """True for a layer whose class has a forward of its own."""
         return not is_plain(self.layer)
+
+
+def _parts(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Whatever a module holds by name."""
+    return vars(module), *(vars(module)[kind] for kind in ("_parameters", "_buffers", "_modules"))
+
+
+def _one_input(self: nn.Module, input: Tensor) -> Tensor:
+    """Signature of a forward, for tools that look at it, such as ``torch.fx``."""
+    raise NotImplementedError
+
+
+def _seen_as(signature: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a forward the signature of another function, at no cost when it runs."""
+
+    def mark(forward: Callable[..., Any]) -> Callable[..., Any]:
+        forward.__wrapped__ = signature  # type: ignore[attr-defined]  # as functools.wraps does
+        return forward
+
+    return mark
 
 
 class DeployedLayer(_Deployed):
@@ -253,8 +190,7 @@ class DeployedLayer(_Deployed):
         tied_to: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(layer, weight, weight_bits, tied_to, dtype)
-        self._buffers |= {"scale": scale, "offset": offset, "input_step": input_step.reshape(1)}
+        # First, as attributes that the trained layer has, too, are set there once it is known.
         self.input_bits = input_bits
         self.grid = grid
         self.zero_point = zero_point
@@ -263,11 +199,14 @@ class DeployedLayer(_Deployed):
         self.batchnorm = batchnorm
         self.has_bias = has_bias
         self.float64 = needs_float64(weight, self.code_low, self.code_high, weight_channel_axis(layer))
+        super().__init__(layer, weight, weight_bits, tied_to, dtype)
+        self._buffers |= {"scale": scale, "offset": offset, "input_step": input_step.reshape(1)}
 
     def codes(self, x: Tensor) -> Tensor:
         """Whole codes of the input relative to the zero point, held as floats; shape of ``x``."""
         return integer_codes(x, self.input_step, self.code_low, self.code_high)
 
+    @_seen_as(_one_input)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
         """The layer's output, in the type of its input.
 
@@ -351,6 +290,7 @@ class DeployedWeightOnlyLayer(_Deployed):
         super().__init__(layer, weight, weight_bits, tied_to, dtype)
         self._buffers |= {"scale": scale, "offset": bias}
 
+    @_seen_as(_one_input)
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
         """The layer's output.
 
@@ -415,6 +355,13 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
 
     input_step: Tensor | None
 
+    def __new__(cls, layer: nn.Module | None = None, *_args: Any, **_kwargs: Any) -> Self:  # noqa: ANN401
+        """An instance of the trained layer's class, too, for models that ask for it or call its other methods."""
+        # Without a layer for torch's compiler, which makes an empty one of the class that it has found.
+        kind = cls if layer is None else subclass(_kept, type(layer).__bases__[0])
+        made: Self = object.__new__(kind)  # type: ignore[assignment]
+        return made
+
     def __init__(
         self,
         layer: nn.Module,
@@ -430,12 +377,12 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
         tied_to: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(layer, weight, scale, None, weight_bits=weight_bits, tied_to=tied_to, dtype=dtype)
-        self._buffers["input_step"] = None if input_step is None else input_step.reshape(1)
-        self.input_bits = input_bits
+        self.input_bits = input_bits  # first, as in DeployedLayer
         self.grid = grid
         self.zero_point = zero_point
         self.code_low, self.code_high = code_range
+        super().__init__(layer, weight, scale, None, weight_bits=weight_bits, tied_to=tied_to, dtype=dtype)
+        self._buffers["input_step"] = None if input_step is None else input_step.reshape(1)
 
     def codes(self, x: Tensor) -> Tensor:
         """Whole codes of a quantized input relative to the zero point, held as floats; shape of ``x``."""
@@ -469,6 +416,13 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
         if self.input_bits is None:
             return f"weight_bits={self.weight_bits}, input float, own forward"
         return f"weight_bits={self.weight_bits}, input_bits={self.input_bits}, grid={self.grid}, own forward"
+
+
+def _kept(kind: type[nn.Module]) -> tuple[tuple[type, ...], dict[str, Any]]:
+    """Subclass of a kept layer and of the trained layer's class, whose forward looks as that of the latter does."""
+    run = DeployedKeptLayer.forward
+    forward = types.FunctionType(run.__code__, run.__globals__, run.__name__)
+    return (DeployedKeptLayer, kind), {"forward": _seen_as(kind.forward)(forward)}
 
 
 class DeployedOperand(nn.Module):
@@ -597,7 +551,7 @@ def become_(module: nn.Module, other: nn.Module) -> None:
         module: changed.
         other: not to be used afterwards.
     """
-    kept = {key: vars(module)[key] for key in _HOOKS if key in vars(module)}
+    kept = {key: vars(module)[key] for key in HOOKS if key in vars(module)}
     inside = vars(other) | kept
     vars(module).clear()
     module.__class__ = other.__class__

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
@@ -138,9 +138,22 @@ def _transposed(
     axes = len(layer.kernel_size)
     run = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)[axes - 1]
     settings: Any = layer
-    shape = (settings.stride, settings.padding, settings.kernel_size, axes, settings.dilation)
-    extra = settings._output_padding(x, output_size, *shape)
+    extra = settings.output_padding
+    if output_size is not None:
+        geometry = settings.stride, settings.padding, settings.kernel_size, settings.dilation
+        extra = _output_padding(x, output_size, *geometry)
     return run(x, weight, bias, settings.stride, settings.padding, extra, settings.groups, settings.dilation)
+
+
+def _output_padding(x: Tensor, output_size: list[int], *geometry: tuple[int, ...]) -> list[int]:
+    """The extra padding for a wanted size, from stride, padding, kernel size and dilation."""
+    *first, dilation = geometry
+    of: Any = nn.ConvTranspose2d._output_padding  # the same for every number of axes; reads nothing of a layer here
+    extra: list[int] = of(None, x, output_size, *first, len(dilation), dilation)
+    return extra
+
+
+fx.wrap("_output_padding")  # one call in a symbolic trace, as the whole layer is in that of a float model
 
 
 def channel_dim(layer: nn.Module) -> int:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from nipq.errors import OrderError
-from nipq.nn.deployed import plain_shell
 from nipq.nn.integer import bias_of, fold, integer_forward, needs_float64
 from nipq.nn.kinds import channel_dim, output_channels, run_operation, weight_channel_axis
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
 from nipq.nn.relu import fold_relu, unfold_relu
+from nipq.nn.shells import plain_shell
 
 #: ``"plain"``: the forward of the layer's kind. ``"linear"``: one of its own that was found to compute the operation
 #: and a bias, nothing else; both run on whole codes once deployed. ``"kept"``: one of its own that does more, such as a

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from nipq.config import Phase
-from nipq.distributed import inner
 from nipq.errors import NonFiniteError, NotQuantizableError, OrderError
 from nipq.nn.deployed import (
     Deployed,
@@ -21,15 +20,16 @@ from nipq.nn.deployed import (
     DeployedWeightOnlyLayer,
     become_,
     deployed_layers,
-    kept_shell,
-    plain_shell,
 )
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import close_shortcuts_, is_plain, output_channels
 from nipq.nn.layers import detach, float_weight
 from nipq.nn.quantizer import TensorQuantizer
+from nipq.nn.shells import kept_shell, plain_shell
 from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, set_phase_, weight_table
+from nipq.prepare.references import KEEP, way_to, with_state
+from nipq.prepare.wrappers import unwrapped
 
 
 def convert(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
@@ -44,8 +44,8 @@ def convert(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn
     quantized input and a weight made of the codes. Hooks of the user's come along.
 
     Args:
-        model: a prepared model whose bits are frozen; it is not changed. ``DistributedDataParallel``, ``DataParallel``
-            and ``torch.compile`` around it are left out.
+        model: a prepared model whose bits are frozen; it is not changed. ``DistributedDataParallel``, ``DataParallel``,
+            ``AveragedModel`` and ``torch.compile`` around it are left out.
         example_inputs: with them the copy runs once, and has to call every deployed layer and none of the model's own.
 
     Returns:
@@ -54,15 +54,10 @@ def convert(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn
     Raises:
         OrderError: if the model is not prepared or not calibrated, or a bit-width is still learned.
         NonFiniteError: if a weight, a bias or a batch norm holds NaN or infinity.
-        NotQuantizableError: if a part of the model is wrapped, or a layer is reached past the model's modules.
+        NotQuantizableError: if a part of the model is wrapped or sharded, or a layer is reached past the model's
+            modules.
     """
-    model = inner(model)
-    for name, module in model.named_modules():
-        if inner(module) is not module:
-            raise NotQuantizableError(
-                f"{name}: expected parts of a model as they are, found one inside {type(module).__name__}. Take the "
-                "wrapper off, or put it around the whole model."
-            )
+    model = unwrapped(model, "convert")
     for quantizer in quantizers(model):
         if not quantizer.is_frozen:
             raise OrderError(
@@ -91,17 +86,19 @@ def _check_calls(model: nn.Module, deployed: nn.Module, example_inputs: ExampleI
     """Run a deployed model once: it calls every deployed layer, and no layer of the trained model."""
     called: set[str] = set()
     reached: set[str] = set()
+    own = with_state(model)
     with ExitStack() as stack:
         for name, layer in deployed_layers(deployed).items():
             stack.callback(layer.register_forward_pre_hook(partial(_note, called, name)).remove)
-        for row in layer_table(model):
-            stack.callback(row.layer.register_forward_pre_hook(partial(_note, reached, row.name)).remove)
+        for name, module in own.items():
+            stack.callback(module.register_forward_pre_hook(partial(_note, reached, name)).remove)
         call_model(deployed, to_device(example_inputs, device_of(deployed)))
     if reached:
+        names = [name for name in sorted(reached) if not any(name.startswith(f"{outer}.") for outer in reached)]
+        ways = "; ".join(f"{name} {way_to(model, own[name])}" for name in names)
         raise NotQuantizableError(
-            f"{', '.join(sorted(reached))}: expected a deployed copy that runs its own layers, found that it calls "
-            "those of the trained model, through a closure, a global or another reference that copies share. Keep "
-            "layers in attributes, lists or dicts of the model."
+            f"{', '.join(names)}: expected a deployed copy that runs its own layers, found that it calls those of the "
+            f"trained model: {ways}. {KEEP}"
         )
     missed = [name for name in deployed_layers(deployed) if name not in called]
     if missed:

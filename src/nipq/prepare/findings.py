@@ -37,6 +37,8 @@ _WRAPPERS = {
     "FullyShardedDataParallel": ".module",
     "DeepSpeedEngine": ".module",
     "OptimizedModule": "._orig_mod",
+    "AveragedModel": ".module",
+    "ActivationWrapper": "._checkpoint_wrapped_module",
     "FSDPModule": "",
     "ScriptModule": "",
 }

@@ -8,7 +8,6 @@ ways through the model that the example inputs do not take.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -25,6 +24,7 @@ from nipq.nn.quantizer import InputQuantizer
 from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, evaluating, to_device
 from nipq.prepare.convert import deploy_
 from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers, set_phase_
+from nipq.prepare.references import KEEP, way_to, with_state
 from nipq.prepare.teacher_forcing import (
     RESULTS,
     LayerComparison,
@@ -59,9 +59,10 @@ def rehearse(model: nn.Module, example_inputs: ExampleInputs) -> None:
         NotQuantizableError: if the copies differ, a deployed layer is not called, or a copy calls a layer of the model
             itself; names the layer.
     """
-    rows = {name: row.layer for name, row in _named_rows(model).items()}
+    own = with_state(model)
+    remedy = "Leave such layers float with Rule(name, quantize=False), or change the model's forward."
     with ExitStack() as stack:
-        for name, layer in rows.items():
+        for name, layer in own.items():
             hook = partial(_refuse_call, name)
             stack.callback(layer.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
         stack.enter_context(torch.random.fork_rng(devices=_cuda_devices(model)))
@@ -69,14 +70,13 @@ def rehearse(model: nn.Module, example_inputs: ExampleInputs) -> None:
             faults = list(_faults(_copy(model), to_device(example_inputs, device_of(model))))
         except _Reached as reached:
             name = str(reached)
-            way = _way(model, rows[name])
+            way, remedy = way_to(model, own[name]), KEEP
             faults = [f"{name}: a copy of the model still calls the layer of the model itself, {way}"]
         except NipqError as error:
             faults = [str(error)]
         except Exception as error:
             faults = [f"{type(model).__name__}: a deployed copy of the model does not run: {first_line(error)}"]
     if faults:
-        remedy = "Leave such layers float with Rule(name, quantize=False), or change the model's forward."
         parts = (fault.partition(": ") for fault in faults)
         diagnostics = [Diagnostic(name, "error", reason, remedy) for name, _, reason in parts]
         lines = "\n".join((*faults, remedy))
@@ -228,46 +228,3 @@ def _random(inputs: ExampleInputs) -> Any:  # noqa: ANN401  (in the same form)
         found = [_random(value) for value in inputs]
         return type(inputs)(*found) if hasattr(inputs, "_fields") else type(inputs)(found)
     return inputs
-
-
-# ---------------------------------------------------------------------- how a layer is reached
-
-
-def _way(model: nn.Module, layer: nn.Module) -> str:
-    """How something else than the tree of modules reaches a layer, in words."""
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if not key.startswith("_") and _reaches(value, layer):
-                owner = name or type(model).__name__
-                return f"through the function that {owner} keeps as {key!r}, which copies share"
-    return "through a closure, a global or another reference that copies share"
-
-
-def _reaches(value: object, layer: nn.Module, depth: int = 0) -> bool:
-    """Return whether a function, or a list or dict of them, holds on to a layer or to a module that has it."""
-    if isinstance(value, nn.Module):
-        return depth > 0 and any(module is layer for module in value.modules())
-    if depth > 4:
-        return False
-    inside: list[object] = []
-    if isinstance(value, types.FunctionType):
-        inside = [cell.cell_contents for cell in value.__closure__ or () if _filled(cell)]
-        inside += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
-        inside += [value.__globals__[name] for name in value.__code__.co_names if name in value.__globals__]
-    elif isinstance(value, partial):
-        inside = [value.func, *value.args, *value.keywords.values()]
-    elif isinstance(value, types.MethodType):
-        inside = [value.__self__, value.__func__]
-    elif isinstance(value, Mapping):
-        inside = list(value.values())
-    elif isinstance(value, (tuple, list, set)):
-        inside = list(value)
-    return any(_reaches(item, layer, depth + 1) for item in inside)
-
-
-def _filled(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return False
-    return True
