@@ -1,8 +1,9 @@
-"""What every test starts from, and the two processes that tests of several ranks share."""
+"""Settings and fixtures of all tests, and the two processes that tests of several ranks share."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -28,8 +29,12 @@ settings.load_profile("nipq")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on several ranks, so that a quick look can leave it out."""
+    """Mark what runs on several ranks, so that a quick look can leave it out; refuse names that differ by process."""
     for item in items:
+        if re.search(r"0x[0-9a-f]{4}", item.nodeid):
+            raise pytest.UsageError(
+                f"expected a name that is the same in every process, found an address in {item.nodeid}; give ids="
+            )
         if "ranks" in getattr(item, "fixturenames", ()):
             item.add_marker("distributed")
 

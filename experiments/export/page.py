@@ -51,7 +51,7 @@ def rung(record: Record, name: str, artifact: str) -> Record | None:
 
 
 def mark(found: Record | None) -> str:
-    """Whether a rung holds, in a word."""
+    """Return whether a rung holds, in a word."""
     return "" if found is None else "holds" if found["passed"] else "**fails**"
 
 

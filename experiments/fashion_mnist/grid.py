@@ -153,7 +153,7 @@ def learned_bits(metrics: Path) -> dict[str, Any]:
 
 
 def done(cell: tuple[str, int, float | None], runs: Path) -> bool:
-    """Whether a cell has its record, and a float cell the weights from which others start."""
+    """Return whether a cell has its record, and a float cell the weights from which others start."""
     name = cell_name(*cell)
     return name in RESULTS.read() and (cell[2] is not None or (runs / name / "float.pt").is_file())
 

@@ -101,7 +101,7 @@ def train(folder: Path, *, resume: bool) -> None:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What a finished run left, without its times."""
+    """The files of a finished run, without its times."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results.pop("seconds")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

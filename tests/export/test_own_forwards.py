@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 import nipq
 from nipq.config import Config, Granularity
@@ -16,38 +15,9 @@ from nipq.errors import ConfigError, FileFormatError
 from nipq.export.inductor import inductor_model
 from nipq.prepare.layer_table import set_phase_
 from tests.export.runtimes.test_inductor import needs_compiler
+from tests.models.own_forwards import Gained, Padded, ScaledTable
 
 IMAGE, IDS = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12).reshape(4, 3) % 7
-
-
-class Gained(nn.Conv2d):
-    """Does more than its operation: kept."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gain = nn.Parameter(torch.tensor([1.3]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.relu(super().forward(x)) * self.gain
-
-
-class Padded(nn.Conv2d):
-    """Its operation and a bias: run on whole codes."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.conv2d(functional.pad(x, (1, 0, 1, 0)), self.weight, self.bias)
-
-
-class ScaledTable(nn.Embedding):
-    """Gemma's: kept."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        scaled: Tensor = super().forward(rows) * self.embed_scale
-        return scaled
 
 
 def build(layer: nn.Module) -> nn.Module:

@@ -501,7 +501,7 @@ class Maker:
             self.add("bias read elsewhere", "bias elsewhere", conv)
 
     def between(self) -> None:
-        """What may stand between a convolution, its batch norm and its activation."""
+        """Operations that may stand between a convolution, its batch norm and its activation."""
         roll = self.draw.random()
         if roll < 0.05:
             self.add("slice written", "zero columns", "")

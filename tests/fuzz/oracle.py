@@ -26,7 +26,7 @@ CLOSE = {torch.float32: 1e-5, torch.float64: 1e-5, torch.bfloat16: 0.1}
 
 @dataclass
 class Outcome:
-    """What became of a network.
+    """Outcome of a network.
 
     Attributes:
         verdict: right, refused before training, or a fault.

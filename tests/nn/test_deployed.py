@@ -8,7 +8,6 @@ import pickle
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -22,30 +21,7 @@ from nipq.config import BitRange, Config, Rule
 from nipq.errors import NotQuantizableError
 from nipq.nn.deployed import DeployedKeptLayer, DeployedLayer, deployed_layers
 from nipq.prepare.layer_table import set_phase_
-
-
-class Gained(nn.Conv2d):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.gain = nn.Parameter(torch.rand(1) + 0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) * self.gain
-
-
-class Padded(nn.Conv2d):
-    def forward(self, x: Tensor) -> Tensor:
-        return functional.conv2d(functional.pad(x, (1, 0, 1, 0)), self.weight, self.bias)
-
-
-class ScaledTable(nn.Embedding):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.register_buffer("embed_scale", torch.tensor(2.5), persistent=False)
-
-    def forward(self, rows: Tensor) -> Tensor:
-        scaled: Tensor = super().forward(rows) * self.embed_scale
-        return scaled
+from tests.models.own_forwards import Gained, Padded, ScaledTable
 
 
 class Conv1D(nn.Module):

@@ -41,7 +41,7 @@ def prepared(x: Tensor, method: str, bits: object = 3, **settings: object) -> nn
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, bool]:
-    """Whether each quantizer parameter got a gradient other than zero, by its kind."""
+    """Return whether each quantizer parameter got a gradient other than zero, by its kind."""
     model(x).square().sum().backward()
     found: dict[str, bool] = {}
     for quantizer in quantizers(model):

@@ -44,7 +44,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("settings", "message"), WRONG, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[text[-40:] for _, text in WRONG])
 def test_a_wrong_setting_is_named_before_anything_is_measured(settings: dict[str, Any], message: str) -> None:
     model = prepare_(plain(), X[:1])
     given = {"budget": BUDGET, "total_steps": 10, "loader": [X]} | settings

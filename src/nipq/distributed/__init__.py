@@ -8,6 +8,8 @@ them in the same order.
 from __future__ import annotations
 
 from nipq.distributed.collectives import (
+    SHARDING_WRAPPERS,
+    WRAPPERS,
     all_or_none,
     all_present,
     barrier,
@@ -19,6 +21,7 @@ from nipq.distributed.collectives import (
     inner,
     is_distributed,
     is_sharded,
+    layers_of_wrapping,
     like,
     part,
     rank,
@@ -28,9 +31,12 @@ from nipq.distributed.collectives import (
     reduce_sum_,
     whole,
     world_size,
+    wrapped_in,
 )
 
 __all__ = [
+    "SHARDING_WRAPPERS",
+    "WRAPPERS",
     "all_or_none",
     "all_present",
     "barrier",
@@ -42,6 +48,7 @@ __all__ = [
     "inner",
     "is_distributed",
     "is_sharded",
+    "layers_of_wrapping",
     "like",
     "part",
     "rank",
@@ -51,4 +58,5 @@ __all__ = [
     "reduce_sum_",
     "whole",
     "world_size",
+    "wrapped_in",
 ]

@@ -25,6 +25,16 @@ T = TypeVar("T")
 
 #: Seconds that :func:`barrier` waits for the slowest rank, where the backend can tell.
 PATIENCE = 1800.0
+#: Where wrappers around a whole model hold it, by name of their class, so that none has to be imported.
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod",  # torch.compile's
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "AveragedModel": "module",
+    "ActivationWrapper": "_checkpoint_wrapped_module",
+}
+#: Wrappers that spread parameters over processes, likewise.
+SHARDING_WRAPPERS = ("FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine")
 
 
 def is_distributed() -> bool:
@@ -42,18 +52,37 @@ def world_size() -> int:
     return dist.get_world_size() if _initialised() else 1
 
 
+def layers_of_wrapping(model: nn.Module) -> list[nn.Module]:
+    """A model's wrappers from the outside, and the model itself, last.
+
+    Args:
+        model: a model, or one inside any of ``WRAPPERS``, or inside several.
+
+    Returns:
+        One module or more.
+    """
+    found = [model]
+    while (inside := wrapped_in(found[-1])) is not None:
+        found.append(inside)
+    return found
+
+
 def inner(model: nn.Module) -> nn.Module:
-    """The model inside ``DistributedDataParallel``, ``DataParallel`` or ``torch.compile``; any other model itself.
+    """The model inside the wrappers around it; any other model itself.
 
     Its forward sends no messages and is not compiled, and its names have no prefix.
     """
-    while True:
-        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            model = model.module
-        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:  # torch.compile's
-            model = model.get_submodule("_orig_mod")
-        else:
-            return model
+    return layers_of_wrapping(model)[-1]
+
+
+def wrapped_in(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper holds; None where the module is no wrapper.
+
+    Args:
+        module: any module.
+    """
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    return next((module._modules.get(part) for kind, part in WRAPPERS.items() if kind in kinds), None)
 
 
 def rank_seed(seed: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
-from nipq.distributed import check_same_, is_sharded, reduce_mean_
+from nipq.distributed import check_same_, inner, is_sharded, layers_of_wrapping, reduce_mean_
 from nipq.errors import DistributedError, OrderError
 from nipq.nn.quantizer import TensorQuantizer
 
@@ -145,20 +145,14 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(found))
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside wrappers for several processes and for compilation."""
-    return _layers(model)[-1]
-
-
 def waits_for_all(model: nn.Module) -> bool:
     """Return whether a wrapper may wait for a gradient of every parameter that it was built with.
 
     ``DistributedDataParallel`` does. With ``find_unused_parameters=True`` it looks for unused ones in what ``forward``
     returns, and refuses a gradient that one of them gets from elsewhere.
     """
-    return not any(
-        isinstance(layer, DistributedDataParallel) and layer.find_unused_parameters for layer in _layers(model)
-    )
+    wrappers = [layer for layer in layers_of_wrapping(model) if isinstance(layer, DistributedDataParallel)]
+    return not any(wrapper.find_unused_parameters for wrapper in wrappers)
 
 
 def check_wrapper(model: nn.Module) -> None:
@@ -171,7 +165,7 @@ def check_wrapper(model: nn.Module) -> None:
         OrderError: naming parameters that ``DistributedDataParallel`` would not average.
         DistributedError: for the first generation of FSDP, or naming a quantizer that sharding left to its rank.
     """
-    bare = unwrapped(model)
+    bare = inner(model)
     # A model can only hold one if its module, which is slow to import, has been imported.
     first_generation = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     if any(isinstance(module, first_generation) for module in model.modules()):
@@ -181,7 +175,7 @@ def check_wrapper(model: nn.Module) -> None:
             "bare model."
         )
     check_averaged(bare)
-    for layer in _layers(model):
+    for layer in layers_of_wrapping(model):
         known = getattr(layer, "_module_parameters", None)
         if not isinstance(layer, DistributedDataParallel) or known is None:
             continue
@@ -193,14 +187,3 @@ def check_wrapper(model: nn.Module) -> None:
                 f"{type(bare).__name__}: expected DistributedDataParallel around a prepared model, found one built "
                 f"before prepare_, which would not average {named}. Prepare first, wrap then."
             )
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """A model's wrappers from the outside, and the model itself."""
-    found = [model]
-    while True:
-        last = found[-1]
-        inner = last.module if isinstance(last, DistributedDataParallel) else getattr(last, "_orig_mod", last)
-        if inner is last:
-            return found
-        found.append(inner)

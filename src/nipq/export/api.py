@@ -20,8 +20,8 @@ from nipq.export.runtimes import faithful_session
 from nipq.files import check_free, written_whole
 from nipq.nn.deployed import check_deployed, deployed_layers, deployed_products
 from nipq.prepare.batches import BatchReader
+from nipq.prepare.convert import bare_model
 from nipq.prepare.input_form import REMEDY, ExampleInputs, known_form
-from nipq.prepare.wrappers import unwrapped
 from nipq.tables import Column, FittedTable, Prose, plain_text
 
 #: Formats of files.
@@ -67,7 +67,7 @@ def export(
         NonFiniteError: if a scale leaves the range of float32.
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
-    path, deployed = Path(path), unwrapped(deployed, "export")
+    path, deployed = Path(path), bare_model(deployed, "export")
     chosen = format_of(path) if format is None else format
     if chosen not in get_args(Format):
         raise ConfigError(f"export: expected one of the formats {', '.join(get_args(Format))}, found {chosen!r}.")
@@ -140,7 +140,7 @@ def _check_float32(deployed: nn.Module, format: Format) -> None:
 
 
 def _prepared_with(deployed: nn.Module, given: ExampleInputs) -> ExampleInputs:
-    """What the model was prepared with, out of a training batch."""
+    """Inputs of the form that the model was prepared with, out of a training batch."""
     try:
         return BatchReader(deployed, purpose="export").inputs(given)
     except ConfigError as error:

@@ -31,8 +31,8 @@ from nipq.nn.deployed import (
 )
 from nipq.nn.kinds import along_channels
 from nipq.prepare.batches import ExampleInputs, call_model
+from nipq.prepare.convert import bare_model
 from nipq.prepare.plan import inductor_reason
-from nipq.prepare.wrappers import unwrapped
 
 #: The compiler's counts of what it recognised.
 COUNTS = {nn.Conv2d: "qconv_weight_prepack_matcher_count", nn.Linear: "qlinear_weight_prepack_matcher_count"}
@@ -142,7 +142,7 @@ def inductor_model(deployed: nn.Module, example_inputs: ExampleInputs, *, strict
             "torchao.quantization.pt2e.quantizer.x86_inductor_quantizer",  # the passes, registered by the import alone
         ):
             require(module, extra="inductor", purpose="integer kernels from PyTorch's compiler")
-    deployed = unwrapped(deployed, "inductor_model")
+    deployed = bare_model(deployed, "inductor_model")
     check_deployed(deployed, "inductor_model")
     clone = copy.deepcopy(deployed).cpu().eval()
     numbers = portable_layers(clone)

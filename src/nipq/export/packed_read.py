@@ -44,7 +44,7 @@ from nipq.nn.integer import bias_of
 from nipq.nn.kinds import close_shortcuts_, is_plain, is_supported, is_table, output_channels
 from nipq.nn.layers import float_weight, is_prepared
 from nipq.nn.shells import kept_shell, plain_shell
-from nipq.prepare.wrappers import unwrapped
+from nipq.prepare.convert import bare_model
 
 #: Bytes of the header: so many at any rate, and so many for each tensor of the model. It needs about 0.5 kB a layer.
 HEADER_BASE, HEADER_PER_TENSOR = 2**16, 2**12
@@ -208,7 +208,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
             module whose attention is quantized.
         NotQuantizableError: if a part of the model is wrapped or sharded.
     """
-    model = unwrapped(model, "load")
+    model = bare_model(model, "load")
     if any(is_prepared(module) or isinstance(module, Deployed) for module in model.modules()):
         raise ConfigError(
             f"load: expected a plain float {type(model).__name__}, found a prepared or deployed one. "

@@ -40,8 +40,7 @@ from nipq.nn.deployed import (
     deployed_products,
     full_name,
 )
-from nipq.prepare.convert import deploy_copy
-from nipq.prepare.wrappers import unwrapped
+from nipq.prepare.convert import bare_model, deploy_copy
 
 #: Name of the format in the metadata, and its version.
 FORMAT, FORMAT_VERSION = "nipq-packed", 3
@@ -85,10 +84,10 @@ def save(deployed: nn.Module, path: str | Path, *, overwrite: bool = False) -> P
         ConfigError: if the file exists and ``overwrite`` is not given, its folder does not exist, the model holds no
             deployed layer, or it holds state that no file can.
     """
-    path, deployed = Path(path), unwrapped(deployed, "save")
+    path, deployed = Path(path), bare_model(deployed, "save")
     check_free(path, overwrite=overwrite, command="save")
     tensors, metadata = contents(deployed)
-    data = seal(to_bytes(tensors, metadata))
+    data = with_checksum(to_bytes(tensors, metadata))
     assert len(data) == file_bytes(deployed), "the header's length is computed as safetensors writes it"
     with written_whole(path) as temporary:
         temporary.write_bytes(data)
@@ -107,7 +106,7 @@ def file_bytes(deployed: nn.Module) -> int:
     Raises:
         ConfigError: as :func:`save`.
     """
-    deployed = unwrapped(deployed, "save")
+    deployed = bare_model(deployed, "save")
     sizes = [(layer.weight_codes.numel(), layer.weight_bits) for layer in _owners(deployed).values()]
     return _fixed_bytes(deployed) + sum(payload_bytes(count, bits) for count, bits in sizes)
 
@@ -135,7 +134,8 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         deployed: a deployed model.
 
     Returns:
-        ``(tensors, metadata)`` as safetensors takes them, with :data:`NO_CHECKSUM` for :func:`seal` to replace.
+        ``(tensors, metadata)`` as safetensors takes them, with :data:`NO_CHECKSUM` for :func:`with_checksum`
+        to replace.
 
     Raises:
         ConfigError: if the model holds no deployed layer, or state that no file can.
@@ -149,7 +149,7 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     return tensors, {KEY: text + " " * missing}
 
 
-def seal(data: bytes) -> bytes:
+def with_checksum(data: bytes) -> bytes:
     """Put the checksum in the place of :data:`NO_CHECKSUM`, which :func:`contents` left for it."""
     place = data.index(NO_CHECKSUM.encode())
     return data[:place] + checksum(data, place).encode() + data[place + len(NO_CHECKSUM) :]

@@ -83,7 +83,7 @@ class _Deployed(nn.Module, ABC):
     @property
     @abstractmethod
     def used_weight(self) -> Tensor:
-        """What a forward of the layer's own computes with."""
+        """The weight that a forward of the layer's own computes with."""
 
     @property
     @abstractmethod
@@ -127,13 +127,8 @@ def _parts(module: nn.Module) -> tuple[dict[str, Any], ...]:
     return vars(module), *(vars(module)[kind] for kind in ("_parameters", "_buffers", "_modules"))
 
 
-def _one_input(self: nn.Module, input: Tensor) -> Tensor:
-    """Signature of a forward, for tools that look at it, such as ``torch.fx``."""
-    raise NotImplementedError
-
-
 def _seen_as(signature: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Give a forward the signature of another function, at no cost when it runs."""
+    """Show tools that look at signatures, such as ``torch.fx``, that of another function, at no cost when it runs."""
 
     def mark(forward: Callable[..., Any]) -> Callable[..., Any]:
         forward.__wrapped__ = signature  # type: ignore[attr-defined]  # as functools.wraps does
@@ -206,7 +201,7 @@ class DeployedLayer(_Deployed):
         """Whole codes of the input relative to the zero point, held as floats; shape of ``x``."""
         return integer_codes(x, self.input_step, self.code_low, self.code_high)
 
-    @_seen_as(_one_input)
+    @_seen_as(nn.Identity.forward)  # one input
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
         """The layer's output, in the type of its input.
 
@@ -290,7 +285,7 @@ class DeployedWeightOnlyLayer(_Deployed):
         super().__init__(layer, weight, weight_bits, tied_to, dtype)
         self._buffers |= {"scale": scale, "offset": bias}
 
-    @_seen_as(_one_input)
+    @_seen_as(nn.Identity.forward)  # one input
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401  (the trained layer's own arguments)
         """The layer's output.
 
@@ -359,7 +354,7 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
         """An instance of the trained layer's class, too, for models that ask for it or call its other methods."""
         # Without a layer for torch's compiler, which makes an empty one of the class that it has found.
         kind = cls if layer is None else subclass(_kept, type(layer).__bases__[0])
-        made: Self = object.__new__(kind)  # type: ignore[assignment]
+        made: Self = object.__new__(kind)  # type: ignore[assignment]  # a subclass of Self made here
         return made
 
     def __init__(

@@ -136,7 +136,7 @@ def _forward_unless_folded(relu: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_seen(relu: nn.Module) -> bool:
-    """Whether a hook may read the ReLU's result."""
+    """Return whether a hook may read the ReLU's result."""
     if relu._forward_hooks or relu._backward_hooks or _global_forward_hooks or _global_forward_pre_hooks:
         return True
     if "seen_by" not in relu.__dict__:

@@ -46,7 +46,7 @@ class WeightView(Tensor):
 
     @property
     def requires_grad(self) -> bool:
-        """Whether this tensor requires gradients; set, it is the float weight that does."""
+        """True if this tensor requires gradients; set, it is the float weight that does."""
         return bool(Tensor.requires_grad.__get__(self))  # type: ignore[attr-defined]  # a descriptor of torch's
 
     @requires_grad.setter
@@ -112,7 +112,7 @@ class WrittenWeight:
         return view
 
     def target(self, weight: Tensor) -> Tensor:
-        """Where a write goes: to the float weight."""
+        """The float weight, which a write goes to."""
         return weight
 
     def read(self, weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from nipq.prepare.input_form import (
     guessed_inputs,
     known_form,
     left_over,
+    map_tensors,
     tensors_in,
     the_rest,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "copy_of",
     "device_of",
     "evaluating",
+    "map_tensors",
     "tensors_in",
     "to_device",
 ]
@@ -123,16 +125,7 @@ def to_device(inputs: Any, device: torch.device) -> Any:  # noqa: ANN401  (a mod
         >>> to_device({"x": [torch.zeros(1)], "mode": "fast"}, torch.device("cpu"))
         {'x': [tensor([0.])], 'mode': 'fast'}
     """
-    if isinstance(inputs, Tensor):
-        return inputs.to(device, non_blocking=device.type != "cpu")
-    if isinstance(inputs, Mapping):
-        return {key: to_device(value, device) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        moved = [to_device(value, device) for value in inputs]
-        if isinstance(inputs, list):
-            return moved
-        return type(inputs)(*moved) if hasattr(inputs, "_fields") else tuple(moved)
-    return inputs
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=device.type != "cpu"), inputs)
 
 
 class BatchReader:
@@ -293,7 +286,7 @@ class BatchReader:
             yield where, inputs, sum(sizes) / own
 
     def _chosen(self, batch: Any) -> ExampleInputs:  # noqa: ANN401
-        """What the caller's function returns."""
+        """Inputs as the caller's function returns them."""
         assert self._own is not None
         try:
             found = self._own(batch)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.config import Phase
+from nipq.distributed import SHARDING_WRAPPERS, inner, is_sharded, wrapped_in
 from nipq.errors import NonFiniteError, NotQuantizableError, OrderError
 from nipq.nn.deployed import (
     Deployed,
@@ -29,7 +30,6 @@ from nipq.nn.shells import kept_shell, plain_shell
 from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, to_device
 from nipq.prepare.layer_table import LayerRow, layer_table, quantizers, set_phase_, weight_table
 from nipq.prepare.references import KEEP, way_to, with_state
-from nipq.prepare.wrappers import unwrapped
 
 
 def convert(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn.Module:
@@ -57,7 +57,7 @@ def convert(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn
         NotQuantizableError: if a part of the model is wrapped or sharded, or a layer is reached past the model's
             modules.
     """
-    model = unwrapped(model, "convert")
+    model = bare_model(model, "convert")
     for quantizer in quantizers(model):
         if not quantizer.is_frozen:
             raise OrderError(
@@ -82,6 +82,34 @@ def convert(model: nn.Module, example_inputs: ExampleInputs | None = None) -> nn
 
 
 @torch.no_grad()
+def bare_model(model: nn.Module, command: str) -> nn.Module:
+    """The model inside the wrappers around it, or the model itself, so that no name gets a prefix.
+
+    Args:
+        model: any model.
+        command: in whose name it is refused.
+
+    Raises:
+        NotQuantizableError: if a part of the model is wrapped, or its parameters are spread over processes.
+    """
+    model = inner(model)
+    for name, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        where = name or type(module).__name__
+        if not kinds.isdisjoint(SHARDING_WRAPPERS) or any(map(is_sharded, module.parameters(recurse=False))):
+            raise NotQuantizableError(
+                f"{command}: {where}: expected whole parameters, found them sharded over processes. Load the full "
+                "state dict (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True) "
+                "into a model that is not sharded, prepared with the same config."
+            )
+        if wrapped_in(module) is not None:
+            raise NotQuantizableError(
+                f"{command}: {where}: expected parts of a model as they are, found one inside {type(module).__name__}. "
+                "Take the wrapper off, or put it around the whole model."
+            )
+    return model
+
+
 def _check_calls(model: nn.Module, deployed: nn.Module, example_inputs: ExampleInputs) -> None:
     """Run a deployed model once: it calls every deployed layer, and no layer of the trained model."""
     called: set[str] = set()

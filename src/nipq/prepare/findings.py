@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from nipq.config import Config
+from nipq.distributed import SHARDING_WRAPPERS, WRAPPERS
 from nipq.errors import Diagnostic, NotQuantizableError
 from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, output_channel_axis
@@ -30,15 +31,9 @@ _REMEDY = (
 )
 #: Products of two activations.
 _PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum")
-#: Wrappers that change how parameters are found, by name, so that none has to be imported; and how to get the model.
-_WRAPPERS = {
-    "DataParallel": ".module",
-    "DistributedDataParallel": ".module",
-    "FullyShardedDataParallel": ".module",
-    "DeepSpeedEngine": ".module",
-    "OptimizedModule": "._orig_mod",
-    "AveragedModel": ".module",
-    "ActivationWrapper": "._checkpoint_wrapped_module",
+#: Wrappers that change how parameters are found, and how to get the model out of them, where there is a way.
+_WRAPPERS = {kind: f".{part}" for kind, part in WRAPPERS.items()} | {
+    **dict.fromkeys(SHARDING_WRAPPERS, ".module"),
     "FSDPModule": "",
     "ScriptModule": "",
 }

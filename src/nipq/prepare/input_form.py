@@ -19,7 +19,7 @@ wrappers, and not in state dicts.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
@@ -120,7 +120,7 @@ class InputForm:
         return values[0] if len(values) == 1 and isinstance(values[0], Tensor) else tuple(values)
 
     def targets(self, batch: Any) -> Any:  # noqa: ANN401  (whatever a loader yields)
-        """What stands after the inputs in a batch, or under a name of :data:`LABELS`.
+        """The targets of a batch: the items after its inputs, or one under a name of :data:`LABELS`.
 
         Args:
             batch: what a loader yields.
@@ -182,7 +182,7 @@ class InputForm:
         return [one.value if one.kind == "constant" else next(given) for one in self.arguments]
 
     def _is_one(self, *kinds: Kind) -> bool:
-        """Whether there is one positional input, of one of these kinds."""
+        """Return whether there is one positional input, of one of these kinds."""
         return not self.keywords and len(self.varying) == 1 and self.varying[0].kind in kinds
 
     @staticmethod
@@ -400,7 +400,7 @@ def guessed_inputs(batch: Any, model: nn.Module) -> ExampleInputs:  # noqa: ANN4
 
 
 def _decodes_labels(model: nn.Module) -> bool:
-    """Whether a model of transformers makes its decoder's inputs of the labels."""
+    """Return whether a model of transformers makes its decoder's inputs of the labels."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
@@ -462,6 +462,32 @@ def tensors_in(value: object) -> Iterator[Tensor]:
             yield from tensors_in(item)
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:  # noqa: ANN401  (tensors in any structure)
+    """Apply a function to the tensors in mappings, tuples and lists, however deep; other objects stay as they are.
+
+    Args:
+        function: from a tensor to a tensor.
+        value: tensors in any structure.
+
+    Returns:
+        The same structure: mappings as dicts, other sequences as lists or tuples.
+
+    Example:
+        >>> map_tensors(torch.neg, {"x": [torch.ones(1)], "mode": "fast"})
+        {'x': [tensor([-1.])], 'mode': 'fast'}
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: map_tensors(function, item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        items = [map_tensors(function, item) for item in value]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
 def cut(value: Any, start: int, stop: int, size: int) -> Any:  # noqa: ANN401  (tensors in any structure)
     """Some samples of a tensor, or of those in mappings, tuples and lists, that have one entry for each sample.
 
@@ -471,14 +497,7 @@ def cut(value: Any, start: int, stop: int, size: int) -> Any:  # noqa: ANN401  (
         stop: the one after the last.
         size: samples in the batch.
     """
-    if isinstance(value, Tensor):
-        return value[start:stop] if value.ndim and len(value) == size else value
-    if isinstance(value, Mapping):
-        return {key: cut(item, start, stop, size) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        parts = [cut(item, start, stop, size) for item in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    return value
+    return map_tensors(lambda x: x[start:stop] if x.ndim and len(x) == size else x, value)
 
 
 def described(value: object, depth: int = 1) -> str:
@@ -503,7 +522,7 @@ def described(value: object, depth: int = 1) -> str:
 
 
 def described_inputs(inputs: ExampleInputs) -> str:
-    """What a model is called with, in a few words.
+    """Describe a model's inputs in a few words.
 
     Example:
         >>> described_inputs({"x": torch.zeros(2, 3)})
@@ -515,7 +534,7 @@ def described_inputs(inputs: ExampleInputs) -> str:
 
 
 def left_over(batch: Any, inputs: ExampleInputs) -> Any:  # noqa: ANN401  (whatever a loader yields)
-    """What is left of a batch without inputs that a function took from it: a list of items, or a mapping.
+    """The rest of a batch without inputs that a function took from it: a list of items, or a mapping.
 
     Args:
         batch: what a loader yields.

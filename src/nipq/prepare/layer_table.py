@@ -312,7 +312,7 @@ def check_finite(model: nn.Module, where: str = "") -> None:
 
 
 def _is_sound(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Whether numbers are finite, and clipping ranges such that float32 holds quotients by their steps."""
+    """Return whether numbers are finite, and clipping ranges such that float32 holds quotients by their steps."""
     sound = torch.isfinite(tensor)
     if name.endswith("alpha_raw"):
         sound &= tensor >= math.log(LEAST_RANGE) - 1  # raw is log(alpha) there, of which start ranges keep a margin

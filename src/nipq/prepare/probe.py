@@ -290,7 +290,7 @@ class _Trial:
         return found
 
     def changed_itself(self) -> bool:
-        """Whether a buffer, another parameter or a number of the copy is another one than at the start."""
+        """Return whether a buffer, another parameter or a number of the copy is another one than at the start."""
         now = self._tensors()
         same = now.keys() == self.state.keys() and all(torch.equal(now[key], self.state[key]) for key in now)
         return not same or self.numbers_now() != self.numbers
@@ -308,7 +308,7 @@ class _Trial:
         }
 
     def same(self, a: object, b: object) -> bool:
-        """Whether two tensors are alike up to rounding."""
+        """Return whether two tensors are alike up to rounding."""
         if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
             return False
         if a.numel() == 0:
@@ -365,7 +365,7 @@ def _probe(trial: _Trial) -> Probe:
 def _is_scaled(
     trial: _Trial, found: Tensor, value: Tensor, reach: Callable[[Tensor], Tensor], *, by_channel: bool
 ) -> bool:
-    """Whether what reaches the operation holds the elements of a tensor, each times 0 or one factor.
+    """Return whether what reaches the operation holds the elements of a tensor, each times 0 or one factor.
 
     Any order and shape will do, padding too. The factor of a weight may differ between its channels.
 
@@ -401,7 +401,7 @@ def _is_scaled(
 
 
 def _is_linear(trial: _Trial, first: _Run, weight: Tensor) -> bool:
-    """Whether the layer is its operation on input and weight, plus its bias along its channels."""
+    """Return whether the layer is its operation on input and weight, plus its bias along its channels."""
     layer, x = trial.layer, trial.x
     assert x is not None
     channels, dim = output_channels(layer), channel_dim(layer)
@@ -434,7 +434,7 @@ def _is_linear(trial: _Trial, first: _Run, weight: Tensor) -> bool:
 
 
 def _without_bias(trial: _Trial, weight: Tensor, expected: Tensor) -> bool:
-    """Whether the forward can do without the parameter, as whole sums need it."""
+    """Return whether the forward can do without the parameter, as whole sums need it."""
     try:
         return trial.same(trial.run(weight, no_bias=True).output, expected)
     except Exception:  # the forward is foreign code
@@ -442,5 +442,5 @@ def _without_bias(trial: _Trial, weight: Tensor, expected: Tensor) -> bool:
 
 
 def _unscaled(found: Tensor, among: Tensor) -> bool:
-    """Whether every element is one of another tensor, or 0."""
+    """Return whether every element is one of another tensor, or 0."""
     return bool((torch.isin(found, among.to(found.dtype)) | (found == 0)).all())

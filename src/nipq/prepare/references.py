@@ -22,7 +22,7 @@ def with_state(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def way_to(model: nn.Module, layer: nn.Module) -> str:
-    """How something else than the tree of modules reaches a layer, in words.
+    """Describe the way by which something else than the tree of modules reaches a layer.
 
     Args:
         model: holds the layer.

@@ -8,7 +8,7 @@ ways through the model that the example inputs do not take.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from nipq.config import Phase
 from nipq.errors import Diagnostic, NipqError, NotQuantizableError, first_line
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.quantizer import InputQuantizer
-from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, evaluating, to_device
+from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, evaluating, map_tensors, to_device
 from nipq.prepare.convert import deploy_
 from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers, set_phase_
 from nipq.prepare.references import KEEP, way_to, with_state
@@ -139,11 +139,13 @@ def _faults(trained: nn.Module, example_inputs: ExampleInputs) -> Iterator[str]:
         rows = _named_rows(trained)
         set_phase_(trained, Phase.ROUND)
         with recording(rows) as calls:
-            output = call_model(trained, _fresh(inputs))
+            output = call_model(trained, map_tensors(torch.clone, inputs))
         calls.results = [tensor.clone() for tensor in float_results(output)]
         layers: dict[str, LayerComparison] = {}
         deployed = deploy_(trained)
-        run_teacher_forced(deployed, calls, layers, lambda network: call_model(network, _fresh(inputs)))
+        run_teacher_forced(
+            deployed, calls, layers, lambda network: call_model(network, map_tensors(torch.clone, inputs))
+        )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in calls.results):
         layers.pop(RESULTS, None)  # the model's own affair
     for name, layer in layers.items():
@@ -165,30 +167,18 @@ def _fault(layer: LayerComparison) -> str | None:
     return layer.output_fault()
 
 
-def _fresh(inputs: ExampleInputs) -> Any:  # noqa: ANN401  (in the same form)
-    """Copies of the tensors: a forward may write into its input."""
-    if isinstance(inputs, Tensor):
-        return inputs.clone()
-    if isinstance(inputs, Mapping):
-        return {key: _fresh(value) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        fresh = [_fresh(value) for value in inputs]
-        return type(inputs)(*fresh) if hasattr(inputs, "_fields") else type(inputs)(fresh)
-    return inputs
-
-
 def _calibrate_(model: nn.Module, example_inputs: ExampleInputs) -> ExampleInputs:
     """Set provisional clipping ranges from the largest values; returns the inputs that they were found on."""
     set_phase_(model, Phase.FLOAT)
     ends: dict[InputQuantizer, tuple[float, float]] = {}
     inputs = example_inputs
-    for inputs in (_random(example_inputs), example_inputs):
+    for inputs in (map_tensors(_random, example_inputs), example_inputs):
         ends.clear()
         with ExitStack() as stack:
             for quantizer in input_quantizers(layer_table(model)):
                 stack.callback(quantizer.register_forward_pre_hook(partial(_widen, ends)).remove)
             try:
-                results = float_results(call_model(model, _fresh(inputs)))
+                results = float_results(call_model(model, map_tensors(torch.clone, inputs)))
             except _Reached:
                 raise
             except Exception:
@@ -217,14 +207,7 @@ def _widen(ends: dict[InputQuantizer, tuple[float, float]], quantizer: InputQuan
         ends[quantizer] = min(low, float(found.min().nan_to_num())), max(high, float(found.max().nan_to_num()))
 
 
-def _random(inputs: ExampleInputs) -> Any:  # noqa: ANN401  (in the same form)
-    """The inputs with random numbers in floating tensors that hold one value throughout, as zeros show nothing."""
-    if isinstance(inputs, Tensor):
-        constant = inputs.is_floating_point() and inputs.numel() > 1 and bool((inputs == inputs.flatten()[0]).all())
-        return torch.rand_like(inputs) if constant else inputs
-    if isinstance(inputs, Mapping):
-        return {key: _random(value) for key, value in inputs.items()}
-    if isinstance(inputs, (tuple, list)):
-        found = [_random(value) for value in inputs]
-        return type(inputs)(*found) if hasattr(inputs, "_fields") else type(inputs)(found)
-    return inputs
+def _random(x: Tensor) -> Tensor:
+    """Random numbers in place of a floating tensor that holds one value throughout, as zeros show nothing."""
+    constant = x.is_floating_point() and x.numel() > 1 and bool((x == x.flatten()[0]).all())
+    return torch.rand_like(x) if constant else x

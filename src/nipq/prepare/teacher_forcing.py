@@ -188,7 +188,7 @@ class LayerComparison:
         return self.output_fault()
 
     def _readers(self) -> str:
-        """Where to look for what came before, if something reads weights past their layers."""
+        """Advice on layers that came before, where something reads weights past their layers."""
         return f" (something else reads the weight of {', '.join(self.suspects)})" if self.suspects else ""
 
     def output_fault(self) -> str | None:

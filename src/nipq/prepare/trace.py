@@ -242,7 +242,7 @@ def _spec(
 
 
 def _batch_size(example_inputs: ExampleInputs, watcher: _Watcher) -> int:
-    """How many samples the example inputs hold."""
+    """Number of samples in the example inputs."""
     if not isinstance(example_inputs, Tensor) and len(example_inputs):
         first = next(iter(example_inputs.values() if isinstance(example_inputs, Mapping) else example_inputs))
         if isinstance(first, list) and len(first) == watcher.outputs_listed:
@@ -536,7 +536,7 @@ class _Watcher(TorchFunctionMode):
         calls.output, calls.channels_second = id(y), y.ndim + channel_dim(module) == 1
 
     def unchanged(self, tensor: Tensor) -> bool:
-        """Whether a layer or a ReLU made a tensor and nothing wrote into it, or into a view of it, since."""
+        """Return whether a layer or a ReLU made a tensor and nothing wrote into it, or into a view of it, since."""
         version = self.versions.get(id(tensor))
         return version is not None and version == _version(tensor)
 
@@ -550,7 +550,7 @@ class _Watcher(TorchFunctionMode):
         return tuple(sorted(set().union(*found)))
 
     def reads_past(self, layer: nn.Module) -> bool:
-        """Whether one of these did not look the parameter up on any module."""
+        """Return whether one of these did not look the parameter up on any module."""
         return any(
             id(parameter) in self.readers.outside and id(parameter) not in self.reached
             for parameter in layer._parameters.values()

@@ -20,8 +20,8 @@ from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.freeze import check_same_freeze, freeze_bits_, freeze_to_
 from nipq.budget.sensitivity import LossFn
 from nipq.config import Phase
-from nipq.distributed import check_same_, is_sharded
-from nipq.distributed.fsdp import check_wrapper, unwrapped, waits_for_all
+from nipq.distributed import check_same_, inner, is_sharded
+from nipq.distributed.fsdp import check_wrapper, waits_for_all
 from nipq.errors import ConfigError, OrderError
 from nipq.prepare.batches import Inputs, check_rereadable
 from nipq.prepare.layer_table import check_finite, layer_table, quantizers, set_noise_mix_, set_phase_
@@ -165,7 +165,7 @@ class QATSession:
             },
             functions={"loss_fn": loss_fn, "on_state": on_state, "inputs": inputs},
         )  # fmt: skip
-        self.model, self.budget = unwrapped(model), budget
+        self.model, self.budget = inner(model), budget
         check_float32(self.model)
         check_wrapper(model)
         check_same_(self.model, "QATSession")

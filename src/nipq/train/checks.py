@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from operator import and_
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,14 @@ from nipq.budget.budget import AverageBits, BitOps, Budget, ModelSize, check_fea
 from nipq.distributed import part, reduce_min_, reduce_sum_
 from nipq.errors import ConfigError, NonFiniteError, require
 from nipq.nn.quantizer import TensorQuantizer
-from nipq.prepare.batches import call_model, copy_of
+from nipq.prepare.batches import call_model, copy_of, tensors_in
 from nipq.prepare.layer_table import quantizers
 from nipq.prepare.prepare import prepare_
-from nipq.train.batches import Nested
+from nipq.train.batches import Nested, Sources, TensorSplit, count_of, pick
 
 if TYPE_CHECKING:
     from nipq.train.config import BudgetConfig, TrainConfig
+    from nipq.train.task import Task
 
 #: Advice about numbers that are not finite.
 ADVICE = (
@@ -30,6 +31,8 @@ ADVICE = (
     "folder with a lower optimizer.lr or range_lr"
 )
 
+#: Shapes of inputs, among those of all batches, that a model is run on before the first step.
+MOST_SHAPES = 8
 
 # ---------------------------------------------------------------------- before the first step
 
@@ -48,36 +51,43 @@ def make_budget(config: BudgetConfig) -> Budget:
 
 
 def preflight(
-    model: nn.Module, example: Nested, config: TrainConfig, budget: Budget | None, check: Callable[[Any], None]
+    model: nn.Module, data: Sources, task: Task, config: TrainConfig, budget: Budget | None
 ) -> list[FeasibleRange]:
     """Check before the first step that model, data, settings and budget fit: run the model, prepare a copy of it.
 
     Args:
         model: the float model on the CPU.
-        example: inputs of one sample.
+        data: the splits; those for validation and test, and a training split in memory, are looked at as a whole.
+        task: the task.
         config: the run's config.
         budget: the budget, or ``None``.
-        check: refuses outputs that do not fit the data.
 
     Returns:
         The range within reach of each limit.
 
     Raises:
         ConfigError: if they do not fit each other.
+        NonFiniteError: if a sample holds NaN.
         BudgetError: if the budget is out of reach, naming the range.
         NotQuantizableError: if the model cannot be prepared.
         MissingDependencyError: if the allocation needs a package that is not there.
     """
     trial = copy_of(model).eval()
-    try:
-        with torch.no_grad():
-            outputs = call_model(trial, example)
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"model {config.model.factory!r} cannot take inputs of shape {_shape(example)}: {error}; "
-            "correct model.factory, model.kwargs or the data section"
-        ) from error
-    check(outputs)
+    example = pick(next(iter(data.test))[0], slice(1))
+    outputs = _outputs(trial, example, config, "the test split")
+    task.check(outputs, data)
+    shapes = {str(_shape(example))}
+    for name, split in (("training", data.train), ("validation", data.validation), ("test", data.test)):
+        if split is None or (name == "training" and not isinstance(split, TensorSplit)):
+            continue  # training samples that are decoded or made when they are needed are looked at in their first step
+        for number, (inputs, targets) in enumerate(split):
+            where = f"batch {number} of the {name} split"
+            _check_batch(inputs, targets, where)
+            task.check_targets(targets, outputs, where)
+            one = pick(inputs, slice(1))
+            if len(shapes) < MOST_SHAPES and str(_shape(one)) not in shapes:
+                shapes.add(str(_shape(one)))
+                task.check(_outputs(trial, one, config, where), data)
     prepare_(trial, example, config.quantization)
     if (
         config.allocation in ("uniform", "hawq")
@@ -91,6 +101,34 @@ def preflight(
     if config.allocation == "hawq":
         require("curvlinops", extra="analysis", purpose="allocation 'hawq'")
     return [] if budget is None else check_feasible(trial, budget)
+
+
+def _outputs(model: nn.Module, inputs: Nested, config: TrainConfig, where: str) -> Any:  # noqa: ANN401
+    try:
+        with torch.no_grad():
+            return call_model(model, inputs)
+    except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"model {config.model.factory!r} cannot take inputs of shape {_shape(inputs)} out of {where}: {error}; "
+            "correct model.factory, model.kwargs or the data section"
+        ) from error
+
+
+def _check_batch(inputs: Nested, targets: Nested | None, where: str) -> None:
+    """Refuse a batch without samples, with NaN, or of inputs and targets that differ in number."""
+    samples = count_of(inputs)
+    for what, value in (("inputs", inputs), ("targets", targets)):
+        for tensor in tensors_in(value):
+            if len(tensor) != samples or not samples:
+                raise ConfigError(
+                    f"{where}: expected one entry of the {what} for each of its {samples} samples, at least one, found "
+                    f"{len(tensor)}; correct the data"
+                )
+            if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                sample = int(tensor.isnan().flatten(1).any(1).nonzero()[0]) if tensor.ndim > 1 else 0
+                raise NonFiniteError(
+                    f"{where}: expected numbers, found NaN in the {what} of sample {sample}; leave the sample out"
+                )
 
 
 def _shape(value: Nested) -> tuple[int, ...] | dict[str, tuple[int, ...]]:

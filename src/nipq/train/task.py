@@ -83,6 +83,18 @@ class Task(ABC):
             ConfigError: if they do not fit.
         """
 
+    def check_targets(self, targets: Any, outputs: Any, where: str) -> None:  # noqa: ANN401, B027 - as above
+        """Refuse targets that no loss can be computed from, before training.
+
+        Args:
+            targets: second item of a batch.
+            outputs: the model's outputs for one sample.
+            where: names the batch, for the message.
+
+        Raises:
+            ConfigError: if they do not fit.
+        """
+
     def to_dict(self) -> dict[str, Any]:
         """Name, unit and direction of the metric, for the results."""
         return {"name": self.metric, "unit": self.unit, "higher_is_better": self.higher_is_better}
@@ -168,14 +180,26 @@ class Classification(Task):
         return 100.0 * (outputs.argmax(-1) == targets).sum().double()
 
     def check(self, outputs: Any, data: Sources) -> None:  # noqa: ANN401 - whatever the model returns
-        """Refuse a model with fewer logits than there are classes."""
-        if data.classes is None:
-            return
-        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < data.classes:
+        """Refuse outputs that are no logits, or fewer than there are classes."""
+        if not isinstance(outputs, Tensor) or outputs.ndim != 2 or outputs.shape[1] < (data.classes or 0):
             found = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            wanted = "logits of each class" if data.classes is None else f"(1, {data.classes}) logits"
             raise ConfigError(
-                f"expected the model to answer with (1, {data.classes}) logits for {data.classes} classes, found "
-                f"{found}; correct model.kwargs"
+                f"expected the model to answer with {wanted}{f' for {data.classes} classes' if data.classes else ''}, "
+                f"found {found}; correct model.kwargs, or name a task of your own in task"
+            )
+
+    def check_targets(self, targets: Any, outputs: Any, where: str) -> None:  # noqa: ANN401 - whatever data hold
+        """Refuse labels that are no whole numbers from 0 to below the number of logits."""
+        classes = outputs.shape[1]
+        if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.ndim != 1:
+            found = f"{targets.dtype} {list(targets.shape)}" if isinstance(targets, Tensor) else type(targets).__name__
+            raise ConfigError(f"{where}: expected labels, torch.int64 [N], found {found}; correct the data")
+        outside = ((targets < 0) | (targets >= classes)).nonzero()[:, 0]
+        if len(outside):
+            raise ConfigError(
+                f"{where}: expected labels from 0 to {classes - 1}, as the model has {classes} logits, found "
+                f"{int(targets[outside[0]])} at sample {int(outside[0])} of the batch; correct the data or model.kwargs"
             )
 
 

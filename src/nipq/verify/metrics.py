@@ -171,7 +171,7 @@ def most_by_chance(expected: float) -> int:
 
 
 def logits_place(output: Any) -> int:  # noqa: ANN401  (whatever the model returns)
-    """Which of the floating tensors that a model returns are its logits.
+    """Find the logits among the floating tensors that a model returns.
 
     Those named ``logits``; else the first that is no single number, as a loss is.
 

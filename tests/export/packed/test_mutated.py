@@ -18,7 +18,7 @@ from torch import nn
 
 from nipq.errors import FileFormatError
 from nipq.export.packed_read import HEADER_BASE, load
-from nipq.export.packed_write import NO_CHECKSUM, save, seal
+from nipq.export.packed_write import NO_CHECKSUM, save, with_checksum
 from nipq.prepare.convert import convert
 
 # ---------------------------------------------------------------------- bytes
@@ -142,7 +142,7 @@ def check(mixed: Any, folder: Path, seeds: range) -> None:
             changed, record = dict(tensors), json.loads(text)
             mutation(changed, record, draw)
             data = to_bytes(changed, {"nipq": json.dumps(record | {"sha256": NO_CHECKSUM})})
-            path.write_bytes(seal(data))
+            path.write_bytes(with_checksum(data))
         else:
             changed_bytes = bytearray(original)
             for _ in range(draw.choice([1, 1, 1, 5])):

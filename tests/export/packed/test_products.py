@@ -17,7 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from nipq.config import Config
 from nipq.errors import ConfigError, FileFormatError
 from nipq.export.packed_read import load
-from nipq.export.packed_write import NO_CHECKSUM, fixed_bytes, save, seal
+from nipq.export.packed_write import NO_CHECKSUM, fixed_bytes, save, with_checksum
 from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
@@ -101,7 +101,7 @@ def test_what_is_wrong_is_said_by_name(path: Path, change: Change, message: str)
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         record = json.loads(file.metadata()["nipq"])
     change(tensors, record)
-    path.write_bytes(seal(to_bytes(tensors, {"nipq": json.dumps(record | {"sha256": NO_CHECKSUM})})))
+    path.write_bytes(with_checksum(to_bytes(tensors, {"nipq": json.dumps(record | {"sha256": NO_CHECKSUM})})))
     with pytest.raises(FileFormatError, match=message):
         load(path, model())
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError, FileFormatError
 from nipq.export.packed_read import load
-from nipq.export.packed_write import NO_CHECKSUM, save, seal
+from nipq.export.packed_write import NO_CHECKSUM, save, with_checksum
 from nipq.prepare.convert import convert
 from nipq.prepare.layer_table import set_bits_
 from nipq.prepare.prepare import prepare_
@@ -42,7 +42,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, Any]], ob
 
 def write(path: Path, tensors: dict[str, Tensor], record: Any) -> None:
     """A file whose checksum is right: what is wrong with it is in what it says."""
-    path.write_bytes(seal(to_bytes(tensors, {"nipq": json.dumps(record | {"sha256": NO_CHECKSUM})})))
+    path.write_bytes(with_checksum(to_bytes(tensors, {"nipq": json.dumps(record | {"sha256": NO_CHECKSUM})})))
 
 
 def stem(record: dict[str, Any]) -> dict[str, Any]:
