@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import nipq
 from nipq.errors import OrderError
+from nipq.prepare.layer_table import quantizers
 
 
 def prepared() -> nn.Sequential:
@@ -159,3 +162,25 @@ def test_a_deployed_weight_can_be_read() -> None:
     weight = nipq.convert(model)[0].weight  # type: ignore[index]
     assert torch.equal(weight.data, weight + 0)
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+@pytest.mark.parametrize("read", [lambda weight: weight.numpy(), np.asarray, lambda weight: weight[1:].numpy()])
+def test_an_array_of_a_quantized_weight_is_read_only(read: Callable[[Tensor], Any], deployed: bool) -> None:
+    model = prepared().eval()
+    if deployed:
+        for quantizer in quantizers(model):
+            quantizer.freeze_bits_(4)
+        model = nipq.convert(model)  # type: ignore[assignment]  # an nn.Sequential
+    before = model[0].weight.detach().clone()
+    with torch.no_grad():
+        found = read(model[0].weight)
+    with pytest.raises(ValueError, match="read-only"):
+        found[...] = 3.0
+    assert torch.equal(torch.from_numpy(found.copy()), before[-len(found) :])
+
+
+def test_the_data_of_a_quantized_weight_are_written_through_as_an_array_too() -> None:
+    model = prepared()
+    model[0].weight.data.numpy()[...] = 2.0
+    assert torch.equal(float_weight(model), torch.full((3, 4), 2.0))

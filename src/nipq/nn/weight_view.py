@@ -3,7 +3,9 @@
 ``layer.weight`` is computed from the float weight anew whenever it is looked at, so a write into it would be lost:
 ``nn.init.zeros_(layer.weight)``, ``layer.weight.data += delta`` as adapters are merged, ``layer.weight[0] = 0``. A
 :class:`WeightView` passes such writes on. A write into a view of it (``layer.weight[0].zero_()``) cannot be passed on
-and raises, at once or at the next look at the weight.
+and raises, at once or at the next look at the weight; arrays of it are read-only. Two writes are not noticed: into a
+view that a function made and that outlives the weight (``torch.chunk(layer.weight, 2)[0].zero_()``), and
+``torch.utils.swap_tensors``. To watch for them would cost every step.
 """
 
 from __future__ import annotations
@@ -207,6 +209,17 @@ def _refusing(name: str) -> Callable[..., Any]:
     return refuse
 
 
+def _read_only(name: str) -> Callable[..., Any]:
+    def array(self: WeightView | WeightPart, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  (torch's own arguments)
+        found = getattr(Tensor, name)(self, *args, **kwargs)
+        found.flags.writeable = False
+        return found
+
+    array.__name__ = name
+    array.__doc__ = f"``Tensor.{name}``, read-only: what is written there would be lost."
+    return array
+
+
 #: Methods of a tensor that write.
 _WRITES = [name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_")]
 _WRITES += [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")]
@@ -223,6 +236,8 @@ for _name in _WRITES:
 for _kind in (WeightView, WeightPart):
     for _name in _PARTS:
         setattr(_kind, _name, _part(_name))
+    for _name in ("numpy", "__array__"):
+        setattr(_kind, _name, _read_only(_name))
     for _name in ("T", "mT", "H", "mH"):
         setattr(_kind, _name, property(_part(_name)))
 WeightPart.__setitem__ = _refusing("__setitem__")  # type: ignore[method-assign]
