@@ -99,7 +99,7 @@ def test_shifted_ends_move_with_alpha_and_bits_at_a_constant_zero_point() -> Non
 @pytest.mark.parametrize(
     ("kind", "shift", "message"),
     [
-        ("ternary", 0.0, "expected a grid kind out of signed, unsigned, shifted; found 'ternary'"),
+        ("ternary", 0.0, "expected a grid kind out of signed, balanced, full, unsigned, shifted; found 'ternary'"),
         ("shifted", -0.1, "expected a finite shift >= 0"),
         ("shifted", math.nan, "expected a finite shift >= 0"),
         ("shifted", math.inf, "expected a finite shift >= 0"),

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nipq.errors import ConfigError, FileFormatError
-from nipq.functional.packing import largest_code, pack, payload_bytes, unpack
+from nipq.functional.grid import BALANCED, FULL, SIGNED, Grid
+from nipq.functional.packing import pack, payload_bytes, unpack, whole_codes
 
 BITS = range(2, 17)
 
@@ -37,10 +38,24 @@ def test_a_round_trip_gives_the_same_codes_in_the_promised_bytes(case: tuple[int
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_every_code_of_a_bit_width_survives(bits: int) -> None:
-    codes = np.arange(-largest_code(bits), largest_code(bits) + 1)
-    assert len(codes) == 2**bits - 1
-    assert (unpack(pack(codes, bits), bits, codes.shape) == codes).all()
+@pytest.mark.parametrize("grid", [SIGNED, BALANCED, FULL], ids=lambda grid: grid.kind)
+def test_every_code_of_a_bit_width_survives(bits: int, grid: Grid) -> None:
+    if grid.kind == "balanced" and bits > 7:
+        with pytest.raises(ConfigError, match="expected a bit-width from 2 to 7; found"):
+            whole_codes(bits, grid)
+        return
+    codes = np.array(whole_codes(bits, grid))
+    assert len(codes) == (2**bits - 1 if grid.kind == "signed" else 2**bits)
+    planes = pack(codes, bits, grid)
+    assert planes.nbytes == payload_bytes(len(codes), bits)
+    assert (unpack(planes, bits, codes.shape, grid) == codes).all()
+
+
+def test_the_odd_codes_of_a_balanced_grid_are_halved() -> None:
+    """Written out by hand for 2 bits: -3, -1, 1, 3 are stored as 0, 1, 2, 3."""
+    assert pack(np.array([-3, -1, 1, 3]), 2, BALANCED).tolist() == [[0b1010], [0b1100]]
+    with pytest.raises(ConfigError, match="expected codes from -3 to 3, odd ones, for 2 bits; found -1 to 2"):
+        pack(np.array([-1, 2]), 2, BALANCED)
 
 
 def test_the_planes_are_offset_binary_with_the_lowest_bit_first() -> None:
@@ -51,7 +66,8 @@ def test_the_planes_are_offset_binary_with_the_lowest_bit_first() -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_code_out_of_range_is_refused(bits: int) -> None:
-    for code in (largest_code(bits) + 1, -largest_code(bits) - 1):
+    known = whole_codes(bits)
+    for code in (known[-1] + 1, known[0] - 1):
         with pytest.raises(ConfigError, match=f"expected codes from .* for {bits} bits; found"):
             pack(np.array([0, code]), bits)
 
@@ -59,7 +75,7 @@ def test_a_code_out_of_range_is_refused(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_the_unused_pattern_is_refused(bits: int) -> None:
     planes = np.full((bits, 1), 0b100, np.uint8)  # the third code has all its bits set
-    with pytest.raises(FileFormatError, match=f"found {2 ** (bits - 1)}"):
+    with pytest.raises(FileFormatError, match="found a pattern that none of them has"):
         unpack(planes, bits, (3,))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from nipq.functional import theory
 from nipq.functional.bitwidth import round_bits, stochastic_round_bits
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid, step_size, value_range, zero_point
+from nipq.functional.grid import BALANCED, FULL, SIGNED, UNSIGNED, Grid, step_size, value_range, zero_point
 from nipq.functional.noise import empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.uniform import quantize
 
 HSWISH = Grid("shifted", 0.375)
-GRIDS = [SIGNED, UNSIGNED, HSWISH]
+GRIDS = [SIGNED, UNSIGNED, HSWISH, BALANCED, FULL]
 by_kind = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: g.kind)
 
 
@@ -94,7 +95,21 @@ def test_t10_gradients_equal_finite_differences_at_fixed_noise(grid: Grid, bits_
     torch.testing.assert_close(got[0], weights * (plus - minus) / (2 * h), rtol=0, atol=1e-8)
 
 
-@by_kind
+@pytest.mark.parametrize("bits_value", [2.0, 4.0])
+def test_gradients_at_the_high_end_of_a_full_grid(bits_value: float) -> None:
+    """The highest level is alpha - step: it moves by 1 - 1/n with alpha and by -d step / d bits with the bits."""
+    alpha, bits = f64(1.3).requires_grad_(), f64(bits_value).requires_grad_()
+    x, noise = f64(5.0, -5.0), f64(0.25, 0.25)
+    high, low = noise_proxy(x, alpha, bits, noise, FULL)
+    n = 2 ** (bits_value - 1)
+    assert (high.item(), low.item()) == (pytest.approx(1.3 * (1 - 1 / n)), pytest.approx(-1.3))
+    of_high = torch.autograd.grad(high, (alpha, bits), retain_graph=True)
+    assert of_high[0].item() == pytest.approx(1 - 1 / n)
+    assert of_high[1].item() == pytest.approx(1.3 * math.log(2) / n)
+    assert [x.item() for x in torch.autograd.grad(low, (alpha, bits), materialize_grads=True)] == [-1, 0]
+
+
+@pytest.mark.parametrize("grid", GRIDS[:-1], ids=lambda g: g.kind)  # the full one's high end is held above
 @pytest.mark.parametrize("bits_value", [2.0, 4.0, 5.3])
 def test_t10_gradients_equal_table_1_4(grid: Grid, bits_value: float) -> None:
     """Element by element, with elements exactly on the ends, to 1e-15."""
@@ -105,13 +120,14 @@ def test_t10_gradients_equal_table_1_4(grid: Grid, bits_value: float) -> None:
     step_by = torch.autograd.grad(step_size(alpha, bits, grid), (alpha, bits))
     n = (alpha / step_size(alpha, bits, grid)).item()
     z = zero_point(alpha, bits, grid).item()
+    lowest_by_alpha = -z / n if grid.kind in ("unsigned", "shifted") else -1.0
     assert step_by[1].item() == pytest.approx(theory.step_slope(1.3, bits_value, grid).item(), rel=1e-14)
     for i, value in enumerate(x.tolist()):
         got = torch.autograd.grad(noise_proxy(x, alpha, bits, noise, grid)[i], (x, alpha, bits))
         if value >= upper:
             want = (0.0, 1 - z / n, -z * step_by[1].item())
         elif value <= lower:
-            want = (0.0, -1.0 if grid.kind == "signed" else -z / n, -z * step_by[1].item())
+            want = (0.0, lowest_by_alpha, -z * step_by[1].item())
         else:
             want = (1.0, noise[i].item() / n, noise[i].item() * step_by[1].item())
         assert got[0][i].item() == want[0]

@@ -303,5 +303,5 @@ def test_negative_values_on_an_unsigned_grid_cost_but_do_not_pull_the_boundary()
 
 @pytest.mark.parametrize("tails", [normal_tails, laplace_tails, lambda a, g: sample_tails(torch.ones(2), a, g)])
 def test_a_shifted_grid_is_refused(tails) -> None:
-    with pytest.raises(ConfigError, match="expected a signed or an unsigned grid"):
+    with pytest.raises(ConfigError, match="expected a signed, balanced or unsigned grid"):
         tails(1.0, Grid("shifted", 0.375))

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid, code_range, step_size, value_range
+from nipq.functional.grid import BALANCED, FULL, SIGNED, UNSIGNED, Grid, code_range, step_size, value_range
 from nipq.functional.uniform import inside_range, integer_codes, quantize, truncate, truncation_gradients
 
 HSWISH = Grid("shifted", 0.375)
-GRIDS = [SIGNED, UNSIGNED, HSWISH]
+GRIDS = [SIGNED, UNSIGNED, HSWISH, BALANCED, FULL]
 
 properties = settings(deadline=None, max_examples=60)
 grids = st.sampled_from(GRIDS)
@@ -25,8 +25,8 @@ values = st.lists(st.floats(-2048, 2048, width=32), min_size=1, max_size=40).map
 @given(x=values, alpha=boundaries, bits=bit_widths, grid=grids)
 def test_codes_are_whole_and_within_the_range(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> None:
     low, high = code_range(alpha, bits, grid)
-    codes = integer_codes(x, step_size(alpha, bits, grid), low, high)
-    assert (codes == codes.round()).all()
+    codes = integer_codes(x, step_size(alpha, bits, grid), low, high, offset=grid.offset)
+    assert (codes - grid.offset == (codes - grid.offset).round()).all()
     assert (codes >= low).all()
     assert (codes <= high).all()
 
@@ -35,7 +35,7 @@ def test_codes_are_whole_and_within_the_range(x: Tensor, alpha: Tensor, bits: Te
 @given(x=values, alpha=boundaries, bits=bit_widths, grid=grids)
 def test_values_are_codes_times_step_exactly(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> None:
     step = step_size(alpha, bits, grid)
-    expected = integer_codes(x, step, *code_range(alpha, bits, grid)) * step
+    expected = integer_codes(x, step, *code_range(alpha, bits, grid), offset=grid.offset) * step
     assert torch.equal(quantize(x, alpha, bits, grid), expected)
 
 
@@ -48,8 +48,10 @@ def test_quantizing_twice_is_quantizing_once(x: Tensor, alpha: Tensor, bits: Ten
 
 @properties
 @given(alpha=boundaries, bits=bit_widths, grid=grids)
-def test_zero_stays_zero(alpha: Tensor, bits: Tensor, grid: Grid) -> None:
-    assert torch.equal(quantize(torch.zeros(3), alpha, bits, grid), torch.zeros(3))
+def test_zero_goes_to_zero_or_the_level_above_it(alpha: Tensor, bits: Tensor, grid: Grid) -> None:
+    found = quantize(torch.zeros(3), alpha, bits, grid)
+    nearest = step_size(alpha, bits, grid) / 2 if grid.kind == "balanced" else torch.zeros(1)
+    assert torch.equal(found, nearest.expand(3))
 
 
 @properties
@@ -69,6 +71,30 @@ def test_channels_are_quantized_one_by_one(bits: Tensor, grid: Grid) -> None:
     together = quantize(x, alpha, bits, grid)
     apart = torch.stack([quantize(x[c], alpha[c], bits, grid) for c in range(3)])
     assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize(
+    ("grid", "levels"),
+    [(BALANCED, [-1.5, -0.5, 0.5, 1.5]), (FULL, [-1.5, -0.75, 0.0, 0.75])],
+    ids=["balanced", "full"],
+)
+def test_two_bits_have_four_levels(grid: Grid, levels: list[float]) -> None:
+    x = torch.linspace(-2, 2, 401)
+    assert quantize(x, torch.tensor([1.5]), torch.tensor([2.0]), grid).unique().tolist() == levels
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 7])
+@pytest.mark.parametrize("grid", [SIGNED, BALANCED, FULL], ids=lambda grid: grid.kind)
+def test_every_value_goes_to_the_nearest_of_all_levels(grid: Grid, bits: int) -> None:
+    """Against a search among all levels, which are counted."""
+    alpha, width = torch.tensor([1.3], dtype=torch.float64), torch.tensor([float(bits)])
+    step = step_size(alpha, width, grid)
+    low, high = code_range(alpha, width, grid)
+    levels = torch.arange(float(low), float(high) + 1, dtype=torch.float64) * step
+    assert len(levels) == (2**bits - 1 if grid.kind == "signed" else 2**bits)
+    x = torch.randn(500, dtype=torch.float64)
+    nearest = levels[(x[:, None] - levels).abs().argmin(1)]
+    torch.testing.assert_close(quantize(x, alpha, width, grid), nearest, rtol=0, atol=1e-15)
 
 
 def test_two_bits_signed_is_ternary() -> None:

@@ -12,7 +12,7 @@ from torch.nn.functional import relu6
 
 from nipq.config import NoiseKind
 from nipq.functional.counter_rng import draw_key
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.grid import BALANCED, SIGNED, UNSIGNED, Grid
 from nipq.functional.noise import error_table
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
 from nipq.kernels.cpu import library
@@ -21,7 +21,7 @@ from nipq.kernels.dispatch import fused_noise_proxy as fused_noise_proxy_on
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
-GRIDS = [SIGNED, UNSIGNED, Grid("shifted", 0.375)]
+GRIDS = [SIGNED, UNSIGNED, Grid("shifted", 0.375), BALANCED]
 RANGE = tuple(range(2, 9))
 
 

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import nipq.functional.uniform as uniform
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.grid import BALANCED, SIGNED, UNSIGNED, Grid
 from nipq.kernels import dispatch as rounding
 from nipq.kernels.cpu import library
 
 pytestmark = pytest.mark.skipif(library() is None, reason="needs a C++ compiler")
 
-GRIDS = [SIGNED, UNSIGNED, Grid("shifted", 0.2785)]
+GRIDS = [SIGNED, UNSIGNED, Grid("shifted", 0.2785), BALANCED]
 
 
 def outcome(quantize, x: Tensor, grad: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> list[Tensor]:
@@ -120,5 +120,5 @@ def test_extreme_values_give_finite_results_and_the_gradients_of_the_ends(quanti
                 continue
             if value >= boundary:
                 assert (found[1].item(), found[2].item()) == (0, pytest.approx(1))
-            if value <= (-boundary if grid.kind == "signed" else 0):
-                assert (found[1].item(), found[2].item()) == (0, pytest.approx(-1 if grid.kind == "signed" else 0))
+            if value <= (-boundary if grid.is_signed else 0):
+                assert (found[1].item(), found[2].item()) == (0, pytest.approx(-1 if grid.is_signed else 0))

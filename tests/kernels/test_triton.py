@@ -17,7 +17,7 @@ from torch import Tensor
 import nipq.functional.uniform as uniform
 import nipq.kernels.triton as kernels
 from nipq.functional.counter_rng import draw_key
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.grid import BALANCED, SIGNED, UNSIGNED, Grid
 from nipq.functional.noise import error_table
 from nipq.kernels import dispatch as rounding
 from nipq.kernels.arguments import ProxySettings, ProxyTensors
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 KERNELS = Backend(
     kernels.supported, kernels.proxy_forward, kernels.proxy_backward, kernels.round_forward, kernels.round_backward,
 )  # fmt: skip
-GRIDS = [SIGNED, UNSIGNED, Grid("shifted", 0.375)]
+GRIDS = [SIGNED, UNSIGNED, Grid("shifted", 0.375), BALANCED]
 TYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANGE = tuple(range(2, 9))
 

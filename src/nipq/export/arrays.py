@@ -118,6 +118,8 @@ def _facts(layer: Deployed, read: tuple[int, ...], written: tuple[int, ...]) -> 
         "output_shape": written,
         "weight_bits": layer.weight_bits,
     }
+    if layer.weight_grid != "signed":
+        facts["weight_grid"] = layer.weight_grid
     facts |= input_facts(portable_input(layer))
     if isinstance(layer, DeployedLayer):
         facts["sum_bits"] = _sum_bits(layer)

@@ -479,7 +479,7 @@ class QonnxLayer(OnnxLayer, QonnxInput):
         super().__init__(layer, numbers, name)
         self.weight_scale = along_channels(numbers.weight_scale, self.shell, numbers.weight)
         self._buffers["weight"] = numbers.weight.float() * self.weight_scale
-        self.register_buffer("weight_bits", torch.tensor(float(numbers.weight_bits)))
+        self.register_buffer("weight_bits", torch.tensor(float(numbers.code_bits)))
         self.register_buffer("weight_zero_point", torch.zeros(()))
         if numbers.input is not None:
             self.register_input(numbers.input)

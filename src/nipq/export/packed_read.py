@@ -175,6 +175,7 @@ class LayerRecord(_Record):
     kind: str
     bits: Bits
     shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=5)]
+    grid: Literal["signed", "balanced", "full"] = "signed"
     tied_to: str | None = None
     input: InputRecord | None = None
     batchnorm: str | None = None
@@ -368,13 +369,23 @@ class _Reader:
         record = self.records[name]
         if record.tied_to is not None:
             owner = self.records.get(record.tied_to)
-            if owner is None or owner.tied_to is not None or (owner.bits, owner.shape) != (record.bits, record.shape):
+            if (
+                owner is None
+                or owner.tied_to is not None
+                or (owner.bits, owner.grid, owner.shape)
+                != (
+                    record.bits,
+                    record.grid,
+                    record.shape,
+                )
+            ):
                 raise self.error(name, "its weight to be that of another layer in the file", repr(record.tied_to))
             return self.weight(record.tied_to)
         if name not in self.codes:
             planes = self.take(name, "planes")
             try:
-                self.codes[name] = torch.from_numpy(unpack(planes.numpy(), record.bits, record.shape))
+                codes = unpack(planes.numpy(), record.bits, record.shape, Grid(record.grid))
+                self.codes[name] = torch.from_numpy(codes)
             except (FileFormatError, TypeError) as error:
                 raise FileFormatError(f"{self.path}: {name}: {error}") from error
         return self.codes[name]
@@ -385,7 +396,12 @@ class _Reader:
         dtype = float_weight(layer).dtype
         if str(dtype) != f"torch.{record.dtype}":
             raise self.error(name, f"a layer of {record.dtype}", str(dtype))
-        common: dict[str, Any] = {"weight_bits": record.bits, "tied_to": record.tied_to, "dtype": dtype}
+        common: dict[str, Any] = {
+            "weight_bits": record.bits,
+            "weight_grid": record.grid,
+            "tied_to": record.tied_to,
+            "dtype": dtype,
+        }
         inputs: dict[str, Any] = {}
         if record.input is not None:
             inputs = {

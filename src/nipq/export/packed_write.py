@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nipq.errors import ConfigError
 from nipq.files import check_free, written_whole
+from nipq.functional.grid import Grid
 from nipq.functional.packing import MOST_BITS, pack, payload_bytes
 from nipq.nn.deployed import (
     Deployed,
@@ -142,7 +143,9 @@ def contents(deployed: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     tensors = {key: value.cpu().contiguous().clone() for key, value in _other_tensors(deployed).items()}
     for name, layer in _owners(deployed).items():
-        tensors[full_name(name, "planes")] = torch.from_numpy(pack(layer.weight_codes.cpu().numpy(), layer.weight_bits))
+        tensors[full_name(name, "planes")] = torch.from_numpy(
+            pack(layer.weight_codes.cpu().numpy(), layer.weight_bits, Grid(layer.weight_grid))
+        )
     records = {name: _record(layer) for name, layer in deployed_layers(deployed).items()}
     text = _text(records, {name: _product_record(product) for name, product in deployed_products(deployed).items()})
     missing = _longest_header(deployed) - header_bytes(tensors, {KEY: text})
@@ -192,6 +195,8 @@ def _text(layers: Mapping[str, Mapping[str, Any]], products: Mapping[str, Any]) 
 def _record(layer: Deployed) -> dict[str, Any]:
     """Metadata of a layer."""
     record: dict[str, Any] = {"kind": layer.kind, "bits": layer.weight_bits, "shape": list(layer.weight_codes.shape)}
+    if layer.weight_grid != "signed":
+        record["grid"] = layer.weight_grid
     if layer.tied_to is not None:
         record["tied_to"] = layer.tied_to
     if layer.like.dtype != torch.float32:
@@ -240,9 +245,15 @@ def _fixed_bytes(deployed: nn.Module) -> int:
 
 
 def _longest_header(deployed: nn.Module) -> int:
-    """Length of the header if every bit-width, grid and zero point were as long as it can be."""
+    """Length of the header if every bit-width, grid and zero point were as long as it can be.
+
+    Weights that are symmetric as they have 8 bits, in a model where others are balanced, count as balanced ones.
+    """
     records = {name: _record(layer) | {"bits": MOST_BITS} for name, layer in deployed_layers(deployed).items()}
+    other = next((record["grid"] for record in records.values() if "grid" in record), None)
     for record in records.values():
+        if other is not None:
+            record["grid"] = other
         if "input" in record:
             record["input"] = _LONGEST_INPUT
     tensors = {key: value.to("meta") for key, value in _other_tensors(deployed).items()}

@@ -78,6 +78,8 @@ class PortableLayer:
         weight_scale: float32, above zero, no dimensions or one per output channel.
         bias: float32, one per output channel, or None.
         weight_bits: bit-width.
+        code_bits: bits of a symmetric grid that holds all codes, in either sign: one more than ``weight_bits`` for the
+            odd codes of a balanced grid and for the lowest one of a full grid.
         input: quantization of the input; None when it stays float.
     """
 
@@ -85,6 +87,7 @@ class PortableLayer:
     weight_scale: Tensor
     bias: Tensor | None
     weight_bits: int
+    code_bits: int
     input: PortableInput | None
 
 
@@ -96,9 +99,11 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
     """
     weight, scale = layer.weight_codes.cpu(), layer.scale.cpu()
     bias = None if layer.offset is None else layer.offset.cpu()
+    code_bits = layer.weight_bits + (layer.weight_grid != "signed")
     if isinstance(layer, DeployedWeightOnlyLayer):
         given = portable_input(layer) if isinstance(layer, DeployedKeptLayer) else None
-        return PortableLayer(weight, scale.reshape(()) if len(scale) == 1 else scale, bias, layer.weight_bits, given)
+        scale = scale.reshape(()) if len(scale) == 1 else scale
+        return PortableLayer(weight, scale, bias, layer.weight_bits, code_bits, given)
     step = layer.input_step.cpu().reshape(())
     weight_scale = (scale.double().abs() / step.double()).float()
     if not bool(torch.isfinite(weight_scale).all()):
@@ -107,9 +112,11 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
             "Look at the batch norm after the layer: its running variance may have collapsed."
         )
     dead = weight_scale == 0
+    if code_bits > 8:  # the lowest code of a full grid may have to change its sign
+        weight = weight.to(torch.int16)
     sign = torch.where(dead, 0, scale.sign()).to(weight.dtype)
     weight, weight_scale = weight * along_channels(sign, layer.layer, weight), torch.where(dead, 1.0, weight_scale)
-    return PortableLayer(weight, weight_scale, bias, layer.weight_bits, portable_input(layer))
+    return PortableLayer(weight, weight_scale, bias, layer.weight_bits, code_bits, portable_input(layer))
 
 
 def portable_layers(deployed: nn.Module) -> dict[str, PortableLayer]:

@@ -90,15 +90,15 @@ def lsq_quantize(
     Raises:
         ConfigError: if any bit-width is below 2.
     """
-    n = levels(bits.detach(), grid)
+    n, highest = levels(bits.detach(), grid), code_range(alpha.detach(), bits.detach(), grid)[1]
     slope = _slope(alpha)
-    factor = n * n / (torch.sqrt(count * n) * slope * slope)
+    factor = n * n / (torch.sqrt(count * highest) * slope * slope)
     scaled: Tensor = _ScaleGradient.apply(alpha, factor)
     return quantizer(x, scaled, bits, grid)
 
 
 def lsq_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
-    """LSQ's first clipping range: n steps of 2 E|x| / sqrt(n).
+    """LSQ's first clipping range: n steps of 2 E|x| / sqrt(highest level), which is n but for full grids.
 
     Paper: LSQ (arXiv 1902.08153), section 2.1.
 
@@ -117,7 +117,8 @@ def lsq_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_axis: int 
         tensor([2.])
     """
     rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
-    alpha = 2 * rows.abs().mean(dim=1) * torch.sqrt(levels(bits, grid).to(x))
+    n = levels(bits, grid).to(x)
+    alpha = 2 * rows.abs().mean(dim=1) * n / torch.sqrt(n - 1 if grid.kind == "full" else n)
     return torch.where(alpha > 0, alpha, 1)
 
 
@@ -181,7 +182,7 @@ def pact_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> Tensor:
     bits = bits.detach()
     lower, upper = value_range(alpha, bits, grid)
     low, high = code_range(alpha.detach(), bits, grid)
-    out: Tensor = StraightThrough.apply(x, step_size(alpha, bits, grid).detach(), lower, upper, low, high)
+    out: Tensor = StraightThrough.apply(x, step_size(alpha, bits, grid).detach(), lower, upper, low, high, grid.offset)
     return out
 
 
@@ -250,5 +251,5 @@ def running_range(alpha: Tensor, x: Tensor, grid: Grid) -> Tensor:
     Returns:
         The new clipping range, > 0, shape (1,).
     """
-    largest = x.abs().amax() if grid.kind == "signed" else x.amax() + grid.shift
+    largest = x.abs().amax() if grid.is_signed else x.amax() + grid.shift
     return (alpha + RUNNING_MAX_MOMENTUM * (largest - alpha)).clamp_min(math.ulp(1.0))

@@ -178,7 +178,7 @@ def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_
     n = levels(bits, grid).to(work.device, torch.float64).reshape(-1, 1)
     # Column k: alpha just below the k-th point, k points below it; on an unsigned grid those at zero get no noise.
     below = torch.arange(size, device=work.device, dtype=torch.float64)
-    silent = 0 if grid.kind == "signed" else (work <= 0).sum(dim=1, keepdim=True)
+    silent = 0 if grid.is_signed else (work <= 0).sum(dim=1, keepdim=True)
     noisy = (below - silent).clamp(min=0) / (12 * n**2)
     beyond = work.flip(1).cumsum(1).flip(1)
     slope = (noisy + (size - below)).expand_as(work)
@@ -199,7 +199,7 @@ def _extents(x: Tensor, grid: Grid, channel_axis: int | None) -> Tensor:
             "NaN or infinite. Look for the layer or the input that produced them."
         )
     rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
-    return rows.abs() if grid.kind == "signed" else (rows + grid.shift).clamp(min=0)
+    return rows.abs() if grid.is_signed else (rows + grid.shift).clamp(min=0)
 
 
 def _or_one(alpha: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nipq.errors import ConfigError
 
-GridKind = Literal["signed", "unsigned", "shifted"]
+GridKind = Literal["signed", "balanced", "full", "unsigned", "shifted"]
 
 #: Fewest bits of a grid: a signed one with a single bit has no level but zero.
 MIN_BITS = 2
@@ -23,9 +23,12 @@ MIN_BITS = 2
 
 @dataclass(frozen=True)
 class Grid:
-    """Levels of a quantizer: signed, unsigned, or shifted.
+    """Levels of a quantizer: signed in three forms, unsigned, or shifted.
 
-    ``signed``: -n..n times the step, symmetric, zero included, for weights and signed activations.
+    ``signed``: -n..n times the step, symmetric, zero included, 2^b - 1 levels, for weights and signed activations.
+    ``balanced``: odd multiples of half the step, symmetric, without zero, 2^b levels, for weights; its codes are the
+    odd numbers -(2^b - 1)..2^b - 1.
+    ``full``: -n..n - 1 times the step, zero included, 2^b levels, as LSQ publishes it, for weights.
     ``unsigned``: 0..n times the step, for what follows a ReLU.
     ``shifted``: n + 1 levels of which the one with code 0 is exactly zero, z of them below it, for activations with a
     short negative tail (h-swish reaches down to -3/8, SiLU to -0.2785, GELU to -0.17).
@@ -33,7 +36,7 @@ class Grid:
     Paper: the quantizer of section 3; the shift is Q3 in docs/internals/paper-map.md.
 
     Args:
-        kind: ``"signed"``, ``"unsigned"`` or ``"shifted"``.
+        kind: ``"signed"``, ``"balanced"``, ``"full"``, ``"unsigned"`` or ``"shifted"``.
         shift: minus the lowest value to represent, units of x, >= 0; only for ``"shifted"``.
 
     Raises:
@@ -63,19 +66,57 @@ class Grid:
                 f"expected no shift on a {self.kind} grid; found {self.shift}. Use kind='shifted' or leave it out."
             )
 
+    @property
+    def is_signed(self) -> bool:
+        """True where the range reaches from -alpha to alpha, or a step less at the high end."""
+        return self.kind in ("signed", "balanced", "full")
+
+    @property
+    def offset(self) -> float:
+        """Distance of the levels from whole multiples of the step, in steps."""
+        return 0.5 if self.kind == "balanced" else 0.0
+
+    @property
+    def codes_per_step(self) -> int:
+        """Whole codes from one level to the next: 2 where levels lie at odd multiples of half a step."""
+        return 2 if self.offset else 1
+
 
 #: Signed grid, codes -n..n.
 SIGNED = Grid("signed")
 #: Unsigned grid, codes 0..n.
 UNSIGNED = Grid("unsigned")
+#: Grid of 2^b levels without zero.
+BALANCED = Grid("balanced")
+#: Signed grid of 2^b levels, one more below zero than above.
+FULL = Grid("full")
+
+#: Most bits of a balanced grid: its codes are odd numbers up to 2^b - 1 and have to fit a byte.
+BALANCED_BITS = 7
+
+#: Steps that n falls short of 2^(b-1) (signed grids) or 2^b (others).
+_SHORT = {"signed": 1.0, "balanced": 0.5, "full": 0.0, "unsigned": 1.0, "shifted": 1.0}
+
+
+def fitting_grid(grid: Grid, bits: int) -> Grid:
+    """The grid itself, or the symmetric one in place of a balanced one of more than ``BALANCED_BITS`` bits.
+
+    At 8 bits the two differ by half a step in 127.
+
+    Args:
+        grid: which levels.
+        bits: whole bit-width.
+    """
+    return SIGNED if grid.kind == "balanced" and bits > BALANCED_BITS else grid
 
 
 def levels(bits: Tensor | float, grid: Grid) -> Tensor:
     """Number n of steps between zero and the far end of the range.
 
-    n = 2^(b-1) - 1 when signed, 2^b - 1 when unsigned or shifted. alpha is n steps, from zero to the high end when
-    signed, from the low end to the high one otherwise, so a signed grid has 2n + 1 = 2^b - 1 levels, the others
-    n + 1 = 2^b.
+    n = 2^(b-1) - 1 when signed, 2^(b-1) - 1/2 when balanced, 2^(b-1) when full, 2^b - 1 when unsigned or shifted. alpha
+    is n steps: from zero to the outermost level when signed or balanced, from zero to the lowest when full (the highest
+    is a step nearer), from the low end to the high one otherwise. A signed grid has 2n + 1 = 2^b - 1 levels, the
+    others 2^b.
 
     Paper: the quantizer of section 3; see docs/internals/paper-map.md.
 
@@ -84,7 +125,7 @@ def levels(bits: Tensor | float, grid: Grid) -> Tensor:
         grid: which levels.
 
     Returns:
-        n, shape of bits, differentiable in bits; whole numbers for whole bits.
+        n, shape of bits, differentiable in bits; whole numbers, or halves when balanced, for whole bits.
 
     Raises:
         ConfigError: if any bit-width is below 2. Looked at only where looking is free: on the CPU, outside compiled
@@ -100,14 +141,14 @@ def levels(bits: Tensor | float, grid: Grid) -> Tensor:
             f"expected bit-widths of at least {MIN_BITS}; found {float(bits.min()):g}. "
             "A signed grid of 1 bit has no level but zero; raise the lower end of the bit range."
         )
-    return torch.exp2(bits - 1 if grid.kind == "signed" else bits) - 1
+    return torch.exp2(bits - 1 if grid.is_signed else bits) - _SHORT[grid.kind]
 
 
 def step_size(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
     """Distance between neighbouring levels.
 
-    step = alpha / n(bits), by true division; its derivative in bits is -alpha ln2 2^(b-1) / n^2 when signed and
-    -alpha ln2 2^b / n^2 otherwise.
+    step = alpha / n(bits), by true division; its derivative in bits is -alpha ln2 2^(b-1) / n^2 on signed, balanced and
+    full grids and -alpha ln2 2^b / n^2 otherwise.
 
     Paper: the quantizer of section 3; see docs/internals/paper-map.md.
 
@@ -161,10 +202,11 @@ def zero_point(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:
 
 
 def code_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Lowest and highest code, counted from zero.
+    """Lowest and highest level, counted from zero in steps.
 
-    (-n, n) when signed, (0, n) when unsigned, (-z, n - z) when shifted. A value is always code * step, and x = 0 has
-    code 0.
+    (-n, n) when signed or balanced, (-n, n - 1) when full, (0, n) when unsigned, (-z, n - z) when shifted. A value is
+    always level * step, and x = 0 has level 0, or 1/2 when balanced. The codes that are stored are whole: the level, or
+    twice the level at half the step when balanced (``Grid.codes_per_step``).
 
     Paper: the quantizer of section 3.
 
@@ -174,7 +216,7 @@ def code_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor,
         grid: which levels.
 
     Returns:
-        (low, high), whole numbers (for whole bits) held as floats, broadcastable to x.
+        (low, high), whole numbers, or halves when balanced (for whole bits), held as floats, broadcastable to x.
 
     Raises:
         ConfigError: if any bit-width is below 2.
@@ -184,8 +226,8 @@ def code_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor,
         (tensor([-3.]), tensor([3.]))
     """
     n = levels(bits, grid)
-    if grid.kind == "signed":
-        return -n, n
+    if grid.is_signed:
+        return -n, n - 1 if grid.kind == "full" else n
     if grid.kind == "unsigned":
         return torch.zeros_like(n), n
     z = zero_point(alpha, bits, grid)
@@ -195,8 +237,8 @@ def code_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor,
 def value_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor, Tensor]:
     """The two ends that values outside the range are truncated to.
 
-    (-alpha, alpha) when signed, (0, alpha) when unsigned, (-z step, alpha - z step) when shifted. An element is in
-    range when it lies strictly between them.
+    (-alpha, alpha) when signed or balanced, (-alpha, alpha - step) when full, (0, alpha) when unsigned,
+    (-z step, alpha - z step) when shifted. An element is in range when it lies strictly between them.
 
     Paper: the quantizer of section 3; z counts as a constant for the gradient.
 
@@ -215,8 +257,8 @@ def value_range(alpha: Tensor, bits: Tensor | float, grid: Grid) -> tuple[Tensor
         >>> value_range(torch.tensor([6.0]), torch.tensor([4.0]), Grid("shifted", 0.375))
         (tensor([-0.4000]), tensor([5.6000]))
     """
-    if grid.kind == "signed":
-        return -alpha, alpha
+    if grid.is_signed:
+        return -alpha, alpha - step_size(alpha, bits, grid) if grid.kind == "full" else alpha
     if grid.kind == "unsigned":
         return torch.zeros_like(alpha), alpha
     below = zero_point(alpha, bits, grid) * step_size(alpha, bits, grid)

@@ -56,7 +56,7 @@ def sample_tails(x: Tensor, alpha: Tensor | float, grid: Grid) -> Tails:
     lower, upper = value_range(alpha, 2, unshifted(grid))
     inside = inside_range(x, lower, upper)
     missing = x - truncate(x, lower, upper)
-    moving = missing.abs() if grid.kind == "signed" else missing.clamp(min=0)  # the end at zero does not move
+    moving = missing.abs() if grid.is_signed else missing.clamp(min=0)  # the end at zero does not move
     return Tails(inside.mean(), moving.mean(), (missing**2).mean())
 
 
@@ -119,21 +119,21 @@ def float64(value: Tensor | float) -> Tensor:
 
 
 def unshifted(grid: Grid) -> Grid:
-    """The grid itself; refuses a shifted one, for which the paper makes no statement.
+    """The grid itself; refuses one whose ends do not lie alike about zero, for which the paper makes no statement.
 
     Raises:
-        ConfigError: if the grid is shifted.
+        ConfigError: if the grid is shifted or full.
     """
-    if grid.kind == "shifted":
+    if grid.kind in ("shifted", "full"):
         raise ConfigError(
-            "expected a signed or an unsigned grid, for which the paper's statements are made; found a shifted one. "
-            "Use an unsigned grid on x + shift."
+            "expected a signed, balanced or unsigned grid, for which the paper's statements are made; found a "
+            f"{grid.kind} one. Use an unsigned grid on x minus the low end."
         )
     return grid
 
 
 def _sides(grid: Grid) -> int:
-    return 2 if unshifted(grid).kind == "signed" else 1
+    return 2 if unshifted(grid).is_signed else 1
 
 
 __all__ = [
@@ -181,8 +181,9 @@ def step_slope(alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tenso
         >>> step_slope(3.0, 2.0, UNSIGNED)
         tensor(-0.9242, dtype=torch.float64)
     """
-    n = levels(float64(bits), grid)
-    return -float64(alpha) * math.log(2) * (n + 1) / n**2
+    bits = float64(bits)
+    power = torch.exp2(bits - 1 if grid.is_signed else bits)
+    return -float64(alpha) * math.log(2) * power / levels(bits, grid) ** 2
 
 
 def proxy_error(
@@ -401,5 +402,5 @@ def _errors(
     """In-range mask, error in steps, step, and x, all float64."""
     x, alpha, bits = x.double(), float64(alpha), float64(bits)
     step = step_size(alpha, bits, unshifted(grid))
-    error = integer_codes(x, step, *code_range(alpha, bits, grid)) - x / step
+    error = integer_codes(x, step, *code_range(alpha, bits, grid), offset=grid.offset) - x / step
     return inside_range(x, *value_range(alpha, bits, grid)), error, step, x

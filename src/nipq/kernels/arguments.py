@@ -12,7 +12,7 @@ from nipq.config import NoiseKind
 from nipq.functional.grid import Grid, GridKind
 
 #: Numbers of the grids in compiled code.
-GRID_NUMBERS: dict[GridKind, int] = {"signed": 0, "unsigned": 1, "shifted": 2}
+GRID_NUMBERS: dict[GridKind, int] = {"signed": 0, "unsigned": 1, "shifted": 2, "balanced": 3}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class ProxySettings:
     @property
     def is_fused(self) -> bool:
         """True if the fused kernels have these settings; plain operations have all."""
-        return self.noise in ("uniform", "empirical") and not (self.clip_after_noise or self.range_correction)
+        plain = self.clip_after_noise or self.range_correction or self.grid.kind not in GRID_NUMBERS
+        return self.noise in ("uniform", "empirical") and not plain
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from nipq.functional.grid import Grid, GridKind
 from nipq.functional.noise import ErrorTable, draw_noise, error_table, mixed_noise, table_noise, true_error
 from nipq.functional.uniform import widened
 from nipq.kernels import cpu
-from nipq.kernels.arguments import ProxySettings, ProxyTensors
+from nipq.kernels.arguments import GRID_NUMBERS, ProxySettings, ProxyTensors
 
 
 class Backend(NamedTuple):
@@ -392,7 +392,7 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid, cap: float = ma
         Values on the grid, shape and type of x.
     """
     axis = next((axis for axis, length in enumerate(alpha.shape) if length > 1), 0)
-    kernels = backend(x, alpha, axis)
+    kernels = backend(x, alpha, axis) if grid.kind in GRID_NUMBERS else None
     if kernels is None:
         return uniform.quantize(_capped(x, cap), alpha, bits, grid).to(x.dtype)
     x = x if is_dense(x) else x.contiguous()

@@ -263,11 +263,12 @@ def range_of(
     else:
         raw = tl.load(alpha_raw + channel, mask=channel < channels, other=1)
         end = softplus(raw.to(tl.float64)).to(tl.float32)
-    n = power_of_two(bits - 1) - 1 if kind == 0 else power_of_two(bits) - 1
+    n = power_of_two(bits - 1) if kind == 0 or kind == 3 else power_of_two(bits)
+    n -= 0.5 if kind == 3 else 1.0
     n = end * 0.0 + n
     step = tl.div_rn(end, n)
     zero, lower, upper = end * 0.0, end * 0.0, end
-    if kind == 0:
+    if kind == 0 or kind == 3:
         lower = -end
     elif kind == 2:
         zero = rounded(tl.minimum(tl.div_rn(zero + shift, step), n))
@@ -300,13 +301,14 @@ def finish_kernel(
         n = n.to(tl.float64)
         moved = slope - zero.to(tl.float64) * (lower + upper)
         at_end = moved / n + upper
-        if kind == 0:
+        if kind == 0 or kind == 3:
             at_end -= lower
         if alpha is None:
             at_end *= sigmoid(tl.load(alpha_raw + channel, mask=channel < channels, other=0).to(tl.float64))
         tl.store(d_alpha + channel, at_end.to(tl.float32), mask=channel < channels)
         ln_2 = 0.6931471805599453
-        moved_bits -= moved * end.to(tl.float64) * (n + 1.0) * ln_2 / (n * n)
+        power = n + (0.5 if kind == 3 else 1.0)
+        moved_bits -= moved * end.to(tl.float64) * power * ln_2 / (n * n)
     if d_bits is not None:
         found = tl.sum(moved_bits, 0)
         if bit_raw is not None:
@@ -562,7 +564,9 @@ def _rounding_scalars(alpha: Tensor, bits: Tensor, grid: Grid) -> dict[str, Any]
 
 @jit
 def code_of(quotient: tl.tensor, zero: tl.tensor, n: tl.tensor, kind: tl.constexpr) -> tl.tensor:
-    """Code of x / step, clamped before it is rounded: the ends are whole, so the order makes no difference."""
+    """Code of x / step, clamped before it is rounded: the ends are levels, so the order makes no difference."""
+    if kind == 3:  # levels half a step beside
+        return tl.floor(tl.minimum(tl.maximum(quotient, -n), n)) + 0.5
     low = -n if kind == 0 else -zero
     return rounded(tl.minimum(tl.maximum(quotient, low), n - zero))
 

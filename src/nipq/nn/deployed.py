@@ -34,6 +34,7 @@ class _Deployed(nn.Module, ABC):
         layer: the trained layer's shell (see :func:`plain_shell`), or the layer itself for one whose own forward stays.
         weight: whole codes, int8 up to 8 bits and int16 above; a buffer of that module.
         weight_bits: bit-width of the weight.
+        weight_grid: kind of the weight's grid.
         tied_to: full name of the layer whose codes these are, or None when they are its own.
         dtype: floating type of the trained layer.
     """
@@ -47,12 +48,18 @@ class _Deployed(nn.Module, ABC):
     batchnorm: str | None = None
 
     def __init__(
-        self, layer: nn.Module, weight: Tensor, weight_bits: int, tied_to: str | None, dtype: torch.dtype
+        self,
+        layer: nn.Module,
+        weight: Tensor,
+        weight_bits: int,
+        weight_grid: GridKind,
+        tied_to: str | None,
+        dtype: torch.dtype,
     ) -> None:
         nn.Module.__init__(self)  # not that of the trained layer's class, which a kept layer is an instance of, too
         # An empty tensor that changes its type with the module: results are of that type.
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
-        self.weight_bits = weight_bits
+        self.weight_bits, self.weight_grid = weight_bits, weight_grid
         self.tied_to = tied_to
         layer._buffers["weight"] = weight  # past register_buffer: the class may have a property of that name
         layer.__dict__["deployed_in"] = (self,)  # in a tuple, so that it is not a submodule
@@ -152,6 +159,7 @@ class DeployedLayer(_Deployed):
         offset: shape ``(channels,)``, float32.
         input_step: step of the input, units of the input, one element, float32.
         weight_bits: bit-width of the weight.
+        weight_grid: kind of the weight's grid.
         input_bits: bit-width of the input.
         grid: kind of the input's grid.
         zero_point: levels below zero.
@@ -176,6 +184,7 @@ class DeployedLayer(_Deployed):
         input_step: Tensor,
         *,
         weight_bits: int,
+        weight_grid: GridKind = "signed",
         input_bits: int,
         grid: GridKind,
         zero_point: int,
@@ -194,7 +203,7 @@ class DeployedLayer(_Deployed):
         self.batchnorm = batchnorm
         self.has_bias = has_bias
         self.float64 = needs_float64(weight, self.code_low, self.code_high, weight_channel_axis(layer))
-        super().__init__(layer, weight, weight_bits, tied_to, dtype)
+        super().__init__(layer, weight, weight_bits, weight_grid, tied_to, dtype)
         self._buffers |= {"scale": scale, "offset": offset, "input_step": input_step.reshape(1)}
 
     def codes(self, x: Tensor) -> Tensor:
@@ -267,6 +276,7 @@ class DeployedWeightOnlyLayer(_Deployed):
         scale: step of the weight, float32, one element or one per output channel.
         bias: the layer's bias, or None.
         weight_bits: bit-width of the weight.
+        weight_grid: kind of the weight's grid.
         tied_to: full name of the layer whose codes these are, or None when they are its own.
         dtype: floating type of the trained layer.
     """
@@ -279,10 +289,11 @@ class DeployedWeightOnlyLayer(_Deployed):
         bias: Tensor | None,
         *,
         weight_bits: int,
+        weight_grid: GridKind = "signed",
         tied_to: str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(layer, weight, weight_bits, tied_to, dtype)
+        super().__init__(layer, weight, weight_bits, weight_grid, tied_to, dtype)
         self._buffers |= {"scale": scale, "offset": bias}
 
     @_seen_as(nn.Identity.forward)  # one input
@@ -340,6 +351,7 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
         scale: step of the weight, float32, one element or one per output channel.
         input_step: step of the input, float32; None when it stays float.
         weight_bits: bit-width of the weight.
+        weight_grid: kind of the weight's grid.
         input_bits: bit-width of the input; None when it stays float.
         grid: kind of the input's grid.
         zero_point: levels below zero.
@@ -365,6 +377,7 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
         input_step: Tensor | None = None,
         *,
         weight_bits: int,
+        weight_grid: GridKind = "signed",
         input_bits: int | None = None,
         grid: GridKind = "signed",
         zero_point: int = 0,
@@ -376,7 +389,9 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
         self.grid = grid
         self.zero_point = zero_point
         self.code_low, self.code_high = code_range
-        super().__init__(layer, weight, scale, None, weight_bits=weight_bits, tied_to=tied_to, dtype=dtype)
+        super().__init__(
+            layer, weight, scale, None, weight_bits=weight_bits, weight_grid=weight_grid, tied_to=tied_to, dtype=dtype
+        )
         self._buffers["input_step"] = None if input_step is None else input_step.reshape(1)
 
     def codes(self, x: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def start_weight_range_(quantizer: WeightQuantizer, weight: Tensor) -> None:
     if quantizer.init == "release":
         _set_raw_(quantizer, float(weight.max()))
         return
-    quantizer.set_alpha_(_range(quantizer, weight, SIGNED, quantizer.range_axis))
+    quantizer.set_alpha_(_range(quantizer, weight, quantizer.grid, quantizer.range_axis))
 
 
 def start_input_range_(quantizer: InputQuantizer, sample: Tensor) -> None:

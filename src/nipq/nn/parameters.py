@@ -19,7 +19,7 @@ from nipq.config import BitRange
 from nipq.errors import ConfigError, FileFormatError, OrderError
 from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits
 from nipq.functional.clipping import alpha_from_raw, raw_from_alpha, spread_along
-from nipq.functional.grid import Grid, code_range, step_size, zero_point
+from nipq.functional.grid import Grid, code_range, fitting_grid, step_size, zero_point
 from nipq.functional.packing import FEWEST_BITS, MOST_BITS
 from nipq.functional.uniform import integer_codes, widened
 
@@ -189,6 +189,8 @@ class QuantizerParameters(nn.Module):
                 del quantizer.bit_raw
             whole = torch.tensor([int(bits)], device=quantizer.alpha_raw.device)
             quantizer.register_buffer("bits_frozen", whole)
+            if quantizer.grid.kind == "balanced":
+                quantizer.grid = fitting_grid(quantizer.grid, bits)
 
     @torch.no_grad()
     def set_alpha_(self, alpha: Tensor) -> None:
@@ -230,8 +232,11 @@ class QuantizerParameters(nn.Module):
         return x.numel() // (len(x) if self.role == "input" and x.ndim else self.alpha_raw.numel())
 
     def step(self) -> Tensor:
-        """Step of the true quantizer, units of x, shape ``(channels,)``: the number that a file stores."""
-        return step_size(self.alpha, self.whole_bits(), self.grid)
+        """Value of one code, units of x, shape ``(channels,)``: the number that a file stores.
+
+        The step of the true quantizer, or half of it on a balanced grid, whose codes are odd.
+        """
+        return step_size(self.alpha, self.whole_bits(), self.grid) / self.grid.codes_per_step
 
     def zero_point(self) -> Tensor:
         """Whole code that stands for 0 in the stored (unsigned) counting, shape ``(channels,)``."""
@@ -239,14 +244,16 @@ class QuantizerParameters(nn.Module):
 
     def code_range(self) -> tuple[Tensor, Tensor]:
         """Lowest and highest code relative to the zero point, each of shape ``(channels,)`` or ``(1,)``."""
-        return code_range(self.alpha, self.whole_bits(), self.grid)
+        low, high = code_range(self.alpha, self.whole_bits(), self.grid)
+        return low * self.grid.codes_per_step, high * self.grid.codes_per_step
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """Whole codes of ``x`` relative to the zero point, so that the code of 0 is 0; floats, shape of ``x``."""
-        low, high = self.code_range()
-        spread = [self.spread(value, x.ndim) for value in (self.step(), low, high)]
-        return integer_codes(x, *spread)
+        """Whole codes of ``x`` relative to the zero point, as floats; the code of 0 is 0, or 1 on a balanced grid."""
+        bits, grid = self.whole_bits(), self.grid
+        numbers = (step_size(self.alpha, bits, grid), *code_range(self.alpha, bits, grid))
+        codes = integer_codes(x, *(self.spread(number, x.ndim) for number in numbers), offset=grid.offset)
+        return codes * grid.codes_per_step
 
     def get_extra_state(self) -> Tensor:
         """Grid, bit range and calibration mark, see :class:`~QuantizerState`."""

@@ -201,7 +201,12 @@ def _deployed(
 ) -> Deployed:
     """The deployed form of a layer whose quantizers are detached already."""
     layer, step, bits = row.layer, row.weight.step(), row.weight.bits_rounded
-    common: dict[str, Any] = {"weight_bits": bits, "tied_to": tied_to, "dtype": float_weight(layer).dtype}
+    common: dict[str, Any] = {
+        "weight_bits": bits,
+        "weight_grid": row.weight.grid.kind,
+        "tied_to": tied_to,
+        "dtype": float_weight(layer).dtype,
+    }
     inputs: dict[str, Any] = {}
     if row.input is not None:
         low, high = row.input.code_range()

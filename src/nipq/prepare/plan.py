@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from nipq.config import BitRange, Config, Granularity, GridChoice, Target
+from nipq.config import BitRange, Config, Granularity, GridChoice, Target, WeightLevels
 from nipq.errors import ConfigError
 from nipq.nn.layers import LayerSpec
 
@@ -34,12 +34,14 @@ class LayerPlan:
         weight_bits: bit-widths of the weight.
         activation_bits: bit-widths of the input, None when it stays float.
         granularity: one clipping range for the weight, or one for each output channel.
+        weight_levels: levels of the weight.
         grid: levels of the input.
     """
 
     weight_bits: BitRange
     activation_bits: BitRange | None
     granularity: Granularity
+    weight_levels: WeightLevels
     grid: GridChoice
 
 
@@ -108,7 +110,7 @@ def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
         if bits is None or settings.get("quantize_input") is False:
             return None
         grid: GridChoice = "unsigned" if spec.kind == "ProbabilityValue" else settings.get("grid", "auto")
-        return LayerPlan(bits, bits, "tensor", grid)
+        return LayerPlan(bits, bits, "tensor", "symmetric", grid)
     activation_bits = settings.get("activation_bits", config.activation_bits)
     quantize_input = config.quantize_inputs
     if spec.is_input and "activation_bits" not in settings:
@@ -120,6 +122,7 @@ def _plan(spec: LayerSpec, config: Config) -> LayerPlan | None:
         weight_bits=settings.get("weight_bits", config.weight_bits),
         activation_bits=activation_bits if settings.get("quantize_input", quantize_input) else None,
         granularity=settings.get("granularity", config.granularity),
+        weight_levels=settings.get("weight_levels", config.weight_levels),
         grid=settings.get("grid", "auto"),
     )
 
@@ -131,7 +134,8 @@ def _table_plan(spec: LayerSpec, tied: LayerPlan | None, config: Config) -> Laye
     weight_bits = settings.get("weight_bits", weight_bits)
     if settings.get("quantize") is False or weight_bits is None:
         return None
-    return LayerPlan(weight_bits, None, settings.get("granularity", granularity), "auto")
+    levels = settings.get("weight_levels", tied.weight_levels if tied else config.weight_levels)
+    return LayerPlan(weight_bits, None, settings.get("granularity", granularity), levels, "auto")
 
 
 def target_notes(

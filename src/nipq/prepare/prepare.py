@@ -6,9 +6,9 @@ from dataclasses import fields
 
 from torch import Tensor, nn
 
-from nipq.config import BitRange, Config, GridChoice, Phase
+from nipq.config import BitRange, Config, GridChoice, Phase, WeightLevels
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.grid import BALANCED, FULL, SIGNED, UNSIGNED, Grid, fitting_grid
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
 from nipq.nn.estimators import Estimator, estimator_of
 from nipq.nn.init import SHIFTS, start_weight_range_
@@ -38,6 +38,8 @@ _FIRST_GRIDS: dict[GridChoice, Grid] = {
     "unsigned": UNSIGNED,
     "shifted": Grid("shifted", SHIFTS["hardswish"]),
 }
+
+_WEIGHT_GRIDS: dict[WeightLevels, Grid] = {"symmetric": SIGNED, "balanced": BALANCED, "full": FULL}
 
 #: From so many fixed bits on, the clipping range of the model's own input stays as calibration set it.
 FIXED_RANGE_BITS = 8
@@ -185,13 +187,20 @@ def _weight_quantizers(
             continue
         layer = model.get_submodule(spec.name)
         first, first_plan = owners.setdefault(id(layer.weight), (spec, plan))
-        if (first_plan.weight_bits, first_plan.granularity) != (plan.weight_bits, plan.granularity):
+        ours, theirs = ((x.weight_bits, x.granularity, x.weight_levels) for x in (plan, first_plan))
+        if ours != theirs:
             raise ConfigError(
                 f"{spec.name}: expected the settings of {first.name}, with which it shares its weight, found others. "
-                "Let the rules give both the same weight_bits and granularity."
+                "Let the rules give both the same weight_bits, granularity and weight_levels."
             )
         found[spec.name] = found[first.name] if first is not spec else _weight_quantizer(layer, spec, plan, config)
     return found
+
+
+def _weight_grid(plan: LayerPlan) -> Grid:
+    """Levels of a weight; of a balanced one at a bit-width that is fixed at 8 or more the symmetric ones."""
+    grid = _WEIGHT_GRIDS[plan.weight_levels]
+    return grid if plan.weight_bits.fixed is None else fitting_grid(grid, plan.weight_bits.fixed)
 
 
 def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config: Config) -> WeightQuantizer:
@@ -203,7 +212,7 @@ def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config
         plan.weight_bits,
         channels=1 if axis is None else weight.shape[axis],
         channel_axis=axis or 0,
-        grid=SIGNED,
+        grid=_weight_grid(plan),
         estimator=_estimator(config),
         init=config.init,
     ).to(weight.device)

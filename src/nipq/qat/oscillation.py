@@ -267,7 +267,8 @@ def _with_frozen(quantizer: WeightQuantizer, weight: Tensor, history: dict[str, 
     as truncated, and so its gradient, must not hang on the last bit of code * step.
     """
     step, low, high = _grid(quantizer, weight.ndim)
-    middle = history["codes"].clamp(low + 0.25, high - 0.25) * step
+    quarter = quantizer.grid.codes_per_step / 4
+    middle = history["codes"].clamp(low + quarter, high - quarter) * step
     return torch.where(history["frozen"], middle.to(weight), weight)
 
 

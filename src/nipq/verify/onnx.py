@@ -273,7 +273,7 @@ def _expected_facts(layer: Deployed, numbers: PortableLayer, form: str) -> dict[
     }
     if form == "qonnx":
         facts["weight scale"] = along_channels(numbers.weight_scale, layer.layer, numbers.weight)
-        facts |= {"bits of the weight's Quant": float(numbers.weight_bits), "weight on its levels": True}
+        facts |= {"bits of the weight's Quant": float(numbers.code_bits), "weight on its levels": True}
     return facts if numbers.input is None else facts | _expected_input_facts(numbers.input, form)
 
 

@@ -240,6 +240,7 @@ def _trained_facts(row: LayerRow) -> dict[str, Any]:
     bias = bias_of(row.layer)
     facts: dict[str, Any] = {
         "weight bits": row.weight.bits_rounded,
+        "grid of the weight": row.weight.grid.kind,
         "weight codes": row.weight.codes(float_weight(row.layer)),
     }
     kept = row.spec.form == "kept"
@@ -273,7 +274,11 @@ def _own_state(layer: nn.Module) -> dict[str, Tensor]:
 
 def _deployed_facts(layer: Deployed) -> dict[str, Any]:
     """The same facts as in :func:`_trained_facts`, as the deployed layer holds them."""
-    facts: dict[str, Any] = {"weight bits": layer.weight_bits, "weight codes": layer.weight_codes}
+    facts: dict[str, Any] = {
+        "weight bits": layer.weight_bits,
+        "grid of the weight": layer.weight_grid,
+        "weight codes": layer.weight_codes,
+    }
     if isinstance(layer, DeployedWeightOnlyLayer):
         facts |= {"step of the weight": layer.scale, "bias": layer.bias}
     if not is_plain(layer.layer):

@@ -21,7 +21,7 @@ struct Call {  // the same fields, in the same order, as nipq.kernels.cpu.Call
   std::uint32_t choices;            // bit b is set where b bits are allowed
   std::int32_t stochastic;          // draw a whole bit-width by the key, or take the nearest
 
-  std::int32_t grid;  // 0 signed, 1 unsigned, 2 shifted
+  std::int32_t grid;  // 0 signed, 1 unsigned, 2 shifted, 3 balanced
   double shift;       // of a shifted grid
   double cap;         // upper end of a ReLU6 in front that was left out, else infinity
 

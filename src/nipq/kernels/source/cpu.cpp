@@ -36,8 +36,8 @@ void run_proxy_backward(const Call &call, const void *grad, const void *y, void 
 template <class T> void run_round_forward(const Call &call, const void *x, void *y) {
   const auto ranges = ranges_of(call);
   for_segments(call, [&](Index, Index channel, Index begin, Index end) {
-    round_forward(static_cast<const T *>(x), static_cast<T *>(y), begin, end, ranges[channel],
-                  float(call.cap));
+    const auto run = call.grid == 3 ? round_forward<T, true> : round_forward<T, false>;
+    run(static_cast<const T *>(x), static_cast<T *>(y), begin, end, ranges[channel], float(call.cap));
   });
 }
 
@@ -46,8 +46,9 @@ void run_round_backward(const Call &call, const void *grad, const void *x, void 
   const auto ranges = ranges_of(call);
   std::vector<Sums> parts(call.segments());
   for_segments(call, [&](Index s, Index channel, Index begin, Index end) {
-    parts[s] = round_backward(static_cast<const T *>(grad), static_cast<const T *>(x), static_cast<T *>(dx), begin,
-                              end, ranges[channel], float(call.cap));
+    const auto run = call.grid == 3 ? round_backward<T, true> : round_backward<T, false>;
+    parts[s] = run(static_cast<const T *>(grad), static_cast<const T *>(x), static_cast<T *>(dx), begin, end,
+                   ranges[channel], float(call.cap));
   });
   finish_gradients(call, ranges, parts, d_alpha, d_bits);
 }

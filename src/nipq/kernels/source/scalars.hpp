@@ -55,20 +55,23 @@ inline float bits_of(const Call &call) {
 struct Range {
   float n, step, zero;   // zero: the zero point
   float low, high;       // codes
+  float offset;          // of the levels from whole steps: 1/2 on a balanced grid
   float lower, upper;    // values
   double step_slope;     // d step / d bits
 };
 
 inline Range range_of(const Call &call, float alpha, float bits) {
-  const float power = std::exp2(call.grid == 0 ? bits - 1 : bits);
+  const bool both = call.grid == 0 || call.grid == 3;  // ends at -alpha and alpha
+  const float power = std::exp2(both ? bits - 1 : bits);
   Range r{};
-  r.n = power - 1;
+  r.offset = call.grid == 3 ? 0.5f : 0;
+  r.n = power - 1 + r.offset;
   r.step = alpha / r.n;
   if (call.grid == 2) r.zero = std::min(std::nearbyint(float(call.shift) / r.step), std::floor(r.n));
   const float below = r.zero * r.step;
-  r.low = call.grid == 0 ? -r.n : -r.zero;
+  r.low = both ? -r.n : -r.zero;
   r.high = r.n - r.zero;
-  r.lower = call.grid == 0 ? -alpha : -below;
+  r.lower = both ? -alpha : -below;
   r.upper = alpha - below;
   r.step_slope = -double(alpha) * std::log(2.0) * power / (double(r.n) * r.n);
   return r;

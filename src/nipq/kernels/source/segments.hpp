@@ -36,7 +36,7 @@ inline void finish_gradients(const Call &call, const std::vector<Range> &ranges,
   for (Index c = 0; c < call.channels; ++c) {
     const Range &r = ranges[c];
     const double moved = total[c].slope - r.zero * (total[c].lower + total[c].upper);
-    const double alpha = moved / r.n + total[c].upper - (call.grid == 0 ? total[c].lower : 0);
+    const double alpha = moved / r.n + total[c].upper - (call.grid == 0 || call.grid == 3 ? total[c].lower : 0);
     d_alpha[c] = float(alpha * (call.alpha ? 1 : sigmoid(call.alpha_raw[c])));
     bits += moved * r.step_slope;
   }
