@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import nipq
 from nipq.config import Config, Granularity
@@ -90,3 +91,31 @@ def test_no_other_version_is_read_whatever_its_checksum(version: bytes, tmp_path
     path.write_bytes(data.replace(b'\\"version\\":3', b'\\"version\\":' + version))
     with pytest.raises(FileFormatError, match=rf"expected format version 3, found {version.decode()}. Use the release"):
         nipq.load(path, CASES["linear"][0]())
+
+
+class WritesIntoInput(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, 0] = 0
+        return super().forward(x)
+
+
+class WritesIntoWeight(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.clone()
+        weight[0] = 0
+        return functional.conv2d(x, weight, self.bias)
+
+
+@pytest.mark.parametrize("kind", [WritesIntoInput, WritesIntoWeight])
+@pytest.mark.parametrize("name", ["model.onnx", "model.qonnx.onnx"])
+def test_a_file_whose_layers_cannot_be_found_is_refused_and_not_left(kind: type, name: str, tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), kind(4, 4, 3)).eval()
+    config = nipq.Config(weight_bits=4, activation_bits=6)
+    deployed = nipq.convert(nipq.calibrate_(nipq.prepare_(model, x, config), [x]), x)
+    with pytest.raises(ConfigError, match=r"expected a model of which torch.s exporter writes .*: 2: expected"):
+        nipq.export(deployed, tmp_path / name, x)
+    assert not list(tmp_path.iterdir())
+    nipq.export(deployed, tmp_path / "model.pt2", x)
+    assert nipq.verify(model, tmp_path / "model.pt2", [x])

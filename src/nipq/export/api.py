@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,13 +13,14 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 from torch import nn
 
-from nipq.errors import ConfigError, first_line
+from nipq.errors import ConfigError, FileFormatError, first_line
 from nipq.export.arrays import arrays_bytes
+from nipq.export.onnx_read import matched_layers, read_onnx
 from nipq.export.onnx_write import FIXED_BATCH, onnx_bytes, qonnx_bytes
 from nipq.export.program import call_arguments, program_bytes
 from nipq.export.runtimes import faithful_session
 from nipq.files import check_free, written_whole
-from nipq.nn.deployed import check_deployed, deployed_layers, deployed_products
+from nipq.nn.deployed import Deployed, check_deployed, deployed_layers, deployed_products
 from nipq.prepare.batches import BatchReader
 from nipq.prepare.convert import bare_model
 from nipq.prepare.input_form import REMEDY, ExampleInputs, known_form
@@ -99,6 +101,8 @@ def export(
         warnings = () if any_batch else (FIXED_BATCH,)
     with written_whole(path) as temporary:
         temporary.write_bytes(data)
+        if chosen in ("onnx", "qonnx"):
+            _check_layers(temporary, layers)
     return ExportReport(
         path,
         chosen,
@@ -111,6 +115,23 @@ def export(
         warnings,
         tuple(ExportedProduct(name, product.x.bits, product.y.bits) for name, product in products.items()),
     )
+
+
+def _check_layers(path: Path, layers: Mapping[str, Deployed]) -> None:
+    """Refuse a file in which the exporter moved a layer's codes to where no reader, and no proof, finds them."""
+    name = next(iter(layers))
+    try:
+        for found in matched_layers(read_onnx(path)):
+            name = found.name
+            if (getattr(layers[name], "input_step", None) is not None) != ("step of the input" in found.facts):
+                raise FileFormatError(f"{name}: expected a quantized input, found none")
+    except FileFormatError as error:
+        reason = first_line(error).removeprefix(f"{path}: ")
+        raise ConfigError(
+            f"export: expected a model of which torch's exporter writes an ONNX file whose layers can be found, found "
+            f"another one: {reason} Writing into an input or a weight inside of a layer's forward is often the "
+            "reason; export a .pt2 program, or save it with nipq.save."
+        ) from error
 
 
 def _check_runs(data: bytes, example_inputs: ExampleInputs) -> None:
