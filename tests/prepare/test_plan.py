@@ -31,8 +31,8 @@ def plans(*rules: Rule, **settings: object) -> dict[str, LayerPlan]:
 
 def test_defaults_and_the_models_own_input() -> None:
     found = plans()
-    assert found["head"] == LayerPlan(BitRange(), BitRange(), "tensor", "auto")
-    assert found["stem"] == LayerPlan(BitRange(), BitRange(fixed=8), "tensor", "auto")
+    assert found["head"] == LayerPlan(BitRange(), BitRange(), "tensor", "symmetric", "auto")
+    assert found["stem"] == LayerPlan(BitRange(), BitRange(fixed=8), "tensor", "symmetric", "auto")
 
 
 def test_the_models_own_input_may_stay_float_or_be_learned() -> None:
@@ -54,8 +54,8 @@ def test_rules_set_what_they_name_and_later_ones_override() -> None:
         Rule("block.1.*", weight_bits={2, 8}, grid="signed"),
         granularity="tensor",
     )
-    assert found["block.0.conv1"] == LayerPlan(BitRange(fixed=4), BitRange(), "channel", "auto")
-    assert found["block.1.conv1"] == LayerPlan(BitRange(allowed=(2, 8)), BitRange(), "channel", "signed")
+    assert found["block.0.conv1"] == LayerPlan(BitRange(fixed=4), BitRange(), "channel", "symmetric", "auto")
+    assert found["block.1.conv1"] == LayerPlan(BitRange(allowed=(2, 8)), BitRange(), "channel", "symmetric", "signed")
     assert found["head"].weight_bits == BitRange()
 
 

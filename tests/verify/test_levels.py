@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
+import nipq
 from nipq.config import Config, Rule
 from nipq.errors import ConfigError, OrderError
 from nipq.export.packed_write import save
@@ -245,3 +246,51 @@ def test_a_file_goes_with_one_module(trained: Any, tmp_path: Path) -> None:
     model, data = trained
     with pytest.raises(ConfigError, match="expected one deployed module with file='x', found 2"):
         verify(model, convert(model), convert(model), loader=data, file="x")
+
+
+# ---------------------------------------------------------------------- right models that once were said to differ
+
+
+def deployed_pair(model: nn.Module, x: Any) -> tuple[nn.Module, nn.Module]:
+    config = nipq.Config(weight_bits=4, activation_bits=6)
+    trained = nipq.calibrate_(nipq.prepare_(model.eval(), x, config), [x]).eval()
+    return trained, nipq.convert(trained, x)
+
+
+def test_what_stays_float_runs_in_the_same_kernels() -> None:
+    """Cross attention stays float; torch folds its products in another way where weights require gradients."""
+    x = (torch.randn(4, 5, 8), torch.randn(4, 5, 8))
+    trained, deployed = deployed_pair(nn.Transformer(8, 2, 1, 1, 16, batch_first=True, dropout=0.0), x)
+    before = [parameter.requires_grad for parameter in trained.parameters()]
+    result = nipq.verify(trained, deployed, [x])
+    assert result, str(result)
+    assert [parameter.requires_grad for parameter in trained.parameters()] == before
+
+
+def test_results_of_a_part_in_half_precision_may_differ_by_its_roundings() -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(12, 8), nn.Linear(8, 3).bfloat16()
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.head(torch.relu(self.body(x)).bfloat16())
+            return found.float()
+
+    x = torch.randn(64, 12)
+    trained, deployed = deployed_pair(Mixed(), x)
+    result = nipq.verify(trained, deployed, [x])
+    assert result, str(result)
+
+
+def test_a_hook_that_changes_an_output_comes_after_the_layer_in_files_too(tmp_path: Path) -> None:
+    x = torch.randn(6, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(96, 5))
+    model[2].register_forward_hook(lambda _module, _args, output: 2 * output)
+    trained, deployed = deployed_pair(model, x)
+    paths = [tmp_path / name for name in ("model.onnx", "model.npz", "model.pt2")]
+    for path in paths:
+        nipq.export(deployed, path, x)
+    for artifact in (deployed, *paths):
+        result = nipq.verify(trained, artifact, [x])
+        assert result, str(result)

@@ -337,7 +337,13 @@ def check_feasible(model: nn.Module, budget: Budget) -> list[FeasibleRange]:
     Raises:
         BudgetError: naming the range, its unit and what to do.
         OrderError: if the model is not prepared.
+        ConfigError: if it is no budget.
     """
+    if not isinstance(budget, Budget):
+        raise ConfigError(
+            f"expected a budget, found {budget!r}. Give one such as nipq.AverageBits(weights=4) or "
+            "nipq.ModelSize('1.2 MB')."
+        )
     rows = layer_table(model)
     ranges = []
     for limit in budget.limits(model):

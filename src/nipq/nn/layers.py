@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from nipq.errors import OrderError
+from nipq.errors import ConfigError, OrderError
 from nipq.nn.integer import bias_of, fold, integer_forward, needs_float64
 from nipq.nn.kinds import channel_dim, output_channels, run_operation, weight_channel_axis
 from nipq.nn.quantizer import InputQuantizer, TensorQuantizer, WeightQuantizer
@@ -125,7 +125,29 @@ def quantization(layer: nn.Module) -> LayerQuantization:
 
 def is_prepared(layer: nn.Module) -> bool:
     """Return whether :func:`attach` was called on this very layer."""
-    return isinstance(layer._modules.get("quantization"), LayerQuantization)  # wrappers give attributes of their layer
+    parts = layer._modules  # not getattr, as wrappers give attributes of their layer; a compiled module's has no get
+    return "quantization" in parts and isinstance(parts["quantization"], LayerQuantization)
+
+
+def check_module(model: object, command: str | None = None) -> None:
+    """Refuse what is no module, before anything is done with it.
+
+    Args:
+        model: what a caller gave for a model.
+        command: the function that it was given to, for the message, where it is known.
+
+    Raises:
+        ConfigError: if it is no ``torch.nn.Module``, or one that TorchScript compiled.
+    """
+    where = "" if command is None else f"{command}: "
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConfigError(
+            f"{where}expected a module with Python code, found one compiled by TorchScript. Give the module that it "
+            "was made from."
+        )
+    if not isinstance(model, nn.Module):
+        found = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ConfigError(f"{where}expected a model (torch.nn.Module), found {found}. Give the network itself.")
 
 
 def attach(layer: nn.Module, weight: WeightQuantizer, record: LayerQuantization, relu: nn.Module | None = None) -> None:

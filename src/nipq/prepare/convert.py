@@ -24,7 +24,7 @@ from nipq.nn.deployed import (
 )
 from nipq.nn.integer import bias_of, fold
 from nipq.nn.kinds import close_shortcuts_, is_plain, output_channels
-from nipq.nn.layers import detach, float_weight
+from nipq.nn.layers import check_module, detach, float_weight
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.nn.shells import kept_shell, plain_shell
 from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, to_device
@@ -92,6 +92,7 @@ def bare_model(model: nn.Module, command: str) -> nn.Module:
     Raises:
         NotQuantizableError: if a part of the model is wrapped, or its parameters are spread over processes.
     """
+    check_module(model, command)
     model = inner(model)
     for name, module in model.named_modules():
         kinds = {kind.__name__ for kind in type(module).__mro__}

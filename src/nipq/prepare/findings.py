@@ -18,7 +18,7 @@ from nipq.distributed import SHARDING_WRAPPERS, WRAPPERS
 from nipq.errors import Diagnostic, NotQuantizableError
 from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, output_channel_axis
-from nipq.nn.layers import LayerSpec, is_prepared
+from nipq.nn.layers import LayerSpec, check_module, is_prepared
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.plan import LayerPlan, is_adapter, plan_layers, shared_groups, target_notes
 from nipq.prepare.probe import probe
@@ -72,6 +72,7 @@ def before_running(model: nn.Module) -> Iterator[Diagnostic]:
     Args:
         model: a model.
     """
+    check_module(model, "validate")
     devices = sorted({str(parameter.device) for parameter in model.parameters()} - {"meta"})
     if len(devices) > 1:
         remedy = "Put the whole model on one of them before preparing."

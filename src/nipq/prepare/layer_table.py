@@ -20,6 +20,7 @@ from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.functional.clipping import LEAST_RANGE
 from nipq.nn.layers import (
     LayerSpec,
+    check_module,
     enter_integer_domain,
     is_prepared,
     leave_integer_domain,
@@ -71,6 +72,7 @@ def layer_table(model: nn.Module) -> list[LayerRow]:
     Raises:
         OrderError: if the model holds no prepared layer.
     """
+    check_module(model)
     modules = dict(model.named_modules())
     layers = [(name, layer) for name, layer in modules.items() if is_prepared(layer)]
     if not layers:

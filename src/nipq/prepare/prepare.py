@@ -17,6 +17,7 @@ from nipq.nn.layers import (
     LayerQuantization,
     LayerSpec,
     attach,
+    check_module,
     detach,
     is_prepared,
     quantization,
@@ -75,6 +76,7 @@ def prepare_(model: nn.Module, example_inputs: ExampleInputs, config: Config | N
         >>> model[0].parametrizations.weight[0].bits
         tensor([4.])
     """
+    check_module(model, "prepare_")
     config = config or Config()
     if any(is_prepared(module) for module in model.modules()):
         raise OrderError(
@@ -149,6 +151,7 @@ def restore_(model: nn.Module) -> nn.Module:
     Raises:
         OrderError: if the model is not prepared.
     """
+    check_module(model, "restore_")
     prepared = [module for module in model.modules() if is_prepared(module)]  # copies among them, too
     if not prepared:
         layer_table(model)  # says so

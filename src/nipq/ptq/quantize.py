@@ -29,7 +29,7 @@ from nipq.errors import ConfigError, NonFiniteError, OrderError
 from nipq.export.api import ExportReport, export
 from nipq.export.packed_write import file_bytes, save
 from nipq.nn.deployed import deployed_layers
-from nipq.nn.layers import is_prepared
+from nipq.nn.layers import check_module, is_prepared
 from nipq.prepare.batches import BatchReader, Inputs, batches_of, call_model, check_rereadable, copy_of, to_device
 from nipq.prepare.convert import convert
 from nipq.prepare.input_form import ExampleInputs
@@ -330,6 +330,7 @@ def _described(table: BitTable, widths: list[int]) -> str:
 
 
 def _check_model(model: nn.Module) -> None:
+    check_module(model, "quantize")
     name = type(model).__name__
     if any(is_prepared(module) for module in model.modules()) or deployed_layers(model):
         raise OrderError(

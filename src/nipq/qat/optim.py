@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from nipq.errors import ConfigError, OrderError
+from nipq.nn.layers import check_module
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.layer_table import quantizers
 
@@ -32,6 +33,7 @@ def weight_groups(model: nn.Module, lr: float | None = None, weight_decay: float
     Returns:
         Groups named ``"weights"`` and ``"no_decay"``; empty ones left out.
     """
+    check_module(model, "param_groups")
     own = {id(p) for module in model.modules() if isinstance(module, TensorQuantizer) for p in module.parameters()}
     others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
     rate = {} if lr is None else {"lr": lr}

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal, TypeAlias, get_args
 
-from torch import nn
 from torch.optim import Optimizer
 
 from nipq.budget.budget import Budget
 from nipq.config import Phase
 from nipq.errors import ConfigError, did_you_mean
+from nipq.nn.layers import check_module
 from nipq.qat.ema import check_decay
 from nipq.qat.oscillation import MOMENTUM, check_oscillation
 
@@ -34,8 +34,7 @@ def check_model(model: object, budget: object, optimizers: Sequence[object]) -> 
     Raises:
         ConfigError: naming the first one.
     """
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"QATSession: expected a model, found {type(model).__name__}. Give the prepared module.")
+    check_module(model, "QATSession")
     if budget is not None and not isinstance(budget, Budget):
         raise ConfigError(
             f"QATSession: expected a budget, found {budget!r}. Give one such as nipq.AverageBits(weights=4), or None."

@@ -81,7 +81,10 @@ def _imported(path: str, what: str, module_name: str, attribute: str) -> Callabl
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"no {what} {path!r}: {error}; give package.module:callable") from error
+        raise ConfigError(
+            f"no {what} {path!r}: {error}; give package.module:callable, and PYTHONPATH=. if "
+            "the module lies in this folder"
+        ) from error
     return found
 
 

@@ -58,7 +58,7 @@ class RunFolder:
         left = {self.lock.name, self.environment.name}
         taken = self.path.exists() and not self.path.is_dir()
         if taken or (self.path.is_dir() and any(not self._is_left(found, left) for found in self.path.iterdir())):
-            what = "already holds a run" if self.holds_run() else "is not empty"
+            what = "already holds a run" if self.holds_run() else "is a file" if taken else "is not empty"
             raise ConfigError(
                 f"expected a new run folder, found that {self.path} {what}; "
                 "continue the run with --resume, or name another folder"

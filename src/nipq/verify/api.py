@@ -14,7 +14,7 @@ from torch import nn
 from nipq.config import Phase
 from nipq.distributed import inner
 from nipq.errors import ConfigError, FileFormatError, OrderError
-from nipq.nn.layers import float_weight
+from nipq.nn.layers import check_module, float_weight
 from nipq.prepare.batches import BatchReader, Inputs, evaluating
 from nipq.prepare.convert import convert
 from nipq.prepare.input_form import ExampleInputs
@@ -22,7 +22,7 @@ from nipq.prepare.layer_table import layer_table, phase_of, quantization_points,
 from nipq.verify.archives import ArraysCandidate, ProgramCandidate
 from nipq.verify.candidate import Candidate, UnreadableCandidate
 from nipq.verify.onnx import OnnxCandidate
-from nipq.verify.reference import reference_runs
+from nipq.verify.reference import reference_runs, same_kernels
 from nipq.verify.result import VerifyResult
 from nipq.verify.torch_module import module_candidate, packed_candidate
 
@@ -92,6 +92,7 @@ def verify(
         ConfigError: if there is no artifact or no batch, or an artifact is nothing that was deployed.
         MissingDependencyError: if a package that reads a file is not installed.
     """
+    check_module(model, "verify")
     model = inner(model)
     given, batches = _sorted_out(artifacts, loader)
     given = [inner(artifact) if isinstance(artifact, nn.Module) else artifact for artifact in given]
@@ -109,6 +110,7 @@ def verify(
         points = quantization_points(rows)
         candidates = [_candidate(artifact, model, points, example, packed) for artifact in given]
         checks = {candidate: [candidate.static_check()] for candidate in candidates}
+        stack.enter_context(same_kernels(model))
         for reference in reference_runs(model, rows, batches, reader):
             for candidate in candidates:
                 candidate.compare(reference)

@@ -227,7 +227,9 @@ class ArraysCandidate(Candidate):
         kept: dict[str, list[Tensor]] = defaultdict(list)
         layers = {name: x for name, x in deployed_layers(self.deployed).items() if isinstance(x, DeployedLayer)}
         handles = [
-            module.register_forward_hook(lambda _module, _args, y, name=name: kept[name].append(y.clone()))
+            module.register_forward_hook(
+                lambda _module, _args, y, name=name: kept[name].append(y.clone()), prepend=True
+            )
             for name, module in (layers | deployed_products(self.deployed)).items()
         ]
         try:

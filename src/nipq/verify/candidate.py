@@ -44,7 +44,7 @@ class Candidate(ABC):
         if reference.alone is not None:
             self.output.add_batch_noise(reference.logits, reference.alone)
         kind = reference.calls.results[reference.place].dtype
-        half = torch.finfo(kind).eps if kind.itemsize < 4 else 0.0
+        half = torch.finfo(kind).eps if kind.itemsize < 4 else max((x.half for x in self.layers.values()), default=0.0)
         self.output.add(reference.logits, self.logits(reference), reference.exact, reference.labels, half)
 
     def logits(self, reference: ReferenceRun) -> Tensor:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from nipq.config import Phase
 from nipq.errors import ConfigError
 from nipq.functional.uniform import widened
-from nipq.nn.quantizer import InputQuantizer
+from nipq.nn.quantizer import InputQuantizer, TensorQuantizer
 from nipq.prepare.batches import BatchReader, call_model, device_of, to_device
 from nipq.prepare.input_form import ExampleInputs
 from nipq.prepare.layer_table import LayerRow, set_phase_
@@ -131,6 +131,29 @@ def labels_of(batch: Any, reader: BatchReader) -> Tensor | None:  # noqa: ANN401
         return None
     found = found[0] if isinstance(found, tuple) and found else found
     return found if isinstance(found, Tensor) and not found.is_floating_point() else None
+
+
+@contextmanager
+def same_kernels(model: nn.Module) -> Iterator[None]:
+    """Let torch take the kernels for the trained model that it takes for the deployed one.
+
+    Where torch folds batches for a matrix product depends on whether a weight requires gradients, though none are
+    computed, and with it the last bit of what stayed float.
+
+    Args:
+        model: the trained model; quantizers keep their flags, as these say what a method learns.
+    """
+    own = {
+        id(part) for module in model.modules() if isinstance(module, TensorQuantizer) for part in module.parameters()
+    }
+    others = [parameter for parameter in model.parameters() if parameter.requires_grad and id(parameter) not in own]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
 
 
 @contextmanager
