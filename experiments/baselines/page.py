@@ -27,6 +27,7 @@ from nipq.train.records import Records
 HERE = Path(__file__).parent
 #: Names of the grids' files, without ending.
 MAIN, BOPS, WEIGHTS, ABLATIONS = "fashion_mobilenet_v2", "fashion_bops", "fashion_weights_only", "fashion_ablations"
+LEVELS = "fashion_weight_levels"
 
 
 def records_of(grid: Path) -> dict[str, Record]:
@@ -238,6 +239,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "fashion-baselines": partial(grid_section, HERE / f"{MAIN}.yaml", pictures=True),
     "fashion-bops": partial(grid_section, HERE / f"{BOPS}.yaml", pictures=True),
     "fashion-weights-only": partial(grid_section, HERE / f"{WEIGHTS}.yaml"),
+    "fashion-weight-levels": partial(grid_section, HERE / f"{LEVELS}.yaml"),
     "fashion-ablations": partial(grid_section, HERE / f"{ABLATIONS}.yaml"),
     "fashion-ablations-validation": validation,
     "searches-off-budget": ends,

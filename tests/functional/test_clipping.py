@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.functional import theory
 from nipq.functional.clipping import alpha_from_raw, even_stride, max_range, noise_optimal_range, raw_from_alpha
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.grid import BALANCED, SIGNED, UNSIGNED, Grid
 
 HSWISH = Grid("shifted", 0.375)
 properties = settings(deadline=None, max_examples=60)
@@ -109,7 +109,7 @@ def test_a_shifted_grid_uses_the_unsigned_root_of_what_is_shifted() -> None:
     torch.testing.assert_close(shifted, noise_optimal_range(x + 0.375, 4, UNSIGNED))
 
 
-@pytest.mark.parametrize("grid", [SIGNED, UNSIGNED], ids=lambda g: g.kind)
+@pytest.mark.parametrize("grid", [SIGNED, UNSIGNED, BALANCED], ids=lambda g: g.kind)
 def test_data_without_extent_give_one(grid: Grid) -> None:
     x = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
     assert max_range(x, grid, channel_axis=0).tolist() == [1.0, 2.0]

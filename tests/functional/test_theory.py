@@ -16,7 +16,7 @@ from torch import Tensor
 from nipq.errors import ConfigError
 from nipq.functional import theory
 from nipq.functional.clipping import max_range, noise_optimal_range
-from nipq.functional.grid import SIGNED, UNSIGNED, Grid
+from nipq.functional.grid import BALANCED, SIGNED, UNSIGNED, Grid
 from nipq.functional.noise import ERROR_TABLE, EmpiricalMethod, empirical_noise, uniform_noise
 from nipq.functional.proxy import noise_proxy
 from nipq.functional.theory import laplace_tails, normal_tails, sample_tails
@@ -287,10 +287,10 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("tails", [normal_tails, laplace_tails])
-@pytest.mark.parametrize("grid", [SIGNED, UNSIGNED], ids=lambda g: g.kind)
+@pytest.mark.parametrize("grid", [SIGNED, UNSIGNED, BALANCED], ids=lambda g: g.kind)
 def test_formula_equals_sample(tails, grid: Grid) -> None:
     sample = SAMPLES[tails]
-    sample = sample if grid == SIGNED else sample.clamp(min=0)
+    sample = sample if grid.is_signed else sample.clamp(min=0)
     for alpha in (0.3, 1.0, 2.5, 4.0):
         for exact, counted in zip(tails(alpha, grid), sample_tails(sample, alpha, grid), strict=True):
             assert counted.item() == pytest.approx(exact.item(), rel=1e-3, abs=1e-5)
