@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from nipq.budget import allocate
 from nipq.budget.budget import AverageBits, ModelSize, costs
 from nipq.config import Config, Phase
 from nipq.errors import ConfigError, OrderError
@@ -86,13 +87,35 @@ def test_a_calibrated_model_keeps_ranges_and_bits() -> None:
     assert equal(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", None])
+@pytest.mark.parametrize("allocation", ["sensitivity", "uniform", None])
 def test_other_allocations(allocation: Any) -> None:
     loop = Plain(allocation=allocation)
     frozen = [q.is_frozen for q in quantizers(loop.model)]
     assert all(frozen) if allocation else not all(frozen)
     assert (loop.session.search is None) == (allocation is not None)
     loop.steps(TOTAL).session.finish()
+    assert keeps(loop.model)
+
+
+def test_bits_by_sensitivity_are_measured_twice_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured_at: list[list[float]] = []
+    measure = allocate.noise_losses
+
+    def watched(model: nn.Module, learned: Any, *args: Any, **settings: Any) -> dict[str, float]:
+        measured_at.append([float(quantizer.bits.detach()) for quantizer in learned])
+        return measure(model, learned, *args, **settings)
+
+    monkeypatch.setattr(allocate, "noise_losses", watched)
+    loop = Plain(allocation="sensitivity")
+    first, second = measured_at
+    assert len(set(first)) == 1  # the middle of the range
+    assert second == pytest.approx([round(bits) for bits in second], abs=0.01)  # whole ones, which the first chose
+    assert set(loop.session.sensitivity or ()) == {
+        q.name for q in quantizers(loop.model) if len(q.bit_range.choices) > 1
+    }
+    before = {q.name: q.bits_rounded for q in quantizers(loop.model)}
+    loop.steps(TOTAL).session.finish()
+    assert {q.name: q.bits_rounded for q in quantizers(loop.model)} == before
     assert keeps(loop.model)
 
 
@@ -240,6 +263,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"noise_mix": "cosine"},
     {"finetune_phase": "noise"},
     {"allocation": "uniform"},
+    {"allocation": "sensitivity"},
 ]
 
 

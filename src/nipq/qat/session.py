@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
-from nipq.budget.allocate import allocate_bits_
+from nipq.budget.allocate import Method, allocate_bits_
 from nipq.budget.bit_table import BitTable
 from nipq.budget.budget import Budget, check_feasible
 from nipq.budget.freeze import check_same_freeze, freeze_bits_, freeze_to_
@@ -43,6 +43,10 @@ from nipq.qat.search import Search
 from nipq.qat.settings import Allocation, NoiseMix, check_model, check_settings
 
 StageName: TypeAlias = Literal["search", "finetune", "done"]
+
+#: Measurements of sensitivity for bit-widths that stay, each at the bits that the one before chose. A third brought
+#: nothing more.
+SENSITIVITY_ROUNDS = 2
 
 #: Between two looks whether parameters are finite, in optimizer steps.
 CHECK_EVERY = 50
@@ -93,7 +97,8 @@ class QATSession:
         schedule: of all learning rates: ``"cosine"`` (:func:`nipq.qat.schedule.cosine`), a function of the number of
             steps that returns a factor, or None to leave learning rates to the caller.
         allocation: where the first bit-widths come from, see :func:`nipq.allocate_bits_`. ``"noise"``: they are
-            learned from there on. ``"hawq"``, ``"uniform"``: they are frozen at once. None: learned, from the middle of
+            learned from there on. ``"sensitivity"``: likewise, measured again at the bits chosen first, and frozen at
+            once. ``"hawq"``, ``"uniform"``: they are frozen at once, too. None: learned, from the middle of
             their range.
         calibration_batches: batches read for clipping ranges; 0 starts nothing, for a model that loads a checkpoint
             after the session was built.
@@ -531,7 +536,7 @@ def calibrate_and_allocate_(
 
     Args:
         model: a prepared model, not sharded.
-        loader: batches, read three times from the start.
+        loader: batches, read several times from the start.
         budget: the limits; without any, or where all bit-widths are fixed, ranges are calibrated only.
         loss_fn: of outputs and targets; without it the distance from the float model's outputs.
         allocation: see :class:`QATSession`.
@@ -561,11 +566,19 @@ def calibrate_and_allocate_(
     if not allocates:
         return None
     assert budget is not None
-    losses = allocate_bits_(
-        model, loader, budget, loss_fn, method=allocation or "noise", batches=allocation_batches, seed=seed,
-        inputs=inputs,
-    )  # fmt: skip
-    calibrate_(model, loader, calibration_batches, inputs=inputs)
+    fixed = allocation == "sensitivity"
+    method: Method = "noise" if allocation is None or allocation == "sensitivity" else allocation
+    losses: dict[str, float] = {}
+    for _ in range(SENSITIVITY_ROUNDS if fixed else 1):
+        losses = allocate_bits_(
+            model, loader, budget, loss_fn, method=method, batches=allocation_batches, seed=seed, whole=fixed,
+            inputs=inputs,
+        )  # fmt: skip
+        calibrate_(model, loader, calibration_batches, inputs=inputs)
+    if fixed:
+        chosen = [quantizer.bits_rounded for quantizer in BitTable(layer_table(model)).quantizers]
+        freeze_to_(model, chosen, budget.limits(model))
+        calibrate_(model, loader, calibration_batches, inputs=inputs)  # balanced grids of 8 bits are symmetric now
     return losses
 
 

@@ -16,7 +16,7 @@ from nipq.nn.layers import check_module
 from nipq.qat.ema import check_decay
 from nipq.qat.oscillation import MOMENTUM, check_oscillation
 
-Allocation: TypeAlias = Literal["noise", "hawq", "uniform"] | None
+Allocation: TypeAlias = Literal["noise", "sensitivity", "hawq", "uniform"] | None
 NoiseMix: TypeAlias = Literal["none", "linear", "cosine"]
 Penalty: TypeAlias = Literal["controller", "paper"]
 
@@ -90,7 +90,7 @@ def check_settings(
     _choice("finetune_phase", finetune_phase, (Phase.ROUND.value, Phase.NOISE.value))
     _choice("noise_mix", noise_mix, get_args(NoiseMix))
     _choice("penalty", penalty, get_args(Penalty))
-    _choice("allocation", allocation, ("noise", "hawq", "uniform", None))
+    _choice("allocation", allocation, ("noise", "sensitivity", "hawq", "uniform", None))
     if ema_decay is not None:
         check_decay(ema_decay, "QATSession(ema_decay=)")
     for name, function in functions.items():

@@ -90,7 +90,7 @@ def preflight(
                 task.check(_outputs(trial, one, config, where), data)
     prepare_(trial, example, config.quantization)
     if (
-        config.allocation in ("uniform", "hawq")
+        config.allocation in ("sensitivity", "uniform", "hawq")
         and budget is None
         and any(not found.is_frozen for found in quantizers(trial))
     ):

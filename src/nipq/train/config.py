@@ -230,8 +230,9 @@ class TrainConfig(Settings):
         budget: the limits on the finished model; ``None`` only when every bit-width is fixed by ``quantization``.
         quantization: settings of :func:`nipq.prepare_`.
         allocation: where the first bit-widths come from. ``noise``: learned, from the budget on, shared out by what
-            noise costs each tensor; ``middle``: learned, from the middle of their range on; ``uniform``: the largest
-            one for all tensors that keeps the budget, fixed; ``hawq``: by curvature and rounding error, fixed.
+            noise costs each tensor; ``sensitivity``: by the same, measured twice, fixed; ``middle``: learned, from the
+            middle of their range on; ``uniform``: the largest one for all tensors that keeps the budget, fixed;
+            ``hawq``: by curvature and rounding error, fixed.
         stages: lengths of the stages.
         optimizer: optimizer and schedule.
         penalty: how the search pulls bits to the budget: ``controller`` (size-normalised) or ``paper``.
@@ -258,7 +259,7 @@ class TrainConfig(Settings):
     data: DataConfig
     budget: BudgetConfig | None
     quantization: Config = Config()
-    allocation: Literal["noise", "middle", "uniform", "hawq"] = "noise"
+    allocation: Literal["noise", "sensitivity", "middle", "uniform", "hawq"] = "noise"
     stages: StagesConfig = StagesConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     penalty: Literal["controller", "paper"] = "controller"
@@ -331,6 +332,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "nipq": {},
     # Noise proxy at one bit-width for all: what the proxy does without the search.
     "nipq-fixed": {"allocation": "uniform"},
+    # Noise proxy at bit-widths that noise sensitivity chose, fixed from the start.
+    "nipq-sensitivity": {"allocation": "sensitivity"},
     # Noise from the tensor's own rounding errors, as in the paper's theory.
     "nipq-empirical": {"quantization": {"noise": "empirical"}},
     # The published code: its start, range, sampler, penalty and single optimizer; no BN re-estimation.
@@ -358,6 +361,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "allocation": "hawq",
         "optimizer": _ONE_OPTIMIZER,
     },
+    # The control of a comparison: rounding with our bit-widths, start of ranges and optimizer, but without noise.
+    "lsq-sensitivity": {"quantization": {"method": "lsq", "init": "mse"}, "allocation": "sensitivity"},
     # arXiv 2203.11086: LSQ with weights that swing between two levels damped, or frozen.
     "lsq-dampen": {
         "quantization": {"method": "lsq", "init": "lsq"},

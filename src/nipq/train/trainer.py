@@ -259,7 +259,7 @@ class Trainer:
         if checkpoint is None:
             self._record("float")
             self.prepare()
-            with self.accelerator.autocast() if allocation == "noise" else nullcontext():
+            with self.accelerator.autocast() if allocation in ("noise", "sensitivity") else nullcontext():
                 # Before the model is wrapped or sharded, and bits that it freezes are in an optimizer.
                 calibrate_and_allocate_(
                     self.model, loader, self.budget, loader.loss, allocation=allocation,
