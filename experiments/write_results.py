@@ -12,7 +12,8 @@ A block stands in any Markdown page of the repository, between the lines ``<!-- 
     readme-tasks                          five rows: one for each of five tasks and budgets, float, nipq and LSQ
     front-door, post-training             the two calls: the README's training loop, and nipq.quantize
     digits, fashion-mnist, sensitivity, budgets-kept, oscillation
-    fashion-baselines, fashion-bops, fashion-weights-only, fashion-ablations        one table for each budget of a grid
+    fashion-baselines, fashion-bops, fashion-weights-only, fashion-weight-levels,
+    fashion-ablations                     one table for each budget of a grid
     fashion-ablations-validation, searches-off-budget, calibration-fix, baseline-candidates
     tasks-summary                         one line for each task and budget
     task-decoder, task-detection, task-efficientnet-lite0, task-minilm-rating, task-minilm-rating-8bit,

@@ -90,4 +90,8 @@ def test_too_few_logits_are_refused(outputs: Any, found: str) -> None:
     split = TensorSplit(torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64), batch_size=4, eval_batch_size=4)
     with pytest.raises(ConfigError, match=rf"\(1, 10\) logits for 10 classes, found {found}"):
         Classification().check(outputs, Sources(split, None, split, classes=10))
-    Classification().check(outputs, Sources(split, None, split))  # nothing known about classes
+    if isinstance(outputs, torch.Tensor):
+        Classification().check(outputs, Sources(split, None, split))  # nothing known about classes
+    else:
+        with pytest.raises(ConfigError, match="expected the model to answer with logits of each class, found dict"):
+            Classification().check(outputs, Sources(split, None, split))
