@@ -349,6 +349,18 @@ class Config(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _within_method(self) -> Self:
+        asked = {"weight_levels": self.weight_levels}
+        asked |= {f"rule {rule.pattern!r}: weight_levels": rule.weight_levels or "symmetric" for rule in self.rules}
+        faults = [f"{where} {levels!r}" for where, levels in asked.items() if levels != "symmetric"]
+        if self.method == "pact" and faults:
+            raise ValueError(
+                "expected weight_levels 'symmetric' with method 'pact', whose range of weights (SAWB) is fitted for "
+                f"them, found {', '.join(faults)}; leave weight_levels out, or choose another method such as 'lsq'"
+            )
+        return self
+
     if TYPE_CHECKING:  # type checkers would otherwise refuse the short forms
 
         def __init__(self, **settings: Any) -> None: ...  # noqa: ANN401

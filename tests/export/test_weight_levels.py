@@ -123,7 +123,12 @@ def test_the_size_promised_before_training_is_kept(tmp_path: Path) -> None:
     assert path.stat().st_size <= 2500
 
 
-@pytest.mark.parametrize("method", ["lsq", "lsq+", "pact", "diffq", "ste"])
+def test_ranges_that_are_fitted_for_symmetric_levels_are_refused_with_others() -> None:
+    with pytest.raises(ConfigError, match="expected weight_levels 'symmetric' with method 'pact'"):
+        nipq.Config(method="pact", rules=[nipq.Rule("6", weight_levels="full")])
+
+
+@pytest.mark.parametrize("method", ["lsq", "lsq+", "diffq", "ste"])
 def test_baselines_train_on_balanced_levels(method: str) -> None:
     config = nipq.Config(method=method, weight_levels="balanced", weight_bits=3, activation_bits=8)
     model = nipq.calibrate_(nipq.prepare_(network(), X[:1], config), [X]).train()

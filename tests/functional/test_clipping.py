@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nipq.errors import ConfigError, NonFiniteError
 from nipq.functional import theory
 from nipq.functional.clipping import alpha_from_raw, even_stride, max_range, noise_optimal_range, raw_from_alpha
-from nipq.functional.grid import BALANCED, SIGNED, UNSIGNED, Grid
+from nipq.functional.grid import BALANCED, FULL, SIGNED, UNSIGNED, Grid, value_range
 
 HSWISH = Grid("shifted", 0.375)
 properties = settings(deadline=None, max_examples=60)
@@ -75,14 +75,14 @@ def test_each_channel_may_have_bits_of_its_own() -> None:
 @given(
     x=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=30),
     bits=st.integers(2, 8),
-    grid=st.sampled_from([SIGNED, UNSIGNED]),
+    grid=st.sampled_from([SIGNED, UNSIGNED, BALANCED]),
 )
 def test_t6_the_boundary_is_where_the_proxys_gradient_changes_sign(x: list[float], bits: int, grid: Grid) -> None:
     """On any data, ties, zeros and single points included: negative just below, not negative just above."""
     data = torch.tensor(x, dtype=torch.float64)
     alpha = noise_optimal_range(data, bits, grid).item()
     extent = max_range(data, grid).item()
-    if not (data.abs() if grid == SIGNED else data.clamp(min=0)).any():
+    if not (data.abs() if grid.is_signed else data.clamp(min=0)).any():
         assert alpha == 1
         return
     assert 0 < alpha <= extent * (1 + 1e-12)
@@ -107,6 +107,27 @@ def test_a_shifted_grid_uses_the_unsigned_root_of_what_is_shifted() -> None:
     x = torch.nn.functional.hardswish(torch.randn(10_000, generator=torch.Generator().manual_seed(0)))
     shifted = noise_optimal_range(x, 4, HSWISH)
     torch.testing.assert_close(shifted, noise_optimal_range(x + 0.375, 4, UNSIGNED))
+
+
+@properties
+@given(x=st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=30), bits=st.integers(2, 8))
+def test_t6_on_a_full_grid_the_derivative_of_the_proxys_error_changes_sign(x: list[float], bits: int) -> None:
+    """R = step^2 / 12 P(in) + E[what lies beyond either end, squared]; both ends move with alpha."""
+    data = torch.tensor(x, dtype=torch.float64)
+    alpha = noise_optimal_range(data, bits, FULL).item()
+    n = 2 ** (bits - 1)
+    if not data.any():
+        assert alpha == 1
+        return
+
+    def slope(a: float) -> float:
+        lower, upper = value_range(torch.tensor(a, dtype=torch.float64), bits, FULL)
+        inside = ((data > lower) & (data < upper)).double().mean()
+        beyond = (n - 1) / n * (data - upper).clamp(min=0).mean() + (lower - data).clamp(min=0).mean()
+        return float(2 * a / (12 * n**2) * inside - 2 * beyond)
+
+    assert slope(alpha * (1 - 1e-6)) <= 1e-9
+    assert slope(alpha * (1 + 1e-6)) >= -1e-9
 
 
 @pytest.mark.parametrize("grid", [SIGNED, UNSIGNED, BALANCED], ids=lambda g: g.kind)

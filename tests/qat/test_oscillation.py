@@ -206,6 +206,28 @@ def test_a_frozen_weight_of_an_outer_bin_lies_inside_the_range() -> None:
     assert layer.weight.item() == pytest.approx(code)
 
 
+@pytest.mark.parametrize(("swing", "code"), [((1.1, 1.1, 1.1, 0.9), 3), ((0.9, 0.9, 0.9, 1.1), 1), ((3.1, 2.9), None)])
+def test_on_a_balanced_grid_a_weight_is_frozen_at_an_odd_code(swing: tuple[float, ...], code: int | None) -> None:
+    """Step 1, levels at 0.5, 1.5, 2.5 and 3.5; the code of a level is twice as much."""
+    layer = layer_of(torch.tensor([[swing[0]]]), weight_levels="balanced")
+    weight_quantizer(layer).set_alpha_(torch.tensor(3.5))
+    oscillations = Oscillations(layer, 400, freeze=0.05)
+    feed(oscillations, layer, [[value] for value in swing] * 60)
+    assert history(oscillations, "frozen").all()
+    found = int(history(oscillations, "codes").item())
+    assert found == code if code else found in (5, 7)
+    assert layer.weight.item() == pytest.approx(found / 2)
+    assert latent(layer).item() == pytest.approx(min(found / 2, 3.25))  # of the outer bin a quarter of a step inside
+
+
+def test_dampening_on_a_balanced_grid_pulls_to_its_levels() -> None:
+    layer = layer_of(torch.tensor([[0.7, -0.1, 9.0]]), weight_levels="balanced")
+    weight_quantizer(layer).set_alpha_(torch.tensor(3.5))
+    oscillations = Oscillations(layer, 4, dampen=1.0)
+    oscillations.load_state_dict(oscillations.state_dict() | {"calls": 4})
+    assert oscillations.penalty().item() == pytest.approx(0.2**2 + 0.4**2, rel=1e-5)
+
+
 # ---------------------------------------------------------------------- the toy problem
 
 TOY_STEPS = 800

@@ -24,7 +24,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"finetune": float("nan")}, "finetune from 0 to 1"),
     ({"ramp": 2}, "ramp from 0 to 1"),
     ({"penalty": "paper "}, "penalty 'controller' or 'paper', found 'paper '"),
-    ({"allocation": "hessian"}, "allocation 'noise' or 'hawq' or 'uniform' or None, found 'hessian'"),
+    ({"allocation": "hessian"}, "allocation 'noise' or 'sensitivity' or 'hawq' or 'uniform' or None, found 'hessian'"),
     ({"allocation_batches": 0}, "allocation_batches to be a whole number of 1 or more, found 0"),
     ({"ema_decay": 1.0}, r"QATSession\(ema_decay=\): expected a decay from 0 to below 1, found 1\.0"),
     ({"ema_decay": "0.9"}, r"ema_decay=\): expected a decay from 0 to below 1, found '0\.9'"),

@@ -188,3 +188,12 @@ def test_onnx_files_are_promised_to_the_byte_before_anything_is_done(
 
 def test_onnx_files_are_promised_on_demand_only() -> None:
     assert not [found for found in inspect(Net(), X).ranges if found.name.startswith("ONNX")]
+
+
+def test_levels_of_weights_are_named_where_they_are_not_symmetric() -> None:
+    rules = [Rule("conv", weight_levels="full"), Rule("first", weight_bits=8), Rule("second", weight_bits=8)]
+    found = inspect(Net(), X, Config(weight_levels="balanced", rules=rules))
+    assert [layer.weight_grid for layer in found.layers] == ["full", "signed", "signed"]
+    text = " ".join(str(found).split())
+    assert "2..8 full" in text
+    assert "signed" not in text

@@ -117,7 +117,8 @@ def spread_along(per_channel: Tensor, axis: int, ndim: int) -> Tensor:
 def max_range(x: Tensor, grid: Grid, *, channel_axis: int | None = None) -> Tensor:
     """Smallest clipping range that truncates nothing.
 
-    alpha = max |x| when signed, max x when unsigned, max x + shift when shifted.
+    alpha = max |x| when signed, balanced or full, max x when unsigned, max x + shift when shifted. (On a full grid,
+    whose high end lies a step inside, the largest positive values are truncated by that step.)
 
     Paper: the min-max start, Fig. 4 and T7 in docs/internals/paper-map.md.
 
@@ -149,7 +150,8 @@ def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_
     The root of alpha P(in range) / (12 n^2) = E[(|x| - alpha)+], |x| standing for x when unsigned and for x + shift
     when shifted: widening the range gains as much at its ends as it loses by the coarser step. The left side
     rises and the right side falls with alpha, so there is one root. Between two neighbouring data points the
-    equation is linear, hence the root is exact: alpha = sum of what lies beyond / (inside / (12 n^2) + beyond).
+    equation is linear, hence the root is exact: alpha = sum of what lies beyond / (inside / (12 n^2) + beyond). On a
+    full grid the high end is r alpha, r = (n - 1) / n, so a positive x counts as if it were x / r, r^2 times.
 
     Paper: section 5.2; T6 in docs/internals/paper-map.md. The same equation, with n for 2^(b-1), is OCTAV's (arXiv
     2206.06501).
@@ -172,16 +174,20 @@ def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_
         >>> noise_optimal_range(torch.linspace(-1, 1, 101), torch.tensor([4.0]), SIGNED)
         tensor([0.9543])
     """
-    points = _extents(x, grid, channel_axis).sort(dim=1).values
+    n = levels(bits, grid).to(x.device, torch.float64).reshape(-1, 1)
+    high_end = (n - 1) / n if grid.kind == "full" else torch.ones_like(n)
+    points, order = _extents(x, grid, channel_axis, high_end).sort(dim=1)
     work = points.double()
     size = work.shape[1]
-    n = levels(bits, grid).to(work.device, torch.float64).reshape(-1, 1)
+    weight = torch.ones_like(work)
+    if grid.kind == "full":
+        weight = torch.where(_rows(x, channel_axis).gather(1, order) > 0, high_end**2, weight)
     # Column k: alpha just below the k-th point, k points below it; on an unsigned grid those at zero get no noise.
     below = torch.arange(size, device=work.device, dtype=torch.float64)
     silent = 0 if grid.is_signed else (work <= 0).sum(dim=1, keepdim=True)
     noisy = (below - silent).clamp(min=0) / (12 * n**2)
-    beyond = work.flip(1).cumsum(1).flip(1)
-    slope = (noisy + (size - below)).expand_as(work)
+    beyond = (work * weight).flip(1).cumsum(1).flip(1)
+    slope = noisy + weight.flip(1).cumsum(1).flip(1)
     column = (work * slope >= beyond).to(torch.int8).argmax(dim=1, keepdim=True)  # the first that is true
     root = beyond.gather(1, column) / slope.gather(1, column)
     # The share in range jumps at a point; where the sign changes in the jump, that point is the answer.
@@ -189,8 +195,12 @@ def noise_optimal_range(x: Tensor, bits: Tensor | float, grid: Grid, *, channel_
     return _or_one(torch.maximum(root, previous).squeeze(1)).to(points.dtype)
 
 
-def _extents(x: Tensor, grid: Grid, channel_axis: int | None) -> Tensor:
-    """Distance of every element from the low end of the range (from zero when signed), one row for each range."""
+def _rows(x: Tensor, channel_axis: int | None) -> Tensor:
+    return x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
+
+
+def _extents(x: Tensor, grid: Grid, channel_axis: int | None, high_end: Tensor | None = None) -> Tensor:
+    """Least alpha at which each element is not truncated, one row for each range; ``high_end`` in units of alpha."""
     if x.numel() == 0:
         raise ConfigError("expected data to find a range from, found an empty tensor. Calibrate on real inputs.")
     if not bool(x.isfinite().all()):
@@ -198,8 +208,12 @@ def _extents(x: Tensor, grid: Grid, channel_axis: int | None) -> Tensor:
             f"expected finite data to find a range from, found {int((~x.isfinite()).sum())} of {x.numel()} elements "
             "NaN or infinite. Look for the layer or the input that produced them."
         )
-    rows = x.reshape(1, -1) if channel_axis is None else x.movedim(channel_axis, 0).flatten(1)
-    return rows.abs() if grid.is_signed else (rows + grid.shift).clamp(min=0)
+    rows = _rows(x, channel_axis)
+    if not grid.is_signed:
+        return (rows + grid.shift).clamp(min=0)
+    if grid.kind != "full" or high_end is None:
+        return rows.abs()
+    return torch.where(rows > 0, rows / high_end.to(rows.dtype), -rows)
 
 
 def _or_one(alpha: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nipq.distributed import is_sharded
 from nipq.errors import ConfigError
+from nipq.functional.grid import Grid
 from nipq.nn.layers import float_weight
 from nipq.nn.quantizer import WeightQuantizer
 from nipq.prepare.layer_table import weight_table
@@ -117,7 +118,7 @@ class Oscillations:
             past = {name: tensor.to(weight.device) for name, tensor in self._history[quantizer.name].items()}
             if not torch.equal(past["span"], _span(quantizer)):
                 past = _new_history(quantizer, weight)
-            history = self._advance(past, quantizer.codes(weight), threshold)
+            history = self._advance(past, quantizer.codes(weight), threshold, quantizer.grid)
             self._history[quantizer.name] = history
             if threshold < math.inf:
                 weight.copy_(_with_frozen(quantizer, weight, history))
@@ -189,7 +190,7 @@ class Oscillations:
             return math.inf
         return FREEZE_START + (self.freeze - FREEZE_START) * self._progress()
 
-    def _advance(self, past: dict[str, Tensor], codes: Tensor, threshold: float) -> dict[str, Tensor]:
+    def _advance(self, past: dict[str, Tensor], codes: Tensor, threshold: float, grid: Grid) -> dict[str, Tensor]:
         """The history after one more step, in which the optimizer left the weights at ``codes``."""
         if threshold < math.inf:
             codes = torch.where(past["frozen"], past["codes"], codes)
@@ -200,7 +201,8 @@ class Oscillations:
         frozen = past["frozen"]
         if threshold < math.inf:
             newly = (frequency > threshold) & ~frozen
-            codes, frozen = torch.where(newly, mean.round(), codes), frozen | newly
+            nearest = 2 * (mean / 2).floor() + 1 if grid.codes_per_step == 2 else mean.round()  # codes may all be odd
+            codes, frozen = torch.where(newly, nearest, codes), frozen | newly
         return {
             "span": past["span"],
             "codes": codes,

@@ -17,6 +17,7 @@ from nipq.budget.budget import AverageBits, BitOps, ModelSize, stored_rows
 from nipq.config import BitRange, Config
 from nipq.errors import Diagnostic
 from nipq.export.onnx_write import promised_bytes
+from nipq.functional.grid import GridKind
 from nipq.nn.layers import LayerSpec
 from nipq.nn.quantizer import TensorQuantizer
 from nipq.prepare.batches import ExampleInputs, copy_of
@@ -39,6 +40,7 @@ class LayerFacts:
     Attributes:
         spec: name, class and counts per sample.
         weight_bits: allowed bit-widths of the weight.
+        weight_grid: kind of the weight's grid.
         input_bits: allowed bit-widths of the input, empty when it stays float.
         ranges: how many clipping ranges the weight has.
         shares_weight_with: the layer whose weight it shares and that comes first, or None.
@@ -46,6 +48,7 @@ class LayerFacts:
 
     spec: LayerSpec
     weight_bits: tuple[int, ...]
+    weight_grid: GridKind
     input_bits: tuple[int, ...]
     ranges: int
     shares_weight_with: str | None
@@ -141,7 +144,7 @@ class Inspection:
             table.add_row(
                 spec.name + (f" = {layer.shares_weight_with}" if layer.shares_weight_with else ""),
                 spec.kind if spec.form == "plain" else f"{spec.kind} ({spec.form})",
-                _choices(layer.weight_bits) + (f" x{layer.ranges}" if layer.ranges > 1 else ""),
+                _choices(layer.weight_bits) + _levels(layer) + (f" x{layer.ranges}" if layer.ranges > 1 else ""),
                 "-" if spec.is_table else _choices(layer.input_bits) + (" (image)" if spec.is_input else ""),
                 f"{spec.weight_count:,}",
                 f"{spec.activation_count:,}",
@@ -238,10 +241,16 @@ def inspect(
     )
 
 
+def _levels(layer: LayerFacts) -> str:
+    """Levels of the weight, where they are not the symmetric ones."""
+    return f" {layer.weight_grid}" if layer.weight_grid in ("balanced", "full") else ""
+
+
 def _facts(row: LayerRow, first: str) -> LayerFacts:
     return LayerFacts(
         spec=row.spec,
         weight_bits=row.weight.bit_range.choices,
+        weight_grid=row.weight.grid.kind,
         input_bits=() if row.input is None else row.input.bit_range.choices,
         ranges=row.weight.alpha_raw.numel(),
         shares_weight_with=None if first == row.name else first,

@@ -403,7 +403,8 @@ def _histogram(title: str, values: Tensor, quantizer: TensorQuantizer, *, is_wei
     low, high = (float(bound.flatten()[0]) for bound in quantizer.code_range())
     flat = values.flatten()
     drawn = flat[:: even_stride(flat.numel(), SAMPLE)].float().cpu().numpy()
-    return Histogram(title, drawn, low * step, high * step, step, quantizer.bits_rounded, is_weight)
+    distance = step * quantizer.grid.codes_per_step
+    return Histogram(title, drawn, low * step, high * step, distance, quantizer.bits_rounded, is_weight)
 
 
 # ---------------------------------------------------------------------- the terminal

@@ -168,7 +168,7 @@ def plot_ranges(histograms: Sequence[Histogram], path: Path) -> None:
             axes.set_ylim(bottom=0.5)
             for end in {item.low, item.high}:
                 axes.axvline(end, color="black", linewidth=1.3)
-            levels = np.arange(round(item.low / item.step), round(item.high / item.step) + 1) * item.step
+            levels = item.low + item.step * np.arange(round((item.high - item.low) / item.step) + 1)
             if len(levels) <= 40:
                 bottom = axes.get_xaxis_transform()
                 axes.plot(levels, np.full(len(levels), 0.02), "|", color="black", markersize=7, transform=bottom)
