@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ from nipq.errors import ConfigError, FileFormatError
 from nipq.functional.grid import BALANCED, FULL
 from nipq.functional.packing import whole_codes
 from nipq.nn.deployed import deployed_layers
-from nipq.prepare.layer_table import layer_table
+from nipq.prepare.convert import deploy_copy, freeze_at_whole_bits_
+from nipq.prepare.layer_table import layer_table, set_bits_
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(5))
 GRIDS = {"balanced": BALANCED, "full": FULL}
@@ -85,6 +87,41 @@ def test_codes_of_8_bits_are_symmetric_at_once_or_from_the_freeze_on() -> None:
     for number, row in enumerate(layer_table(learned)):
         row.weight.freeze_bits_(7 + number)
     assert [row.weight.grid.kind for row in layer_table(learned)] == ["balanced", "signed", "signed"]
+
+
+def test_fewer_bits_bring_the_balanced_grid_back() -> None:
+    for bits in (8, (2, 8)):
+        model = nipq.prepare_(network(), X[:1], nipq.Config(weight_levels="balanced", weight_bits=bits))
+        nipq.calibrate_(model, [X])
+        for now, kind in ((8, "signed"), (2, "balanced"), (9, "signed"), (7, "balanced")):
+            set_bits_(model, now)
+            again = nipq.prepare_(network(), X[:1], nipq.Config(weight_levels="balanced", weight_bits=bits))
+            again.load_state_dict(model.state_dict())
+            for each in (model, again):
+                assert {row.weight.grid.kind for row in layer_table(each)} == {kind}
+        set_bits_(again, 3)
+        assert {row.weight.grid.kind for row in layer_table(again)} == {"balanced"}
+
+
+def test_a_symmetric_state_stays_symmetric_in_a_model_that_asked_for_balanced_levels() -> None:
+    model = nipq.calibrate_(nipq.prepare_(network(), X[:1], nipq.Config(weight_bits=4)), [X])
+    other = nipq.prepare_(network(), X[:1], nipq.Config(weight_bits=4, weight_levels="balanced"))
+    other.load_state_dict(model.state_dict())
+    set_bits_(other, 3)
+    assert {row.weight.grid.kind for row in layer_table(other)} == {"signed"}
+
+
+@pytest.mark.parametrize("bits", [(2, 14), (4, 12), (8, 16)])
+def test_learned_bits_that_start_at_8_or_more_are_prepared_and_deployed(bits: tuple[int, int]) -> None:
+    model = nipq.prepare_(network(), X[:1], nipq.Config(weight_levels="balanced", weight_bits=bits))
+    nipq.calibrate_(model, [X])
+    found = deploy_copy(model)
+    assert {layer.weight_grid for layer in deployed_layers(found).values()} == {"signed"}
+    assert not any(row.weight.is_frozen for row in layer_table(model))
+    frozen = copy.deepcopy(model)
+    freeze_at_whole_bits_(frozen)
+    expected = frozen.eval()(X).detach()
+    assert float((found(X) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
 
 
 def test_a_rule_gives_one_layer_other_levels_and_the_state_dict_keeps_them() -> None:

@@ -155,6 +155,18 @@ def test_options_that_go_past_the_quantizer_are_refused(setting: str) -> None:
     prepare_(Language(**{setting: True}), IDS, Config(rules=[Rule("words", quantize=False)]))
 
 
+def test_a_padding_row_is_refused_on_a_balanced_grid_that_has_no_zero() -> None:
+    prepare_(Language(), IDS, Config(weight_levels="balanced"))  # tables have 8 bits, and a level at zero
+    few = Rule("words", weight_bits=(2, 8))
+    with pytest.raises(
+        NotQuantizableError, match=r"words: it has a row for padding.*Rule\('words', weight_levels='symm"
+    ):
+        prepare_(Language(), IDS, Config(weight_levels="balanced", rules=[few]))
+    symmetric = Rule("words", weight_levels="symmetric")
+    model = prepared(Config(weight_levels="balanced", rules=[few, symmetric]))
+    assert not model.eval().words(torch.zeros(1, dtype=torch.int64)).any()
+
+
 def test_a_model_of_tables_alone_has_nothing_to_quantize() -> None:
     with pytest.raises(NotQuantizableError, match="expected a convolution or linear layer to quantize"):
         prepare_(nn.Sequential(nn.Embedding(11, 8)), IDS)

@@ -19,7 +19,7 @@ from nipq.config import BitRange
 from nipq.errors import ConfigError, FileFormatError, OrderError
 from nipq.functional.bitwidth import bits_from_raw, raw_from_bits, round_bits
 from nipq.functional.clipping import alpha_from_raw, raw_from_alpha, spread_along
-from nipq.functional.grid import Grid, code_range, fitting_grid, step_size, zero_point
+from nipq.functional.grid import BALANCED, Grid, code_range, fitting_grid, step_size, zero_point
 from nipq.functional.packing import FEWEST_BITS, MOST_BITS
 from nipq.functional.uniform import integer_codes, widened
 
@@ -116,6 +116,8 @@ class QuantizerParameters(nn.Module):
         self.bit_range = bit_range
         self.channel_axis = channel_axis
         self.grid = grid
+        #: Whether balanced levels were asked for; ``grid`` is the symmetric one where they do not fit the bit-width.
+        self.asks_balanced = grid.kind == "balanced"
         self.calibrated = False
         self.learns_range = learns_range
         self.alpha_raw = nn.Parameter(torch.zeros(channels), requires_grad=learns_range)
@@ -123,6 +125,7 @@ class QuantizerParameters(nn.Module):
         self.bit_group: list[QuantizerParameters] = [self]
         if bit_range.fixed is not None:
             self.register_buffer("bits_frozen", torch.tensor([bit_range.fixed]))
+            self.grid = fitting_grid(grid, bit_range.fixed)
         else:
             start = torch.tensor([bit_range.start], dtype=torch.float64)
             raw = raw_from_bits(start, bit_range.low, bit_range.high)
@@ -189,8 +192,8 @@ class QuantizerParameters(nn.Module):
                 del quantizer.bit_raw
             whole = torch.tensor([int(bits)], device=quantizer.alpha_raw.device)
             quantizer.register_buffer("bits_frozen", whole)
-            if quantizer.grid.kind == "balanced":
-                quantizer.grid = fitting_grid(quantizer.grid, bits)
+            if quantizer.asks_balanced:
+                quantizer.grid = fitting_grid(BALANCED, bits)
 
     @torch.no_grad()
     def set_alpha_(self, alpha: Tensor) -> None:
@@ -263,6 +266,11 @@ class QuantizerParameters(nn.Module):
         """Take over what :meth:`get_extra_state` wrote."""
         saved = QuantizerState.from_tensor(state, self.name)
         self.grid, self.calibrated = saved.grid, saved.calibrated
+        # A symmetric grid may stand in for the balanced one that was asked for; it is so no more at fewer bits.
+        stands_in = (
+            self.asks_balanced and self.is_frozen and saved.grid == fitting_grid(BALANCED, int(self.bits_frozen))
+        )
+        self.asks_balanced = stands_in or saved.grid.kind == "balanced"
         if saved.bit_range.choices != self.bit_range.choices:
             self.bit_range = saved.bit_range  # the meaning of bit_raw depends on the range it was trained with
 

@@ -150,7 +150,20 @@ def deploy_copy(model: nn.Module) -> nn.Module:
     Returns:
         A deployed copy.
     """
-    return deploy_(copy_of(model))
+    copied = copy_of(model)
+    freeze_at_whole_bits_(copied)
+    return deploy_(copied)
+
+
+def freeze_at_whole_bits_(model: nn.Module) -> None:
+    """Freeze every bit-width that is still learned at the whole one that evaluation uses now, with its grid.
+
+    Args:
+        model: a prepared model, a copy of the one in training.
+    """
+    for quantizer in quantizers(model):
+        if not quantizer.is_frozen:
+            quantizer.freeze_bits_(quantizer.bits_rounded)
 
 
 @torch.no_grad()

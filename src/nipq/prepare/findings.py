@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from nipq.config import Config
 from nipq.distributed import SHARDING_WRAPPERS, WRAPPERS
 from nipq.errors import Diagnostic, NotQuantizableError
+from nipq.functional.grid import BALANCED_BITS
 from nipq.nn.attention import FUNCTION, PRODUCTS
 from nipq.nn.kinds import is_supported, is_table, output_channel_axis
 from nipq.nn.layers import LayerSpec, check_module, is_prepared
@@ -211,7 +212,7 @@ def _layer_findings(name: str, layer: nn.Module, plan: LayerPlan, traced: Trace)
             f"Use Rule({name!r}, granularity='tensor').",
         )
     if is_table(layer):
-        yield from _table_findings(name, layer)
+        yield from _table_findings(name, layer, plan)
     for own in _OURS:
         if hasattr(layer, own) and not parametrize.is_parametrized(layer):
             remedy = f"Rename it, or leave the layer float with {_rule(name)}."
@@ -280,12 +281,17 @@ def _computed(layer: nn.Module, name: str, key: str) -> tuple[str, str] | None:
     return None if key in layer._parameters else ("it is computed from something else", "Make it a parameter")
 
 
-def _table_findings(name: str, table: nn.Module) -> Iterator[Diagnostic]:
+def _table_findings(name: str, table: nn.Module, plan: LayerPlan) -> Iterator[Diagnostic]:
     remedy = f"Use Rule({name!r}, quantize=False), or build the embedding without it."
     if getattr(table, "max_norm", None) is not None:
         yield Diagnostic(name, "error", "its max_norm writes into the table in the forward, past the quantizer", remedy)
     if getattr(table, "sparse", False):
         yield Diagnostic(name, "error", "its sparse gradients cannot pass the quantizer, which reads the table", remedy)
+    few = plan.weight_bits.choices[0] <= BALANCED_BITS
+    if getattr(table, "padding_idx", None) is not None and plan.weight_levels == "balanced" and few:
+        reason = "it has a row for padding, which is zero, and a balanced grid has no level there"
+        remedy = f"Use Rule({name!r}, weight_levels='symmetric'), and the same for a layer that shares its weight."
+        yield Diagnostic(name, "error", reason, remedy)
 
 
 def _tied(model: nn.Module, planned: set[str]) -> Iterator[Diagnostic]:

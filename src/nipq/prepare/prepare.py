@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nipq.config import BitRange, Config, GridChoice, Phase, WeightLevels
 from nipq.errors import ConfigError, NotQuantizableError, OrderError
-from nipq.functional.grid import BALANCED, FULL, SIGNED, UNSIGNED, Grid, fitting_grid
+from nipq.functional.grid import BALANCED, FULL, SIGNED, UNSIGNED, Grid
 from nipq.nn.attention import PRODUCTS, AttentionProducts, Product, install, uninstall
 from nipq.nn.estimators import Estimator, estimator_of
 from nipq.nn.init import SHIFTS, start_weight_range_
@@ -200,12 +200,6 @@ def _weight_quantizers(
     return found
 
 
-def _weight_grid(plan: LayerPlan) -> Grid:
-    """Levels of a weight; of a balanced one at a bit-width that is fixed at 8 or more the symmetric ones."""
-    grid = _WEIGHT_GRIDS[plan.weight_levels]
-    return grid if plan.weight_bits.fixed is None else fitting_grid(grid, plan.weight_bits.fixed)
-
-
 def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config: Config) -> WeightQuantizer:
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -215,7 +209,7 @@ def _weight_quantizer(layer: nn.Module, spec: LayerSpec, plan: LayerPlan, config
         plan.weight_bits,
         channels=1 if axis is None else weight.shape[axis],
         channel_axis=axis or 0,
-        grid=_weight_grid(plan),
+        grid=_WEIGHT_GRIDS[plan.weight_levels],
         estimator=_estimator(config),
         init=config.init,
     ).to(weight.device)

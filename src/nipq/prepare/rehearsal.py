@@ -22,7 +22,7 @@ from nipq.errors import Diagnostic, NipqError, NotQuantizableError, first_line
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.nn.quantizer import InputQuantizer
 from nipq.prepare.batches import ExampleInputs, call_model, copy_of, device_of, evaluating, map_tensors, to_device
-from nipq.prepare.convert import deploy_
+from nipq.prepare.convert import deploy_, freeze_at_whole_bits_
 from nipq.prepare.layer_table import input_quantizers, layer_table, quantizers, set_phase_
 from nipq.prepare.references import KEEP, way_to, with_state
 from nipq.prepare.teacher_forcing import (
@@ -136,6 +136,7 @@ def _faults(trained: nn.Module, example_inputs: ExampleInputs) -> Iterator[str]:
     """Compare a copy of the model with what it becomes when it is deployed."""
     with evaluating(trained):
         inputs = _calibrate_(trained, example_inputs)
+        freeze_at_whole_bits_(trained)  # balanced weights of 8 bits or more are symmetric from then on
         rows = _named_rows(trained)
         set_phase_(trained, Phase.ROUND)
         with recording(rows) as calls:

@@ -238,9 +238,9 @@ def check_oscillation(total_steps: int, dampen: float | None, freeze: float | No
 
 
 def _span(quantizer: WeightQuantizer) -> Tensor:
-    """Highest minus lowest code: tells the grid of one bit-width from that of another."""
+    """Steps between the outermost levels: tells the grid of one bit-width from that of another."""
     low, high = quantizer.code_range()
-    return (high - low).max().detach()
+    return ((high - low) / quantizer.grid.codes_per_step).max().detach()
 
 
 def _new_history(quantizer: WeightQuantizer, weight: Tensor) -> dict[str, Tensor]:
