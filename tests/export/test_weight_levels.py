@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 import nipq
+from nipq.config import BitRange
 from nipq.errors import ConfigError, FileFormatError
 from nipq.functional.grid import BALANCED, FULL
 from nipq.functional.packing import whole_codes
 from nipq.nn.deployed import deployed_layers
+from nipq.nn.quantizer import InputQuantizer
 from nipq.prepare.convert import deploy_copy, freeze_at_whole_bits_
 from nipq.prepare.layer_table import layer_table, set_bits_
 
@@ -122,6 +124,27 @@ def test_learned_bits_that_start_at_8_or_more_are_prepared_and_deployed(bits: tu
     freeze_at_whole_bits_(frozen)
     expected = frozen.eval()(X).detach()
     assert float((found(X) - expected).abs().max()) <= 1e-5 * float(expected.abs().max())
+
+
+def test_a_full_grid_of_16_bits_fits_no_exchange_format_and_is_refused_by_name(tmp_path: Path) -> None:
+    config = nipq.Config(weight_levels="full", weight_bits=16, activation_bits=8)
+    model = nipq.calibrate_(nipq.prepare_(network(), X[:1], config), [X])
+    deployed = nipq.convert(model)
+    for name in ("model.onnx", "model.qonnx.onnx"):
+        with pytest.raises(
+            ConfigError, match=r"0: expected weight codes that fit 16 bits in either sign, found a full"
+        ):
+            nipq.export(deployed, tmp_path / name, X)
+    nipq.export(deployed, tmp_path / "model.npz", X)
+    assert nipq.verify(model, nipq.save(deployed, tmp_path / "model.nipq.safetensors"), [X])
+
+
+def test_grids_of_weights_are_refused_for_inputs() -> None:
+    for grid in GRIDS.values():
+        with pytest.raises(
+            ConfigError, match=f"1.input: expected a signed, unsigned or shifted .*found a {grid.kind} one"
+        ):
+            InputQuantizer("1.input", BitRange(), grid=grid)
 
 
 def test_a_rule_gives_one_layer_other_levels_and_the_state_dict_keeps_them() -> None:

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nipq.errors import NonFiniteError
+from nipq.errors import ConfigError, NonFiniteError
 from nipq.functional.grid import GridKind
+from nipq.functional.packing import MOST_BITS
 from nipq.nn.deployed import (
     Deployed,
     DeployedKeptLayer,
@@ -96,10 +97,17 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
 
     Raises:
         NonFiniteError: if a weight scale leaves the range of float32.
+        ConfigError: if the lowest code of a full grid fits no container once its sign is changed.
     """
     weight, scale = layer.weight_codes.cpu(), layer.scale.cpu()
     bias = None if layer.offset is None else layer.offset.cpu()
     code_bits = layer.weight_bits + (layer.weight_grid != "signed")
+    if code_bits > MOST_BITS:
+        raise ConfigError(
+            f"{name}: expected weight codes that fit {MOST_BITS} bits in either sign, found a {layer.weight_grid} grid "
+            f"of {layer.weight_bits} bits. Train it with Rule({name!r}, weight_levels='symmetric'), or save it with "
+            "nipq.save, as arrays or as a .pt2 program."
+        )
     if isinstance(layer, DeployedWeightOnlyLayer):
         given = portable_input(layer) if isinstance(layer, DeployedKeptLayer) else None
         scale = scale.reshape(()) if len(scale) == 1 else scale

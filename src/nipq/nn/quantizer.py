@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nipq.config import BitRange, GridChoice, Init, Phase
-from nipq.errors import OrderError
+from nipq.errors import ConfigError, OrderError
 from nipq.functional.counter_rng import draw_key
 from nipq.functional.grid import SIGNED, UNSIGNED, Grid
 from nipq.functional.uniform import widened
@@ -164,6 +164,11 @@ class InputQuantizer(TensorQuantizer):
         **settings: Any,  # noqa: ANN401
     ) -> None:
         super().__init__(name, bit_range, **settings)
+        if self.grid.kind in ("balanced", "full"):
+            raise ConfigError(
+                f"{name}: expected a signed, unsigned or shifted grid for an input, found a {self.grid.kind} one. "
+                "That kind is for weights; choose one of the others."
+            )
         self.grid_choice = grid_choice
 
     def replaces_relu(self, x: Tensor) -> bool:
