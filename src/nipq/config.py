@@ -284,8 +284,8 @@ class Config(Settings):
         granularity: clipping ranges of weights, one per ``"tensor"`` (the paper) or one per output ``"channel"``.
             Tables have one, unless a rule gives each row its own by ``"channel"``.
         weight_levels: levels of weights of b bits: ``"symmetric"``, 2^b - 1 of them, zero included (the paper);
-            ``"balanced"``, 2^b at odd multiples of half a step, without zero, which at 2 and 3 bits have a third to a
-            quarter less squared error; ``"full"``, 2^b from -2^(b-1) to 2^(b-1) - 1 steps, as LSQ publishes it.
+            ``"balanced"``, 2^b at odd multiples of half a step, without zero, meant for 2 and 3 bits; ``"full"``, 2^b
+            from -2^(b-1) to 2^(b-1) - 1 steps, as LSQ publishes it.
             Balanced weights of 8 bits and more become symmetric ones, as their odd codes would not fit a byte.
         method: fake quantization in training: ``"nipq"`` the noise proxy, or a baseline on the same quantizer:
             ``"lsq"``, ``"lsq+"``, ``"pact"``, ``"diffq"`` or ``"ste"`` (straight-through estimator, fixed range); see

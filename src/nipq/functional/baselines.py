@@ -90,7 +90,8 @@ def lsq_quantize(
     Raises:
         ConfigError: if any bit-width is below 2.
     """
-    n, highest = levels(bits.detach(), grid), code_range(alpha.detach(), bits.detach(), grid)[1]
+    n = levels(bits.detach(), grid)
+    highest = n - 1 if grid.kind == "full" else n
     slope = _slope(alpha)
     factor = n * n / (torch.sqrt(count * highest) * slope * slope)
     scaled: Tensor = _ScaleGradient.apply(alpha, factor)
