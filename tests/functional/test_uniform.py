@@ -25,8 +25,8 @@ values = st.lists(st.floats(-2048, 2048, width=32), min_size=1, max_size=40).map
 @given(x=values, alpha=boundaries, bits=bit_widths, grid=grids)
 def test_codes_are_whole_and_within_the_range(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> None:
     low, high = code_range(alpha, bits, grid)
-    codes = integer_codes(x, step_size(alpha, bits, grid), low, high, offset=grid.offset)
-    assert (codes - grid.offset == (codes - grid.offset).round()).all()
+    codes = integer_codes(x, step_size(alpha, bits, grid), low, high, level_offset=grid.level_offset)
+    assert (codes - grid.level_offset == (codes - grid.level_offset).round()).all()
     assert (codes >= low).all()
     assert (codes <= high).all()
 
@@ -35,7 +35,7 @@ def test_codes_are_whole_and_within_the_range(x: Tensor, alpha: Tensor, bits: Te
 @given(x=values, alpha=boundaries, bits=bit_widths, grid=grids)
 def test_values_are_codes_times_step_exactly(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> None:
     step = step_size(alpha, bits, grid)
-    expected = integer_codes(x, step, *code_range(alpha, bits, grid), offset=grid.offset) * step
+    expected = integer_codes(x, step, *code_range(alpha, bits, grid), level_offset=grid.level_offset) * step
     assert torch.equal(quantize(x, alpha, bits, grid), expected)
 
 

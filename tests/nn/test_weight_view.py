@@ -171,7 +171,7 @@ def test_an_array_of_a_quantized_weight_is_read_only(read: Callable[[Tensor], An
     if deployed:
         for quantizer in quantizers(model):
             quantizer.freeze_bits_(4)
-        model = nipq.convert(model)  # type: ignore[assignment]  # an nn.Sequential
+        model = nipq.convert(model)
     before = model[0].weight.detach().clone()
     with torch.no_grad():
         found = read(model[0].weight)

@@ -93,7 +93,7 @@ def splits(**changed: tuple[Tensor, Tensor | None]) -> Sources:
 
 
 def check(data: Sources, model: nn.Module) -> None:
-    preflight(model, data, Classification(), CONFIG, None)
+    preflight(model, next(iter(data.test))[0][:1], data, Classification(), CONFIG, None)
 
 
 def test_sound_data_pass(model: nn.Module) -> None:

@@ -173,7 +173,7 @@ def _reason(layer: Deployed) -> str | None:
         return f"a {layer.kind} whose forward does more than its operation"
     if not isinstance(layer, DeployedLayer):
         return "its input stays float"
-    if max(layer.weight_bits + (layer.weight_grid != "signed"), layer.input_bits) > 8:
+    if max(layer.code_bits, layer.input_bits) > 8:
         return "codes of more than 8 bits"
     return inductor_reason(layer.layer)
 

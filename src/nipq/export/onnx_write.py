@@ -18,15 +18,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from nipq.errors import OrderError, require
 from nipq.export.onnx_graph import QCDQ, QONNX, Binding, onnx_graph
 from nipq.export.onnx_read import KEY, VERSION
-from nipq.export.portable import (
-    PortableLayer,
-    PortableProduct,
-    input_facts,
-    portable_input,
-    portable_layers,
-    portable_products,
-)
-from nipq.nn.deployed import Deployed, DeployedKeptLayer, deployed_layers
+from nipq.export.portable import PortableProduct, input_facts, portable_input, portable_products
+from nipq.nn.deployed import Deployed, DeployedKeptLayer, DeployedLayer, deployed_layers
 from nipq.prepare.batches import ExampleInputs
 from nipq.prepare.convert import deploy_copy
 from nipq.prepare.layer_table import quantizers
@@ -67,7 +60,7 @@ def onnx_bytes(
         MissingDependencyError: if the packages that write ONNX are not installed.
     """
     layers = deployed_layers(deployed)
-    containers = {name: _container(numbers, pack=pack) for name, numbers in portable_layers(deployed).items()}
+    containers = {name: _container(layer, pack=pack) for name, layer in layers.items()}
     opset = OPSET_INT2 if "int2" in containers.values() else OPSET
     model, bindings = onnx_graph(deployed, example_inputs, QCDQ, opset)
     for binding in bindings:
@@ -229,10 +222,11 @@ def _input_names(codes: Any) -> dict[str, str | None]:  # noqa: ANN401  (as abov
     return {"input_scale": node.inputs[1].name, "input_zero_point": node.inputs[2].name, "codes": codes.name}
 
 
-def _container(numbers: PortableLayer, *, pack: bool) -> str:
-    if pack and numbers.code_bits <= 4:
-        return "int2" if numbers.code_bits == 2 else "int4"
-    return "int8" if numbers.weight.dtype == torch.int8 else "int16"
+def _container(layer: Deployed, *, pack: bool) -> str:
+    if pack and layer.code_bits <= 4:
+        return "int2" if layer.code_bits == 2 else "int4"
+    changes_sign = isinstance(layer, DeployedLayer) and layer.code_bits > 8
+    return "int16" if changes_sign or layer.weight_codes.dtype == torch.int16 else "int8"
 
 
 def _pack(weight: Any, container: str) -> None:  # noqa: ANN401  (as above)

@@ -183,6 +183,11 @@ class LayerRecord(_Record):
     kept: bool = False
     dtype: Literal["float32", "float64", "float16", "bfloat16"] = "float32"
 
+    @property
+    def weight_form(self) -> tuple[int, str, list[int]]:
+        """Bit-width, grid and shape of the weight, equal for layers that share one."""
+        return self.bits, self.grid, self.shape
+
 
 class ProductRecord(_Record):
     """Record of a product inside attention."""
@@ -369,16 +374,7 @@ class _Reader:
         record = self.records[name]
         if record.tied_to is not None:
             owner = self.records.get(record.tied_to)
-            if (
-                owner is None
-                or owner.tied_to is not None
-                or (owner.bits, owner.grid, owner.shape)
-                != (
-                    record.bits,
-                    record.grid,
-                    record.shape,
-                )
-            ):
+            if owner is None or owner.tied_to is not None or owner.weight_form != record.weight_form:
                 raise self.error(name, "its weight to be that of another layer in the file", repr(record.tied_to))
             return self.weight(record.tied_to)
         if name not in self.codes:

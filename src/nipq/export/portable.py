@@ -79,8 +79,7 @@ class PortableLayer:
         weight_scale: float32, above zero, no dimensions or one per output channel.
         bias: float32, one per output channel, or None.
         weight_bits: bit-width.
-        code_bits: bits of a symmetric grid that holds all codes, in either sign: one more than ``weight_bits`` for the
-            odd codes of a balanced grid and for the lowest one of a full grid.
+        code_bits: bits of a symmetric grid that holds all codes in either sign.
         input: quantization of the input; None when it stays float.
     """
 
@@ -101,7 +100,7 @@ def portable(layer: Deployed, name: str = "layer") -> PortableLayer:
     """
     weight, scale = layer.weight_codes.cpu(), layer.scale.cpu()
     bias = None if layer.offset is None else layer.offset.cpu()
-    code_bits = layer.weight_bits + (layer.weight_grid != "signed")
+    code_bits = layer.code_bits
     if code_bits > MOST_BITS:
         raise ConfigError(
             f"{name}: expected weight codes that fit {MOST_BITS} bits in either sign, found a {layer.weight_grid} grid "

@@ -183,7 +183,8 @@ def pact_quantize(x: Tensor, alpha: Tensor, bits: Tensor, grid: Grid) -> Tensor:
     bits = bits.detach()
     lower, upper = value_range(alpha, bits, grid)
     low, high = code_range(alpha.detach(), bits, grid)
-    out: Tensor = StraightThrough.apply(x, step_size(alpha, bits, grid).detach(), lower, upper, low, high, grid.offset)
+    step = step_size(alpha, bits, grid).detach()
+    out: Tensor = StraightThrough.apply(x, step, lower, upper, low, high, grid.level_offset)
     return out
 
 

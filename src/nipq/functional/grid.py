@@ -72,14 +72,14 @@ class Grid:
         return self.kind in ("signed", "balanced", "full")
 
     @property
-    def offset(self) -> float:
+    def level_offset(self) -> float:
         """Distance of the levels from whole multiples of the step, in steps."""
         return 0.5 if self.kind == "balanced" else 0.0
 
     @property
     def codes_per_step(self) -> int:
         """Whole codes from one level to the next: 2 where levels lie at odd multiples of half a step."""
-        return 2 if self.offset else 1
+        return 2 if self.level_offset else 1
 
 
 #: Signed grid, codes -n..n.
@@ -108,6 +108,24 @@ def fitting_grid(grid: Grid, bits: int) -> Grid:
         bits: whole bit-width.
     """
     return SIGNED if grid.kind == "balanced" and bits > BALANCED_BITS else grid
+
+
+def power_of_bits(bits: Tensor | float, grid: Grid) -> Tensor:
+    """2^(b-1) on signed, balanced and full grids, 2^b on the others.
+
+    It is n up to a constant, so d n / d bits is ln2 times it.
+
+    Paper: the quantizer of section 3.
+
+    Args:
+        bits: bit-width, whole or fractional, any shape.
+        grid: which levels.
+
+    Returns:
+        The power, shape of bits, differentiable in bits.
+    """
+    bits = torch.as_tensor(bits)
+    return torch.exp2(bits - 1 if grid.is_signed else bits)
 
 
 def levels(bits: Tensor | float, grid: Grid) -> Tensor:
@@ -141,7 +159,7 @@ def levels(bits: Tensor | float, grid: Grid) -> Tensor:
             f"expected bit-widths of at least {MIN_BITS}; found {float(bits.min()):g}. "
             "A signed grid of 1 bit has no level but zero; raise the lower end of the bit range."
         )
-    return torch.exp2(bits - 1 if grid.is_signed else bits) - _SHORT[grid.kind]
+    return power_of_bits(bits, grid) - _SHORT[grid.kind]
 
 
 def step_size(alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tensor:

@@ -86,8 +86,7 @@ def error_table(
         axis = next(axis for axis, length in enumerate(alpha.shape) if length > 1)
         alpha = alpha.flatten()[place // x.stride(axis) % alpha.numel()]
     picked = widened(flat[place]).clamp(max=cap)
-    step = step_size(alpha, bits, grid)
-    error = (integer_codes(picked, step, *code_range(alpha, bits, grid), offset=grid.offset) - picked / step).float()
+    error = true_error(picked, alpha, bits, grid).float()
     inside = inside_range(picked, *value_range(alpha, bits, grid)) > 0
     # Stable, at a fixed shape: in-range errors move to the front, the others onto one spare place behind them all.
     target = torch.where(inside, torch.cumsum(inside, 0) - 1, len(place))
@@ -164,7 +163,7 @@ def empirical_noise(
     step = step_size(alpha, bits, grid)
     lower, upper = value_range(alpha, bits, grid)
     low, high = code_range(alpha, bits, grid)
-    error = (integer_codes(x, step, low, high, offset=grid.offset) - x / step).to(x.dtype).flatten()
+    error = (integer_codes(x, step, low, high, level_offset=grid.level_offset) - x / step).to(x.dtype).flatten()
     inside = inside_range(x, lower, upper).flatten() > 0
     return _from_histogram(error, inside, generator).reshape(x.shape)
 
@@ -247,7 +246,7 @@ def stochastic_noise(
     Returns:
         Noise, units of the step, in (-1, 1), shape and type of x, without gradient.
     """
-    place = x / step_size(alpha, bits, grid) - grid.offset
+    place = x / step_size(alpha, bits, grid) - grid.level_offset
     f = place - place.floor()
     up = torch.empty_like(f).uniform_(0, 1, generator=generator) < f
     return (up.to(f.dtype) - f).to(x.dtype)
@@ -267,7 +266,7 @@ def true_error(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Te
         e, units of the step, shape of x, without gradient; in [-1/2, 1/2] in range.
     """
     step = step_size(alpha, bits, grid)
-    return integer_codes(x, step, *code_range(alpha, bits, grid), offset=grid.offset) - x / step
+    return integer_codes(x, step, *code_range(alpha, bits, grid), level_offset=grid.level_offset) - x / step
 
 
 def mixed_noise(noise: Tensor, error: Tensor, share: Tensor | float) -> Tensor:

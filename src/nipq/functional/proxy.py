@@ -118,6 +118,6 @@ def _correction(x: Tensor, alpha: Tensor, bits: Tensor | float, noise: Tensor, g
     """Coefficient of the range correction; (Q - x) / step is the error in units of the step."""
     step = step_size(alpha, bits, grid)
     lower, upper = value_range(alpha, bits, grid)
-    error = integer_codes(x, step, *code_range(alpha, bits, grid), offset=grid.offset) - x / step
+    error = integer_codes(x, step, *code_range(alpha, bits, grid), level_offset=grid.level_offset) - x / step
     coefficient = noise * error * x / (alpha * UNIFORM_VARIANCE)
     return inside_range(x, lower, upper) * coefficient

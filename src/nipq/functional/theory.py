@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nipq.errors import ConfigError
-from nipq.functional.grid import Grid, code_range, levels, step_size, value_range
+from nipq.functional.grid import Grid, code_range, levels, power_of_bits, step_size, value_range
 from nipq.functional.proxy import UNIFORM_VARIANCE
 from nipq.functional.uniform import inside_range, integer_codes, truncate
 
@@ -182,8 +182,7 @@ def step_slope(alpha: Tensor | float, bits: Tensor | float, grid: Grid) -> Tenso
         tensor(-0.9242, dtype=torch.float64)
     """
     bits = float64(bits)
-    power = torch.exp2(bits - 1 if grid.is_signed else bits)
-    return -float64(alpha) * math.log(2) * power / levels(bits, grid) ** 2
+    return -float64(alpha) * math.log(2) * power_of_bits(bits, grid) / levels(bits, grid) ** 2
 
 
 def proxy_error(
@@ -402,5 +401,5 @@ def _errors(
     """In-range mask, error in steps, step, and x, all float64."""
     x, alpha, bits = x.double(), float64(alpha), float64(bits)
     step = step_size(alpha, bits, unshifted(grid))
-    error = integer_codes(x, step, *code_range(alpha, bits, grid), offset=grid.offset) - x / step
+    error = integer_codes(x, step, *code_range(alpha, bits, grid), level_offset=grid.level_offset) - x / step
     return inside_range(x, *value_range(alpha, bits, grid)), error, step, x

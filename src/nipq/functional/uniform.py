@@ -107,7 +107,9 @@ def _total(mask: Tensor, grad: Tensor, end: Tensor) -> Tensor:
     return mask.mul_(grad).sum_to_size(end.shape).to(end.dtype)
 
 
-def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | float, *, offset: float = 0.0) -> Tensor:
+def integer_codes(
+    x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | float, *, level_offset: float = 0.0
+) -> Tensor:
     """The codes of x: the evaluation rule of the whole package.
 
     code = clamp(round_half_even(x / step), low, high), with a true division. The value is code * step. On a balanced
@@ -120,10 +122,10 @@ def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | f
         step: distance between levels, units of x, > 0, broadcastable to x.
         low: lowest code, broadcastable to x.
         high: highest code, broadcastable to x, same kind (tensor or number) as low.
-        offset: :attr:`nipq.functional.grid.Grid.offset`, 0 or 1/2.
+        level_offset: :attr:`nipq.functional.grid.Grid.level_offset`, 0 or 1/2.
 
     Returns:
-        Whole numbers, or halves with an offset, held in the wider of the two types of x and step, shape of x.
+        Whole numbers, or halves with a level offset, held in the wider of the two types of x and step, shape of x.
 
     Example:
         >>> integer_codes(torch.tensor([-9.0, 0.5, 1.5, 1.6]), torch.tensor([1.0]), -3, 3)
@@ -131,7 +133,7 @@ def integer_codes(x: Tensor, step: Tensor, low: Tensor | float, high: Tensor | f
     """
     # A step without dimensions does not widen a half-precision x by itself, and x / step would be rounded twice.
     wide = x.to(torch.promote_types(x.dtype, step.dtype))
-    codes = (wide / step).floor_().add_(offset) if offset else (wide / step).round_()
+    codes = (wide / step).floor_().add_(level_offset) if level_offset else (wide / step).round_()
     return torch.clamp(codes, low, high)  # type: ignore[arg-type]  # numbers and tensors alike
 
 
@@ -160,19 +162,19 @@ class StraightThrough(torch.autograd.Function):
         upper: Tensor,
         low: Tensor,
         high: Tensor,
-        offset: float = 0.0,
+        level_offset: float = 0.0,
     ) -> Tensor:
         """Values of the levels nearest to x."""
         ctx.save_for_backward(x, step, lower, upper, low, high)
-        ctx.offset = offset
-        return (integer_codes(x, step, low, high, offset=offset) * step).to(x.dtype)
+        ctx.level_offset = level_offset
+        return (integer_codes(x, step, low, high, level_offset=level_offset) * step).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401 -- as above
         """The gradients of a truncation, with the rounding error for slope."""
         x, step, lower, upper, low, high = ctx.saved_tensors
         # Outside of the range it counts for nothing, be it infinite or not a number.
-        error = (integer_codes(x, step, low, high, offset=ctx.offset) - x / step).nan_to_num_(0, 0, 0)
+        error = (integer_codes(x, step, low, high, level_offset=ctx.level_offset) - x / step).nan_to_num_(0, 0, 0)
         return *truncation_gradients(grad, x, error, (lower, upper), step, ctx.needs_input_grad), None, None, None
 
 
@@ -214,5 +216,5 @@ def quantize(x: Tensor, alpha: Tensor, bits: Tensor | float, grid: Grid) -> Tens
     step = step_size(alpha, bits, grid)
     lower, upper = value_range(alpha, bits, grid)
     low, high = code_range(alpha, bits, grid)
-    out: Tensor = StraightThrough.apply(x, step, lower, upper, low.detach(), high.detach(), grid.offset)
+    out: Tensor = StraightThrough.apply(x, step, lower, upper, low.detach(), high.detach(), grid.level_offset)
     return out

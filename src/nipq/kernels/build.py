@@ -28,7 +28,7 @@ try:
     import grp
     import pwd
 except ImportError:  # Windows has neither, and no owners of files in this sense
-    grp = pwd = None  # type: ignore[assignment]  # modules elsewhere
+    grp = pwd = None  # type: ignore[assignment]  # both are modules where there are any
 
 #: Folder of the C++ source.
 SOURCE = Path(__file__).with_name("source")

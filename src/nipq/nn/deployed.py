@@ -9,7 +9,7 @@ from __future__ import annotations
 import types
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -81,6 +81,14 @@ class _Deployed(nn.Module, ABC):
         codes = self.layer._buffers["weight"]
         assert codes is not None
         return codes
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a symmetric grid that holds all codes in either sign.
+
+        One more than ``weight_bits`` for the odd codes of a balanced grid and for the lowest one of a full grid.
+        """
+        return self.weight_bits + (self.weight_grid != "signed")
 
     @property
     @abstractmethod
@@ -366,8 +374,7 @@ class DeployedKeptLayer(DeployedWeightOnlyLayer):
         """An instance of the trained layer's class, too, for models that ask for it or call its other methods."""
         # Without a layer for torch's compiler, which makes an empty one of the class that it has found.
         kind = cls if layer is None else subclass(_kept, type(layer).__bases__[0])
-        made: Self = object.__new__(kind)  # type: ignore[assignment]  # a subclass of Self made here
-        return made
+        return cast(Self, object.__new__(kind))
 
     def __init__(
         self,

@@ -255,7 +255,7 @@ class QuantizerParameters(nn.Module):
         """Whole codes of ``x`` relative to the zero point, as floats; the code of 0 is 0, or 1 on a balanced grid."""
         bits, grid = self.whole_bits(), self.grid
         numbers = (step_size(self.alpha, bits, grid), *code_range(self.alpha, bits, grid))
-        codes = integer_codes(x, *(self.spread(number, x.ndim) for number in numbers), offset=grid.offset)
+        codes = integer_codes(x, *(self.spread(number, x.ndim) for number in numbers), level_offset=grid.level_offset)
         return codes * grid.codes_per_step
 
     def get_extra_state(self) -> Tensor:

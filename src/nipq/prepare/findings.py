@@ -73,7 +73,7 @@ def before_running(model: nn.Module) -> Iterator[Diagnostic]:
     Args:
         model: a model.
     """
-    check_module(model, "validate")
+    check_module(model)
     devices = sorted({str(parameter.device) for parameter in model.parameters()} - {"meta"})
     if len(devices) > 1:
         remedy = "Put the whole model on one of them before preparing."

@@ -51,12 +51,13 @@ def make_budget(config: BudgetConfig) -> Budget:
 
 
 def preflight(
-    model: nn.Module, data: Sources, task: Task, config: TrainConfig, budget: Budget | None
+    model: nn.Module, example: Nested, data: Sources, task: Task, config: TrainConfig, budget: Budget | None
 ) -> list[FeasibleRange]:
     """Check before the first step that model, data, settings and budget fit: run the model, prepare a copy of it.
 
     Args:
         model: the float model on the CPU.
+        example: inputs of one test sample.
         data: the splits; those for validation and test, and a training split in memory, are looked at as a whole.
         task: the task.
         config: the run's config.
@@ -73,7 +74,6 @@ def preflight(
         MissingDependencyError: if the allocation needs a package that is not there.
     """
     trial = copy_of(model).eval()
-    example = pick(next(iter(data.test))[0], slice(1))
     outputs = _outputs(trial, example, config, "the test split")
     task.check(outputs, data)
     shapes = {str(_shape(example))}

@@ -66,7 +66,9 @@ class Trainer:
         self.example = pick(next(iter(self.data.test))[0], slice(1))
         torch.manual_seed(seed_of(config.seed, "model"))
         self.model = build_model(config.model, with_weights=checkpoint is None)
-        self.feasible = preflight(self.model, self.data, self.task, config, self.budget) if checkpoint is None else []
+        self.feasible = (
+            preflight(self.model, self.example, self.data, self.task, config, self.budget) if checkpoint is None else []
+        )
         if checkpoint is None:
             check_same_(self.model, "nipq train")
         self._place_model()
